@@ -1,0 +1,216 @@
+"""One tree of errors, grouped by what a handler does about them.
+
+Every error carries a stable ``kind`` (append-only: programs and alerts match on it), says whether trying again can
+help (``retryable``), and is also the builtin that a Python user would expect (``ValueError``, ``FileNotFoundError``…).
+"""
+
+from typing import ClassVar
+
+
+class SfPipelinesError(Exception):
+    """Root of everything that this package raises on purpose."""
+
+    kind: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+
+
+# Fix the configuration.
+
+
+class ConfigError(SfPipelinesError, ValueError):
+    """A configuration value is wrong; nothing was started."""
+
+    kind = "config"
+
+
+# Fix the data.
+
+
+class SourceError(SfPipelinesError):
+    """The source table cannot be used."""
+
+    kind = "source"
+
+
+class SourceNotFoundError(SourceError, FileNotFoundError):
+    """No source file matches."""
+
+    kind = "source.not_found"
+
+
+class SourceEmptyError(SourceError, ValueError):
+    """The source has no rows, or none that satisfies the data contract."""
+
+    kind = "source.empty"
+
+
+class SourceSchemaError(SourceError, TypeError):
+    """A column is missing or has a type that cannot be used."""
+
+    kind = "source.schema"
+
+
+class SourceChangedError(SourceError):
+    """A pinned source file is no longer the one that was scanned; a new build will pin the new one."""
+
+    kind = "source.changed"
+    retryable = True
+
+
+class DataContractError(SfPipelinesError, ValueError):
+    """More rows were rejected than ``max_reject_fraction`` allows."""
+
+    kind = "data_contract"
+
+
+# Look at the store.
+
+
+class StoreError(SfPipelinesError, OSError):
+    """The object store did not do what was asked."""
+
+    kind = "store"
+
+
+class StoreUnavailableError(StoreError):
+    """The store failed in a way that may pass."""
+
+    kind = "store.unavailable"
+    retryable = True
+
+
+class StoreDeniedError(StoreError, PermissionError):
+    """The store refused: credentials or permissions."""
+
+    kind = "store.denied"
+
+
+class ObjectMissingError(StoreError, FileNotFoundError):
+    """An object that must be there is not."""
+
+    kind = "store.missing"
+
+
+class WriteUncertainError(StoreUnavailableError):
+    """A conditional write may or may not have been applied, and reading back did not tell."""
+
+    kind = "store.uncertain"
+
+
+# Do not trust what is stored.
+
+
+class IntegrityError(SfPipelinesError):
+    """What is stored contradicts what was recorded."""
+
+    kind = "integrity"
+
+
+class DigestMismatchError(IntegrityError):
+    """An object's bytes are not the ones that were sealed."""
+
+    kind = "integrity.digest"
+
+
+class CountMismatchError(IntegrityError):
+    """Rows do not add up."""
+
+    kind = "integrity.count"
+
+
+class ManifestError(IntegrityError, ValueError):
+    """A manifest, pointer or routing artifact cannot be understood or contradicts itself."""
+
+    kind = "integrity.manifest"
+
+
+class IndexBuildError(SfPipelinesError):
+    """A shard's index could not be built or does not cover its rows."""
+
+    kind = "index.build"
+
+
+class ReceiptMissingError(SfPipelinesError, LookupError):
+    """A stage was asked for before the stage that it builds on."""
+
+    kind = "receipt.missing"
+
+
+# The gate said no.
+
+
+class GateError(SfPipelinesError):
+    """A snapshot may not be published."""
+
+    kind = "gate"
+
+
+class GateFailedError(GateError):
+    """A required check failed on this manifest."""
+
+    kind = "gate.failed"
+
+
+class GateMissingError(GateError):
+    """A required check has no verdict for this manifest."""
+
+    kind = "gate.missing"
+
+
+# Somebody else was first.
+
+
+class PublishConflictError(SfPipelinesError):
+    """The current pointer moved since this build was scanned.
+
+    Attributes:
+        ours: run id that lost.
+        theirs: run id that the pointer names, or None when the pointer is gone.
+    """
+
+    kind = "publish.conflict"
+
+    def __init__(self, message: str, *, ours: str, theirs: str | None) -> None:
+        super().__init__(message)
+        self.ours = ours
+        self.theirs = theirs
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_conflict, (str(self), self.ours, self.theirs)
+
+
+def _rebuild_conflict(message: str, ours: str, theirs: str | None) -> PublishConflictError:
+    return PublishConflictError(message, ours=ours, theirs=theirs)
+
+
+# Fix the call.
+
+
+class ReaderError(SfPipelinesError):
+    """A reader cannot do what was asked in its present state."""
+
+    kind = "reader"
+
+
+class ReaderClosedError(ReaderError):
+    """The reader was closed."""
+
+    kind = "reader.closed"
+
+
+class SnapshotNotFoundError(ReaderError, FileNotFoundError):
+    """Nothing has been published under this root."""
+
+    kind = "reader.no_snapshot"
+
+
+class SnapshotKindError(ReaderError):
+    """The snapshot is of a kind that this reader does not serve."""
+
+    kind = "reader.snapshot_kind"
+
+
+class QueryError(ReaderError, ValueError):
+    """A query or search option is wrong."""
+
+    kind = "reader.query"

@@ -1,0 +1,119 @@
+"""The distance of a snapshot, in one definition for every index, backend and reader.
+
+A score is a distance, lower is better:
+
+* ``cosine``: ``1 - cos(x, y)``, between 0 and 2;
+* ``l2``: squared Euclidean, ``sum((x - y)**2)``;
+* ``dot_product``: ``1 - x·y`` (may be negative).
+"""
+
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+# Rows x queries of one exact block: 4 million float64 are 32 MB.
+_BLOCK = 4_000_000
+
+
+class DistanceMetric(StrEnum):
+    """How far two vectors are from each other; accepts its string."""
+
+    COSINE = "cosine"
+    L2 = "l2"
+    DOT_PRODUCT = "dot_product"
+
+    @property
+    def normalises(self) -> bool:
+        """Whether a vector's length is ignored, so that a zero vector has no direction and is refused."""
+        return self is DistanceMetric.COSINE
+
+
+def exact_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:
+    """Distance of each query to its own candidates, in float64.
+
+    Args:
+        queries: shape (n, dim).
+        rows: shape (n, candidates, dim), or (candidates, dim) for candidates that all queries share.
+        metric: the declared metric.
+
+    Returns:
+        Shape (n, candidates).
+    """
+    q = queries.astype(np.float64)
+    if rows.ndim == 2:
+        return _shared_distances(q, rows.astype(np.float64), metric)
+    out = np.empty(rows.shape[:2], dtype=np.float64)
+    step = max(1, _BLOCK // max(1, rows.shape[1] * rows.shape[2]))
+    for start in range(0, len(q), step):
+        part = slice(start, start + step)
+        r = rows[part].astype(np.float64)
+        if metric is DistanceMetric.L2:
+            out[part] = np.square(r - q[part, None, :]).sum(axis=2)
+            continue
+        dots = np.matmul(r, q[part, :, None])[:, :, 0]
+        if metric is DistanceMetric.COSINE:
+            norms = np.linalg.norm(r, axis=2) * np.linalg.norm(q[part], axis=1)[:, None]
+            dots = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+        out[part] = 1.0 - dots
+    return out
+
+
+def _shared_distances(q: Float64, r: Float64, metric: DistanceMetric) -> Float64:
+    if metric is DistanceMetric.L2:
+        # Not the expanded square: it cancels badly exactly where neighbours are close.
+        out = np.empty((len(q), len(r)), dtype=np.float64)
+        step = max(1, _BLOCK // max(1, r.size))
+        for start in range(0, len(q), step):
+            part = slice(start, start + step)
+            out[part] = np.square(r[None, :, :] - q[part, None, :]).sum(axis=2)
+        return out
+    dots = q @ r.T
+    if metric is DistanceMetric.COSINE:
+        norms = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(r, axis=1)[None, :]
+        dots = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return 1.0 - dots
+
+
+def exact_top_k(queries: Float32, rows: Float32, metric: DistanceMetric, k: int) -> tuple[NDArray[np.int64], Float64]:
+    """The true ``k`` nearest rows of every query: a float32 matrix product, its best decided again in float64.
+
+    Args:
+        queries: shape (n, dim).
+        rows: shape (m, dim).
+        metric: the declared metric.
+        k: how many; fewer come back where ``m`` is smaller.
+
+    Returns:
+        Positions in ``rows``, shape (n, min(k, m)), nearest first (ties by position), and their distances.
+    """
+    k = min(k, len(rows))
+    # The product's rounding can swap near neighbours; a margin of candidates keeps the true ones in.
+    wanted = min(len(rows), k + max(16, k))
+    positions = np.empty((len(queries), k), dtype=np.int64)
+    distances = np.empty((len(queries), k), dtype=np.float64)
+    if k == 0:
+        return positions, distances
+    squares = np.einsum("ij,ij->i", rows, rows)
+    weights = np.sqrt(squares)
+    weights[weights == 0] = 1.0
+    step = max(1, _BLOCK // max(len(rows), wanted * rows.shape[1]))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        keys = queries[part] @ rows.T
+        if metric is DistanceMetric.COSINE:
+            keys /= weights
+        elif metric is DistanceMetric.L2:
+            keys -= squares / 2
+        if wanted < len(rows):
+            near = np.sort(np.argpartition(-keys, wanted - 1, axis=1)[:, :wanted], axis=1)
+        else:
+            near = np.broadcast_to(np.arange(len(rows)), keys.shape)
+        true = exact_distances(queries[part], rows[near], metric)
+        order = np.argsort(true, axis=1, kind="stable")[:, :k]
+        positions[part] = np.take_along_axis(near, order, axis=1)
+        distances[part] = np.take_along_axis(true, order, axis=1)
+    return positions, distances

@@ -1,0 +1,442 @@
+"""Access to an object store: local disk, S3 or memory, by one set of verbs.
+
+A store is opened on a root; keys are relative to it and use ``/``. Conditional writes settle lost answers: when a
+connection dies after the server applied a write, the client sees an error although the object is ours, so every
+conditional write is read back and decided as *mine*, *theirs* or (a typed error) *unknown*. The bytes of such
+objects must therefore be unique to the writer: put a write id in them.
+"""
+
+import fcntl
+import hashlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol, Self
+from urllib.parse import quote, unquote, urlsplit
+
+import obstore
+import stamina
+from obstore import exceptions as obstore_errors
+from obstore.store import LocalStore, MemoryStore, S3Store
+
+from sf_pipelines.snapshot.errors import (
+    ConfigError,
+    ObjectMissingError,
+    SourceChangedError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnavailableError,
+    WriteUncertainError,
+)
+
+_CHUNK = 4 * 1024 * 1024
+_LOCK_NAME = ".sf_pipelines.lock"
+_QUOTE_SAFE = "/:=@+,~"
+
+_memory_stores: dict[str, MemoryStore] = {}
+
+
+class Credentials(Protocol):
+    """What a store needs to know of S3 options (see ``config.S3Options``)."""
+
+    endpoint_url: str | None
+    region: str | None
+    access_key_id: str | None
+    secret_access_key: Any
+    session_token: Any
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One stored object.
+
+    Attributes:
+        key: relative to the store's root.
+        size: bytes.
+        etag: the store's version tag; repeats when the same bytes are written again.
+        modified: time of the last write.
+    """
+
+    key: str
+    size: int
+    etag: str | None
+    modified: datetime
+
+
+@dataclass(frozen=True)
+class Versioned:
+    """An object's bytes with the version that a compare-and-swap must find."""
+
+    data: bytes
+    etag: str | None
+
+
+class Store:
+    """One root in an object store."""
+
+    def __init__(self, url: str, backend: S3Store | LocalStore | MemoryStore, local_root: Path | None = None) -> None:
+        self.url = url
+        self.local_root = local_root
+        self._backend = backend
+
+    @classmethod
+    def open(cls, location: str | Path, s3: Credentials | None = None, *, create: bool = False) -> Self:
+        """Opens a root: ``s3://bucket/prefix``, ``file:///path``, a path, or ``memory://name`` (this process only).
+
+        Args:
+            location: the root.
+            s3: credentials and endpoint; None takes the environment's.
+            create: make a local folder that does not exist; S3 needs no folders.
+
+        Raises:
+            ConfigError: the location has an unknown scheme or no bucket.
+            ObjectMissingError: a local folder does not exist and ``create`` is off.
+            StoreError: a local folder cannot be made.
+        """
+        text = str(location)
+        scheme, rest = text.split("://", 1) if "://" in text else ("file", text)
+        if scheme == "s3":
+            bucket, _, prefix = rest.partition("/")
+            if not bucket:
+                raise ConfigError(f"store {text!r} has no bucket; write s3://bucket/prefix")
+            prefix = prefix.strip("/")
+            url = f"s3://{bucket}/{prefix}".rstrip("/")
+            return cls(url, _s3_backend(bucket, prefix, s3))
+        if scheme == "memory":
+            return cls(text.rstrip("/"), _memory_stores.setdefault(rest.rstrip("/"), MemoryStore()))
+        if scheme != "file":
+            raise ConfigError(f"store {text!r}: unknown scheme {scheme}://; use s3://bucket/prefix or a local path")
+        root = Path(unquote(rest) if "://" in text else rest).expanduser().absolute()
+        return cls(f"file://{quote(str(root), safe=_QUOTE_SAFE)}", LocalStore(prefix=_folder(root, create=create)), root)
+
+    # Naming.
+
+    def url_of(self, key: str) -> str:
+        """Absolute address of a key."""
+        return f"{self.url}/{quote(key, safe=_QUOTE_SAFE) if self.local_root else key}"
+
+    # Reading.
+
+    def get(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            ObjectMissingError: no such key.
+            StoreError: anything else.
+        """
+        return self.get_versioned(key).data
+
+    def get_versioned(self, key: str) -> Versioned:
+        """The whole object and its version."""
+        with self._translated("read", key):
+            result = self._backend.get(key)
+            return Versioned(bytes(result.bytes()), result.meta["e_tag"])
+
+    def find(self, key: str) -> Versioned | None:
+        """The object and its version, or None when it is not there."""
+        try:
+            return self.get_versioned(key)
+        except ObjectMissingError:
+            return None
+
+    def head(self, key: str) -> ObjectInfo:
+        """Size and version without the bytes."""
+        with self._translated("look at", key):
+            return _info(self._backend.head(key))
+
+    def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Everything below a folder (whole path segments: ``a/b`` does not match ``a/bc``), in key order on S3."""
+        with self._translated("list", prefix):
+            for batch in self._backend.list(prefix or None):
+                for meta in batch:
+                    yield _info(meta)
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below a folder, sorted."""
+        with self._translated("list", prefix):
+            found = self._backend.list_with_delimiter(prefix)["common_prefixes"]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def open_file(self, key: str, *, pinned: ObjectInfo | None = None) -> "PinnedFile":
+        """A seekable file over one version of an object, reading only the ranges that are asked for.
+
+        Args:
+            key: the object.
+            pinned: version that must be found; None pins the present one.
+        """
+        return PinnedFile(self, pinned or self.head(key))
+
+    def get_range(self, info: ObjectInfo, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` of exactly the version that ``info`` names.
+
+        Raises:
+            SourceChangedError: the object is no longer that version.
+        """
+        with self._translated("read", info.key):
+            try:
+                result = self._backend.get(
+                    info.key, options={"range": (start, end), **({"if_match": info.etag} if info.etag else {})}
+                )
+                return bytes(result.bytes())
+            except (obstore_errors.PreconditionError, FileNotFoundError) as error:
+                raise SourceChangedError(
+                    f"{self.url_of(info.key)} changed while it was read (pinned etag {info.etag}); build again"
+                ) from error
+
+    def download(self, key: str, path: Path) -> tuple[int, str]:
+        """Copies an object to a local file while hashing it.
+
+        Returns:
+            Bytes and SHA-256 (hex) of what was written.
+        """
+        digest, size = hashlib.sha256(), 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._translated("read", key), path.open("wb") as file:
+            for chunk in self._backend.get(key).stream(min_chunk_size=_CHUNK):
+                data = bytes(chunk)
+                file.write(data)
+                digest.update(data)
+                size += len(data)
+        return size, digest.hexdigest()
+
+    # Writing.
+
+    def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+        """Writes an object, replacing what was there."""
+        with self._translated("write", key):
+            self._backend.put(key, data, attributes=self._attributes(content_type))
+
+    def create(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> bool:
+        """Writes an object only if there is none.
+
+        Returns:
+            True when the object holds our bytes now, False when somebody else's.
+
+        Raises:
+            WriteUncertainError: it could not be found out which.
+        """
+        return self._settle(key, data, None, {"mode": "create", "attributes": self._attributes(content_type)})
+
+    def swap(self, key: str, data: bytes, expected: Versioned | None, *, content_type: str = "application/json") -> bool:
+        """Compare-and-swap: replaces an object only if it is still the ``expected`` version (None: still absent).
+
+        Returns:
+            True when the object holds our bytes now, False when somebody else's.
+
+        Raises:
+            WriteUncertainError: it could not be found out which.
+        """
+        if expected is None:
+            return self.create(key, data, content_type=content_type)
+        if self.local_root is not None:
+            return self._swap_local(self.local_root, key, data, expected)
+        mode = {"e_tag": expected.etag}
+        return self._settle(key, data, expected, {"mode": mode, "attributes": self._attributes(content_type)})
+
+    def upload(self, path: Path, key: str, *, content_type: str = "application/octet-stream") -> None:
+        """Copies a local file into the store, in parts where it is large."""
+        with self._translated("write", key), path.open("rb") as file:
+            self._backend.put(key, file, attributes=self._attributes(content_type))
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object inside the store."""
+        with self._translated("copy", source):
+            self._backend.copy(source, target)
+
+    def delete(self, key: str) -> None:
+        """Removes an object; one that is gone already is fine."""
+        try:
+            with self._translated("delete", key):
+                self._backend.delete(key)
+        except ObjectMissingError:
+            return
+
+    @contextmanager
+    def open_writer(self, key: str) -> Iterator[io.RawIOBase]:
+        """A file to stream a large object into; it appears when the block ends well, and not at all otherwise."""
+        with tempfile.TemporaryDirectory(prefix="sf_pipelines-") as folder:
+            path = Path(folder, "object")
+            with path.open("wb", buffering=0) as file:
+                yield file
+            self.upload(path, key)
+
+    # How conditional writes are settled.
+
+    def _settle(self, key: str, data: bytes, expected: Versioned | None, how: dict[str, Any]) -> bool:
+        for attempt in stamina.retry_context(on=WriteUncertainError, attempts=5, timeout=60, wait_initial=0.05):
+            with attempt:
+                try:
+                    with self._translated("write", key):
+                        try:
+                            self._backend.put(key, data, **how)
+                        except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
+                            return self._is_mine(key, data)
+                    return True
+                except StoreUnavailableError as error:
+                    found = self._read_back(key, error)
+                    if found is not None and found.data == data:
+                        return True
+                    if found is not None and (expected is None or found.data != expected.data):
+                        return False
+                    raise WriteUncertainError(
+                        f"writing {self.url_of(key)} failed and the old object is still there: {error}"
+                    ) from error
+        raise AssertionError("unreachable: the retry context returns or raises")
+
+    def _is_mine(self, key: str, data: bytes) -> bool:
+        """After a definite refusal: a retry inside the client can be refused because of our own first try."""
+        found = self.find(key)
+        return found is not None and found.data == data
+
+    def _read_back(self, key: str, cause: StoreError) -> Versioned | None:
+        try:
+            return self.find(key)
+        except StoreError as error:
+            raise WriteUncertainError(
+                f"writing {self.url_of(key)} failed ({cause}) and so did reading it back ({error})"
+            ) from error
+
+    def _swap_local(self, root: Path, key: str, data: bytes, expected: Versioned) -> bool:
+        # The kernel frees the lock when its holder dies; the rename is atomic, so a reader sees old or new.
+        path = root / key
+        with self._translated("write", key), (root / _LOCK_NAME).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists() or path.read_bytes() != expected.data:
+                return False
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+            return True
+
+    # Odds and ends.
+
+    def _attributes(self, content_type: str) -> Any:
+        # Local disk has no place for attributes and refuses them.
+        return None if self.local_root is not None else {"Content-Type": content_type}
+
+    @contextmanager
+    def _translated(self, action: str, key: str) -> Iterator[None]:
+        where = f"cannot {action} {self.url_of(key)}"
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            raise ObjectMissingError(f"{where}: it does not exist") from error
+        except (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError) as error:
+            raise StoreDeniedError(f"{where}: {_first_line(error)}") from error
+        except (obstore_errors.InvalidPathError, ValueError) as error:
+            raise StoreError(f"{where}: {_first_line(error)}") from error
+        except (obstore_errors.BaseError, OSError) as error:
+            raise StoreUnavailableError(f"{where}: {_first_line(error)}") from error
+
+
+class PinnedFile(io.RawIOBase):
+    """One version of an object as a read-only, seekable file."""
+
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        self._store = store
+        self.info = info
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Present offset in bytes."""
+        return self._position
+
+    def size(self) -> int:
+        """Bytes of the object."""
+        return self.info.size
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to an offset."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.info.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Up to ``size`` bytes; short only at the end of the object."""
+        end = self.info.size if size is None or size < 0 else min(self.info.size, self._position + size)
+        if end <= self._position:
+            return b""
+        data = self._store.get_range(self.info, self._position, end)
+        self._position += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        """The rest of the object."""
+        return self.read()
+
+
+def _s3_backend(bucket: str, prefix: str, s3: Credentials | None) -> S3Store:
+    options: dict[str, Any] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if s3 is not None:
+        endpoint = s3.endpoint_url or endpoint
+        secrets = {"secret_access_key": s3.secret_access_key, "session_token": s3.session_token}
+        options = {"region": s3.region, "access_key_id": s3.access_key_id}
+        options |= {name: value.get_secret_value() for name, value in secrets.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if endpoint:
+        options |= {"endpoint": endpoint, "virtual_hosted_style_request": "false"}
+    if "region" not in options and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+        options["region"] = "us-east-1"
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        config=options,
+        client_options={
+            "allow_http": bool(endpoint and urlsplit(endpoint).scheme == "http"),
+            "timeout": timedelta(seconds=60),
+            "connect_timeout": timedelta(seconds=5),
+        },
+        retry_config={
+            "max_retries": 4,
+            "retry_timeout": timedelta(seconds=60),
+            "backoff": {
+                "base": 2.0,
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=5),
+            },
+        },
+    )
+
+
+def _folder(root: Path, *, create: bool) -> Path:
+    """A local store needs its folder: made here, so that a store that cannot be written fails before any work."""
+    if create:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            kind = StoreDeniedError if isinstance(error, PermissionError) else StoreError
+            raise kind(f"cannot use {root} as a store: {error.strerror}") from error
+    elif not root.is_dir():
+        raise ObjectMissingError(f"{root} does not exist or is no folder")
+    return root
+
+
+def _info(meta: Any) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    line = text[0] if text else type(error).__name__
+    return re.sub(r"(?i)(signature|credential|token)=[^&\s]+", r"\1=…", line)[:400]

@@ -1,0 +1,47 @@
+"""Fixtures that every kind of test shares."""
+
+import uuid
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from sf_pipelines.snapshot.config import S3Options
+
+
+@pytest.fixture(scope="session")
+def moto_options() -> Iterator[S3Options]:
+    """Credentials of an S3 server of this test session."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield S3Options(
+        endpoint_url=f"http://{host}:{port}",
+        region="us-east-1",
+        access_key_id="test",
+        secret_access_key="test",  # pyright: ignore[reportArgumentType]
+    )
+    server.stop()
+
+
+def make_bucket(options: S3Options, name: str) -> None:
+    """Creates a bucket on the test server."""
+    assert options.secret_access_key is not None
+    client = boto3.client(
+        "s3",
+        endpoint_url=options.endpoint_url,
+        region_name=options.region,
+        aws_access_key_id=options.access_key_id,
+        aws_secret_access_key=options.secret_access_key.get_secret_value(),
+    )
+    client.create_bucket(Bucket=name)
+    client.close()
+
+
+@pytest.fixture
+def bucket(moto_options: S3Options) -> str:
+    """Name of a fresh, empty bucket."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    make_bucket(moto_options, name)
+    return name

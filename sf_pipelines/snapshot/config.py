@@ -41,7 +41,7 @@ class ClusterSharding(ConfigModel):
 
     Attributes:
         num_probes: shards that a reader asks by default; ``"auto"`` takes the smallest number that meets the gate.
-        training_rows: size of the training sample; None is 256 rows a shard, at least 20,000.
+        training_rows: size of the training sample; None is 256 rows a shard, at least 10,000.
         seed: of k-means.
         max_iter: most rounds of k-means.
     """

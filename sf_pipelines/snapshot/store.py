@@ -60,13 +60,13 @@ class ObjectInfo:
         key: relative to the store's root.
         size: bytes.
         etag: the store's version tag; repeats when the same bytes are written again.
-        modified: time of the last write.
+        modified: time of the last write, where it was asked for.
     """
 
     key: str
     size: int
     etag: str | None
-    modified: datetime
+    modified: datetime | None = None
 
 
 @dataclass(frozen=True)

@@ -39,5 +39,7 @@ def describe_validation(owner: str, error: ValidationError) -> str:
             message = "unknown field"
         silent = item["type"] == "missing" or not fields
         shown = repr(item["input"])
-        lines.append(f"{where}: {message}" + ("" if silent else f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"))
+        lines.append(
+            f"{where}: {message}" + ("" if silent else f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})")
+        )
     return "; ".join(lines)

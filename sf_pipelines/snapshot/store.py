@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 from urllib.parse import quote, unquote, urlsplit
 
-import obstore
 import stamina
 from obstore import exceptions as obstore_errors
 from obstore.store import LocalStore, MemoryStore, S3Store
@@ -34,6 +33,10 @@ from sf_pipelines.snapshot.errors import (
     StoreUnavailableError,
     WriteUncertainError,
 )
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import S3Config
 
 _CHUNK = 4 * 1024 * 1024
 _LOCK_NAME = ".sf_pipelines.lock"
@@ -113,7 +116,9 @@ class Store:
         if scheme != "file":
             raise ConfigError(f"store {text!r}: unknown scheme {scheme}://; use s3://bucket/prefix or a local path")
         root = Path(unquote(rest) if "://" in text else rest).expanduser().absolute()
-        return cls(f"file://{quote(str(root), safe=_QUOTE_SAFE)}", LocalStore(prefix=_folder(root, create=create)), root)
+        return cls(
+            f"file://{quote(str(root), safe=_QUOTE_SAFE)}", LocalStore(prefix=_folder(root, create=create)), root
+        )
 
     # Naming.
 
@@ -180,10 +185,10 @@ class Store:
         """
         with self._translated("read", info.key):
             try:
-                result = self._backend.get(
-                    info.key, options={"range": (start, end), **({"if_match": info.etag} if info.etag else {})}
-                )
-                return bytes(result.bytes())
+                options: GetOptions = {"range": (start, end)}
+                if info.etag:
+                    options["if_match"] = info.etag
+                return bytes(self._backend.get(info.key, options=options).bytes())
             except (obstore_errors.PreconditionError, FileNotFoundError) as error:
                 raise SourceChangedError(
                     f"{self.url_of(info.key)} changed while it was read (pinned etag {info.etag}); build again"
@@ -223,7 +228,9 @@ class Store:
         """
         return self._settle(key, data, None, {"mode": "create", "attributes": self._attributes(content_type)})
 
-    def swap(self, key: str, data: bytes, expected: Versioned | None, *, content_type: str = "application/json") -> bool:
+    def swap(
+        self, key: str, data: bytes, expected: Versioned | None, *, content_type: str = "application/json"
+    ) -> bool:
         """Compare-and-swap: replaces an object only if it is still the ``expected`` version (None: still absent).
 
         Returns:
@@ -273,34 +280,31 @@ class Store:
             with attempt:
                 try:
                     with self._translated("write", key):
-                        try:
-                            self._backend.put(key, data, **how)
-                        except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
-                            return self._is_mine(key, data)
-                    return True
-                except StoreUnavailableError as error:
-                    found = self._read_back(key, error)
-                    if found is not None and found.data == data:
+                        self._backend.put(key, data, **how)
                         return True
-                    if found is not None and (expected is None or found.data != expected.data):
-                        return False
-                    raise WriteUncertainError(
-                        f"writing {self.url_of(key)} failed and the old object is still there: {error}"
-                    ) from error
+                except StoreUnavailableError as error:
+                    return self._decide(key, data, expected, error)
         raise AssertionError("unreachable: the retry context returns or raises")
 
-    def _is_mine(self, key: str, data: bytes) -> bool:
-        """After a definite refusal: a retry inside the client can be refused because of our own first try."""
-        found = self.find(key)
-        return found is not None and found.data == data
+    def _decide(self, key: str, data: bytes, expected: Versioned | None, cause: StoreError) -> bool:
+        """After a refusal or a lost answer: whose bytes are there now?
 
-    def _read_back(self, key: str, cause: StoreError) -> Versioned | None:
+        A refusal, too, may be due to our own write: the client tries again when an answer is lost. And S3 refuses
+        with 409 while another write is under way, which may fail yet.
+        """
         try:
-            return self.find(key)
+            found = self.find(key)
         except StoreError as error:
             raise WriteUncertainError(
                 f"writing {self.url_of(key)} failed ({cause}) and so did reading it back ({error})"
             ) from error
+        if found is not None and found.data == data:
+            return True
+        if found is None and expected is None:
+            raise WriteUncertainError(f"{cause}; there is no object yet") from cause
+        if found is not None and expected is not None and found.data == expected.data:
+            raise WriteUncertainError(f"{cause}; the old object is still there") from cause
+        return False
 
     def _swap_local(self, root: Path, key: str, data: bytes, expected: Versioned) -> bool:
         # The kernel frees the lock when its holder dies; the rename is atomic, so a reader sees old or new.
@@ -401,7 +405,7 @@ def _s3_backend(bucket: str, prefix: str, s3: Credentials | None) -> S3Store:
     return S3Store(
         bucket,
         prefix=prefix or None,
-        config=options,
+        config=cast("S3Config", options),
         client_options={
             "allow_http": bool(endpoint and urlsplit(endpoint).scheme == "http"),
             "timeout": timedelta(seconds=60),

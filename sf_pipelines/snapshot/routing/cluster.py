@@ -180,7 +180,9 @@ def train_centroids(
     with threadpool_limits(1), warnings.catch_warnings():
         # Fewer distinct vectors than shards is legal; it is reported as `distinct`.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = KMeans(num_dbs, init="k-means++", n_init=1, max_iter=max_iter, tol=1e-4, random_state=seed, copy_x=True)
+        # Its stubs know only the string that n_init may be.
+        one: Any = 1
+        model: Any = KMeans(num_dbs, init="k-means++", n_init=one, max_iter=max_iter, tol=1e-4, random_state=seed)
         model.fit(data)
     centres = np.asarray(model.cluster_centers_, dtype=np.float32)
     centroids = _unit_rows(centres) if unit else centres

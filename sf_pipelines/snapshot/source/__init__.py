@@ -1,0 +1,1 @@
+"""The source table: files, data contract, samples."""

@@ -154,10 +154,7 @@ class RowContract:
 
         empty = cast("pl.DataFrame", pl.from_arrow(self.stored_schema.empty_table().drop(["vector", "payload"])))
         return pandera.DataFrameSchema(
-            {
-                name: pandera.Column(dtype, nullable=name != "id", required=True)
-                for name, dtype in empty.schema.items()
-            },
+            {name: pandera.Column(dtype, nullable=name != "id", required=True) for name, dtype in empty.schema.items()},
             strict=True,
         )
 
@@ -209,7 +206,7 @@ def _vectors(
     if pa.types.is_fixed_size_list(column.type):
         lengths = np.full(len(column), dim)
     else:
-        lengths = cast("NDArray[np.int64]", pc.fill_null(pc.list_value_length(column), 0).to_numpy())
+        lengths = cast("NDArray[np.int64]", pc.fill_null(pc.call_function("list_value_length", [column]), 0).to_numpy())
     sized = lengths == dim
     for row in np.flatnonzero(~present & (reasons == "")):
         reasons[row], details[row] = RejectReason.NULL_VECTOR.value, "no vector"
@@ -279,4 +276,6 @@ def _is_json(kind: pa.DataType) -> bool:
 
 def _require(field: pa.Field, option: str, allowed: Any) -> None:
     if not allowed(_plain_type(field.type)):
-        raise SourceSchemaError(f"{option} names {field.name!r}, which is {field.type}; that type cannot be stored there")
+        raise SourceSchemaError(
+            f"{option} names {field.name!r}, which is {field.type}; that type cannot be stored there"
+        )

@@ -1,5 +1,6 @@
 """Finding the source's files, pinning them, and reading them in record batches."""
 
+import base64
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,11 +53,18 @@ class SourceListing(Model):
         root: address that the keys are relative to.
         files: in key order.
         columns: the columns that are read and their Arrow types, as text.
+        schema_ipc: the same as an Arrow schema message, base64.
     """
 
     root: str
     files: tuple[SourceFile, ...]
     columns: dict[str, str]
+    schema_ipc: str
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """Types of the columns that are read."""
+        return pa_ipc.read_schema(pa.BufferReader(base64.b64decode(self.schema_ipc)))
 
     @property
     def rows(self) -> int:
@@ -148,16 +156,13 @@ def _glob_regex(pattern: str) -> str:
     return out
 
 
-def pin(source: str, s3: Credentials | None, columns: tuple[str, ...]) -> tuple[SourceListing, pa.Schema]:
+def pin(source: str, s3: Credentials | None, columns: tuple[str, ...]) -> SourceListing:
     """Lists the source's files, reads their footers and pins their versions.
 
     Args:
         source: path, folder or glob.
         s3: credentials.
         columns: columns that must be there.
-
-    Returns:
-        The listing, and the schema of these columns (the first file's).
 
     Raises:
         SourceNotFoundError: nothing matches.
@@ -184,8 +189,12 @@ def pin(source: str, s3: Credentials | None, columns: tuple[str, ...]) -> tuple[
         first_row += sum(unit_rows)
     if schema is None or first_row == 0:
         raise SourceEmptyError(f"source {source!r} has {len(files)} files and no rows")
-    spelled = {field.name: str(field.type) for field in schema}
-    return SourceListing(root=store.url, files=tuple(files), columns=spelled), schema
+    return SourceListing(
+        root=store.url,
+        files=tuple(files),
+        columns={field.name: str(field.type) for field in schema},
+        schema_ipc=base64.b64encode(schema.serialize().to_pybytes()).decode(),
+    )
 
 
 def _narrow(schema: pa.Schema, columns: tuple[str, ...], where: str) -> pa.Schema:

@@ -1,0 +1,262 @@
+"""The command line: ``sf-pipelines``, also ``python -m sf_pipelines.cli``."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sf_pipelines.snapshot.config import S3Options, WriteConfig
+from sf_pipelines.snapshot.errors import ConfigError, QueryError, SfPipelinesError
+
+app = typer.Typer(
+    name="sf-pipelines",
+    help="Build, publish, search and verify sharded vector-search snapshots.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Store = Annotated[str, typer.Argument(help="Root of the snapshot: s3://bucket/prefix or a folder.", show_default=False)]
+Endpoint = Annotated[
+    str | None, typer.Option("--endpoint-url", help="S3 server other than AWS. Credentials come from AWS_* variables.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+_STAGES = {
+    "sample": "validate and sample",
+    "route": "route rows to shards",
+    "shards": "build shards",
+    "gate": "run checks",
+    "verify": "verify shards",
+}
+
+
+@app.command()
+def build(
+    config: Annotated[Path, typer.Argument(help="YAML file with the fields of WriteConfig.", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Build and publish again although nothing is new.")] = False,
+) -> None:
+    """Build a snapshot, prove its recall, and publish it; go on where an earlier try was killed."""
+    from sf_pipelines.snapshot.pipeline import build_snapshot
+
+    with _typed_errors():
+        settings = _read_config(config)
+        with _progress() as watch:
+            result = build_snapshot(settings, progress=watch, force=force)
+        out = Console()
+        if not result.published:
+            out.print(f"Nothing is new: {result.run_id} stays current. (--force builds again.)", highlight=False)
+            return
+        out.print(f"Published {result.run_id} (seq {result.seq}) at {settings.store}", highlight=False)
+        seconds = sum(result.durations.values())
+        facts = {
+            "rows": f"{result.rows} in {len(result.shards)} shards, {result.rejected} rejected",
+            f"recall@{settings.recall_gate.k}": f"{result.recall:.4f}, at least {result.recall_lower:.4f} "
+            f"(95 % confidence), asking {result.num_probes} of {len(result.shards)} shards",
+            "time": f"{seconds:.2f} s, {result.rows / seconds:,.0f} vectors/s",
+            "manifest": result.manifest_ref,
+        }
+        _print_facts(out, facts)
+        for verdict in result.verdicts:
+            if not verdict.passed:
+                out.print(f"  [yellow]warning[/] {verdict.name}: {verdict.message}", highlight=False)
+
+
+@app.command()
+def search(
+    store: Store,
+    query: Annotated[
+        str, typer.Argument(help="A JSON list of numbers, or @file with one; - reads it from standard input.")
+    ],
+    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Neighbours wanted.")] = 10,
+    num_probes: Annotated[int | None, typer.Option(help="Shards to ask; default: as the snapshot was tuned.")] = None,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the nearest rows of a vector."""
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+
+    with _typed_errors():
+        vector = _read_query(query)
+        with ShardedVectorReader(store, s3=_s3(endpoint_url)) as reader:
+            answer = reader.search(vector, top_k, num_probes=num_probes)
+    if as_json:
+        rows = [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in answer.results]
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    table = Table("rank", "id", "score", "payload")
+    for rank, hit in enumerate(answer.results, start=1):
+        payload = "" if hit.payload is None else json.dumps(hit.payload, ensure_ascii=False)
+        table.add_row(str(rank), str(hit.id), f"{hit.score:.6f}", payload)
+    Console().print(table, f"{answer.num_shards_queried} shards, {answer.latency_ms:.1f} ms", highlight=False)
+
+
+@app.command()
+def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
+    """Show the current snapshot and its shards."""
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+
+    with _typed_errors(), ShardedVectorReader(store, s3=_s3(endpoint_url)) as reader:
+        facts, shards = reader.snapshot_info(), reader.shard_details()
+    named = {name: str(getattr(facts, name)) for name in facts.__dataclass_fields__}
+    if as_json:
+        rows = [{name: getattr(shard, name) for name in shard.__dataclass_fields__} for shard in shards]
+        typer.echo(json.dumps({**named, "shards": rows}))
+        return
+    out = Console()
+    _print_facts(out, named)
+    table = Table("shard", "vectors", "address")
+    for shard in shards:
+        table.add_row(str(shard.db_id), str(shard.vector_count), shard.db_url or "(empty)")
+    out.print(table, highlight=False)
+
+
+@app.command()
+def history(
+    store: Store,
+    limit: Annotated[int, typer.Option(help="Most snapshots to list.", min=1)] = 10,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what was published, newest first."""
+    from sf_pipelines.snapshot.manifest.publish import history as published
+    from sf_pipelines.snapshot.store import Store as ObjectStore
+
+    with _typed_errors():
+        entries = published(ObjectStore.open(store, _s3(endpoint_url)), limit)
+    if as_json:
+        rows = [
+            {
+                "run_id": entry.run_id,
+                "published_at": entry.published_at.isoformat(),
+                "manifest": entry.manifest_key,
+                "current": entry.is_current,
+            }
+            for entry in entries
+        ]
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("", "built", "run")
+    for entry in entries:
+        table.add_row("current" if entry.is_current else "", f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z", entry.run_id)
+    Console().print(table if entries else "nothing was published yet", highlight=False)
+
+
+@app.command()
+def verify(
+    store: Store,
+    manifest: Annotated[
+        str | None, typer.Option(help="Key of a manifest, as history --json shows it; default: the current one.")
+    ] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Hash every object again, open every shard, count rows, measure recall. Exit code 1 when anything is off."""
+    from sf_pipelines.snapshot.verification import verify_snapshot
+
+    with _typed_errors():
+        with _progress() as watch:
+            found = verify_snapshot(store, s3=_s3(endpoint_url), manifest_key=manifest, progress=watch)
+        out = Console()
+        recall = "not measured"
+        if found.recall is not None and found.recall_lower is not None:
+            promised = "" if found.min_recall is None else f"; published for {found.min_recall}"
+            recall = (
+                f"{found.recall:.4f}, at least {found.recall_lower:.4f} (95 % confidence), asking {found.num_probes} "
+                f"shards{promised}"
+            )
+        facts = {
+            "run": found.run_id,
+            "hashed": f"{found.objects} objects, {found.bytes:,} bytes",
+            "counted": f"{found.rows} rows in {found.shards} shards",
+            f"recall@{found.k}": recall,
+        }
+        _print_facts(out, facts)
+        for fault in found.faults:
+            out.print(f"[red]fault[/] {fault}", highlight=False, soft_wrap=True)
+        out.print("[green]all is well[/]" if found.passed else f"[red]{len(found.faults)} faults[/]")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _print_facts(out: Console, facts: dict[str, str]) -> None:
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        out.print(f"  {name:<{width}}  {value}", highlight=False, soft_wrap=True)
+
+
+def _s3(endpoint_url: str | None) -> S3Options | None:
+    return None if endpoint_url is None else S3Options(endpoint_url=endpoint_url)
+
+
+def _read_config(path: Path) -> WriteConfig:
+    try:
+        fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no fields; write WriteConfig's fields as YAML, such as name: products")
+    return WriteConfig(**{str(name): value for name, value in fields.items()})
+
+
+def _read_query(text: str) -> list[float]:
+    if text == "-":
+        text = sys.stdin.read()
+    elif text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except OSError as error:
+            raise QueryError(f"query file {text[1:]} cannot be read: {error.strerror}") from error
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise QueryError(f"the query is no JSON list of numbers: {error}") from error
+    if not isinstance(values, list):
+        raise QueryError(f"the query is no list of numbers but {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Errors of this package on one line, exit code 1; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except SfPipelinesError as error:
+        line = " ".join(str(error).split())
+        typer.secho(f"error [{error.kind}]: {line}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Draws one bar for each stage on standard error; nothing where that is no terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as drawn:
+
+        def watch(stage: str, done: int, total: int | None, unit: str) -> None:
+            if stage not in bars:
+                bars[stage] = drawn.add_task(_STAGES.get(stage, stage), total=total, unit=unit)
+            drawn.update(bars[stage], completed=done, total=total)
+
+        yield watch
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The snapshots that this deployment builds, one folder each."""

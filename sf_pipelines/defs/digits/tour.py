@@ -1,0 +1,124 @@
+"""``make snapshot``: builds the demo snapshot through Dagster, then searches it with the public reader."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sf_pipelines import ShardedVectorReader
+from sf_pipelines.defs.digits_source.table import TABLE, project_root
+
+_SEARCHES = 5
+_TOP_K = 6
+_RECALL_QUERIES = 300
+
+
+def main() -> int:
+    """Builds and searches.
+
+    Returns:
+        Exit code: 0, or 1 when the build failed.
+    """
+    console = Console()
+    settings = _settings()
+    root, store = project_root(), project_root() / settings["store"]
+    before = _current_run(store)
+    console.print("[bold]Building the demo snapshot through Dagster[/bold] (job build_digits)")
+    if not build(console):
+        console.print("[red]The build failed; the snapshot that was there before, if any, is still served.[/red]")
+        return 1
+    with ShardedVectorReader(str(store)) as reader:
+        run_id = reader.snapshot_info().run_id
+        nothing_new = before == run_id
+        console.print(
+            f"Nothing is new: the snapshot {run_id} holds this very source; it is searched again."
+            if nothing_new
+            else f"Published the snapshot {run_id}."
+        )
+        search(console, reader, root / TABLE)
+    console.print(f"\nThe snapshot is at [bold]{escape(str(store.relative_to(root)))}[/bold]; look at it with")
+    console.print(f"  .venv/bin/sf-pipelines info {escape(str(store.relative_to(root)))}")
+    console.print("  make ui     (assets, checks and runs in the browser)")
+    return 0
+
+
+def build(console: Console) -> bool:
+    """Runs the job on the instance of DAGSTER_HOME, so that the UI shows the run afterwards."""
+    from sf_pipelines.definitions import defs
+
+    job = defs().get_job_def("build_digits")
+    with dg.DagsterInstance.get() as instance:
+        result = job.execute_in_process(
+            instance=instance,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}},
+        )
+        for event in result.get_asset_check_evaluations():
+            verdict = "[green]passed[/green]" if event.passed else f"[red]failed[/red] ({event.severity.value})"
+            console.print(f"  check {event.check_name}: {verdict}  {escape(event.description or '')}", highlight=False)
+        for event in result.get_step_failure_events():
+            failure = event.step_failure_data.user_failure_data
+            reason = failure.description if failure else event.message
+            console.print(f"  [red]{event.step_key}: {escape(reason or '')}[/red]", highlight=False)
+    return result.success
+
+
+def search(console: Console, reader: ShardedVectorReader, path: Path) -> None:
+    """Prints a few searches with the labels of what they found, and the recall over more of them."""
+    rows = pq.read_table(path)
+    pixels = np.stack(rows["pixels"].to_numpy()).astype(np.float32)
+    labels = rows["label"].to_numpy()
+    picks = np.random.default_rng(7).choice(len(pixels), _RECALL_QUERIES, replace=False)
+    table = Table("digit", "id", "labels of its nearest neighbours", "distances", "shards asked", title="Five searches")
+    for pick in picks[:_SEARCHES]:
+        answer = reader.search(pixels[pick], top_k=_TOP_K)
+        hits = [hit for hit in answer.results if hit.id != pick]
+        table.add_row(
+            str(labels[pick]),
+            str(pick),
+            "  ".join(str(hit.payload["label"]) for hit in hits),
+            "  ".join(f"{hit.score:.3f}" for hit in hits),
+            str(answer.num_shards_queried),
+        )
+    console.print(table)
+    info = reader.snapshot_info()
+    console.print(
+        f"Measured recall@{_TOP_K} over {_RECALL_QUERIES} searches, against all rows: "
+        f"[bold]{measured_recall(reader, pixels, picks):.4f}[/bold] "
+        f"({info.num_probes} of {info.num_dbs} shards asked a search)",
+        highlight=False,
+    )
+
+
+def measured_recall(reader: ShardedVectorReader, pixels: np.ndarray, picks: np.ndarray) -> float:
+    """Share of the true nearest rows (cosine, float64) that the reader finds."""
+    unit = pixels.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    distances = 1.0 - unit[picks] @ unit.T
+    # A tie at the last place has several true answers: whatever is as near as the last one counts.
+    last = np.sort(distances, axis=1)[:, _TOP_K - 1] + 1e-9
+    answers = reader.batch_search(pixels[picks], top_k=_TOP_K)
+    found = [sum(hit.score <= limit for hit in answer.results) for answer, limit in zip(answers, last, strict=True)]
+    return float(np.mean(found)) / _TOP_K
+
+
+def _settings() -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name("defs.yaml").read_text(encoding="utf-8"))["attributes"]
+
+
+def _current_run(store: Path) -> str | None:
+    if not (store / "_CURRENT").exists():
+        return None
+    with ShardedVectorReader(str(store)) as reader:
+        return reader.snapshot_info().run_id
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What writes the source of the demo."""

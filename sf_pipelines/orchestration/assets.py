@@ -1,0 +1,180 @@
+"""The assets of one snapshot. Each calls one stage and turns its receipt into metadata; none touches data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from sf_pipelines.orchestration import metadata as described
+from sf_pipelines.orchestration.io_manager import Reference
+from sf_pipelines.orchestration.metadata import materialized
+from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
+from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.config import BUILD_VERSION
+from sf_pipelines.snapshot.errors import ReceiptMissingError
+from sf_pipelines.snapshot.receipts import Receipt
+
+CODE_VERSION = str(BUILD_VERSION)
+
+# Only errors that may pass are retried (see resources.surfaced).
+RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+
+
+class ScanOptions(dg.Config):
+    """Launchpad options of ``source_vectors``.
+
+    Attributes:
+        force: build again although nothing is new.
+    """
+
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A stage that goes on from the reference of one asset before it."""
+
+    noun: str
+    after: str
+    stage: Callable[[Build, str], Any]
+    describe: Callable[[Any], dict[str, Any]]
+    kinds: set[str]
+    description: str
+
+
+_STEPS = (
+    _Step(
+        "training_data",
+        "source_vectors",
+        stages.sample,
+        described.sample_metadata,
+        {"arrow"},
+        "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
+    ),
+    _Step(
+        "centroids",
+        "training_data",
+        stages.train,
+        described.train_metadata,
+        {"scikitlearn"},
+        "One k-means centre a shard: they say which shard holds which vector.",
+    ),
+    _Step(
+        "routed_vectors",
+        "centroids",
+        stages.route,
+        described.route_metadata,
+        {"arrow"},
+        "Every row sent to its shard, with a digest of each shard's rows.",
+    ),
+    _Step(
+        "current_pointer",
+        "manifest",
+        stages.promote,
+        described.promote_metadata,
+        {"json"},
+        "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the "
+        "verdicts are read from the store, so launching this asset alone publishes nothing that has not passed.",
+    ),
+)
+
+
+def common_settings(names: SnapshotNames, noun: str) -> dict[str, Any]:
+    """What all assets of a snapshot share, unpartitioned ones too: a single run can take the whole graph."""
+    return {
+        "key": names.asset(noun),
+        "group_name": names.name,
+        "code_version": CODE_VERSION,
+        "backfill_policy": dg.BackfillPolicy.single_run(),
+    }
+
+
+def build_assets(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) -> list[dg.AssetsDefinition]:
+    """All assets except the partitioned ``shard_indexes``."""
+    return [
+        _source_vectors(names, source_assets),
+        *(_step_asset(names, step) for step in _STEPS),
+        _manifest(names),
+    ]
+
+
+def _settings(names: SnapshotNames, noun: str) -> dict[str, Any]:
+    return {
+        **common_settings(names, noun),
+        "io_manager_key": names.io_manager,
+        "required_resource_keys": {names.resource},
+        "retry_policy": RETRY,
+    }
+
+
+def run_stage(
+    context: dg.AssetExecutionContext,
+    names: SnapshotNames,
+    stage: Callable[[Build], Any],
+    describe: Callable[[Any], dict[str, Any]],
+) -> dg.MaterializeResult:
+    """Runs one stage; its receipt becomes the materialization."""
+    access: SnapshotAccess = getattr(context.resources, names.resource)
+    with surfaced(), access.build(context.log) as build:
+        receipt: Receipt = stage(build)
+    if receipt.reason:
+        context.log.info("%s", receipt.reason)
+    return materialized(receipt, describe(receipt))
+
+
+def _source_vectors(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_settings(names, "source_vectors"),
+        deps=list(source_assets),
+        kinds={"parquet"},
+        description="The source files, pinned: what a build reads is exactly these versions.",
+    )
+    def source_vectors(context: dg.AssetExecutionContext, config: ScanOptions) -> dg.MaterializeResult:
+        return run_stage(context, names, lambda build: stages.scan(build, force=config.force), described.scan_metadata)
+
+    return source_vectors
+
+
+def _step_asset(names: SnapshotNames, step: _Step) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_settings(names, step.noun),
+        ins={"before": dg.AssetIn(names.asset(step.after))},
+        kinds=step.kinds,
+        description=step.description,
+    )
+    def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
+        return run_stage(context, names, lambda build: step.stage(build, before["run_id"]), step.describe)
+
+    return step_asset
+
+
+def _manifest(names: SnapshotNames) -> dg.AssetsDefinition:
+    @dg.asset(
+        **_settings(names, "manifest"),
+        ins={"shards": dg.AssetIn(names.asset("shard_indexes"))},
+        kinds={"sqlite"},
+        description="One manifest that names all shards, staged for the checks, and the measured number of probes.",
+    )
+    def manifest(context: dg.AssetExecutionContext, shards: Reference) -> dg.MaterializeResult:
+        def assemble(build: Build) -> Receipt:
+            return stages.assemble(build, _common_run(shards))
+
+        return run_stage(context, names, assemble, described.manifest_metadata)
+
+    return manifest
+
+
+def _common_run(shards: Reference) -> str:
+    """The one build that all shards are of."""
+    runs: dict[str, list[str]] = {}
+    for partition, value in shards.items():
+        runs.setdefault(value["run_id"], []).append(partition)
+    if len(runs) > 1:
+        shown = "; ".join(f"{run_id}: {', '.join(parts)}" for run_id, parts in sorted(runs.items()))
+        raise ReceiptMissingError(
+            f"the shard indexes are of {len(runs)} different builds ({shown}); materialize shard_indexes for all shards"
+        )
+    return next(iter(runs))

@@ -1,0 +1,56 @@
+"""The recall gate as checks on ``manifest``."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from sf_pipelines.orchestration.io_manager import Reference
+from sf_pipelines.orchestration.metadata import verdict_metadata
+from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
+from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.gate import CHECKS, required_checks
+
+_DESCRIPTIONS = {
+    "manifest_custom_fields": "The fields that readers need are there and agree with the configuration and the files.",
+    "shard_coverage": "Every row is in exactly one shard: counts and digests add up, in the stored objects too.",
+    "search_round_trip": "Rows of every shard are found again, through the real reader, on the staged manifest.",
+    "recall": "Measured on queries that did not choose num_probes; the lower confidence bound must reach min_recall.",
+    "shard_balance": "Largest shard over mean shard.",
+    "stock_recall": "What a stock reader with its default settings would find.",
+}
+
+
+def build_checks(names: SnapshotNames, config: WriteConfig) -> dg.AssetChecksDefinition:
+    """All checks as one definition; each can be executed alone. Those that the gate requires block the pointer."""
+    manifest, required = names.asset("manifest"), required_checks(Build(config))
+    specs = [
+        dg.AssetCheckSpec(name, asset=manifest, blocking=name in required, description=_DESCRIPTIONS[name])
+        for name in CHECKS
+    ]
+
+    @dg.multi_asset_check(
+        name=f"{names.name}_gate",
+        specs=specs,
+        can_subset=True,
+        ins={"manifest": manifest},
+        required_resource_keys={names.resource},
+    )
+    def gate(context: dg.AssetCheckExecutionContext, manifest: Reference) -> Iterator[dg.AssetCheckResult]:
+        access: SnapshotAccess = getattr(context.resources, names.resource)
+        selected = {key.name for key in context.selected_asset_check_keys}
+        with surfaced(), access.build(context.log) as build:
+            for name in (name for name in CHECKS if name in selected):
+                verdict = stages.check(build, manifest["run_id"], name)
+                yield dg.AssetCheckResult(
+                    passed=verdict.passed,
+                    asset_key=names.asset("manifest"),
+                    check_name=name,
+                    severity=dg.AssetCheckSeverity[verdict.severity],
+                    metadata=verdict_metadata(verdict),
+                    description=verdict.message,
+                )
+
+    return gate

@@ -1,0 +1,128 @@
+"""What the stages of one build share: configuration, stores, scratch space, progress."""
+
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.manifest import record
+from sf_pipelines.snapshot.receipts import Ledger, Ref, ScanReceipt, get_verified
+from sf_pipelines.snapshot.routing.cluster import ClusterRouting
+from sf_pipelines.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+
+
+_RENEW_SECONDS = 20.0
+
+
+class Progress(Protocol):
+    """Told how far a stage is."""
+
+    def __call__(self, stage: str, done: int, total: int | None, unit: str) -> None:
+        """``done`` of ``total`` (None: unknown) ``unit`` of a stage."""
+        ...
+
+
+def silent(stage: str, done: int, total: int | None, unit: str) -> None:
+    """Progress that nobody watches."""
+    del stage, done, total, unit
+
+
+class Build:
+    """A configuration with what is needed to work on it. Cheap to make; close it to free cached shards.
+
+    Attributes:
+        config: what to build.
+        cache_dir: folder for verified local copies of shards; None is the readers' default.
+    """
+
+    def __init__(self, config: WriteConfig, *, progress: Progress | None = None, cache_dir: Path | None = None) -> None:
+        self.config = config
+        self._progress: Progress = progress or silent
+        self.cache_dir = cache_dir
+        self._renewed: dict[str, float] = {}
+        self._reader: tuple[str, ShardedVectorReader] | None = None
+
+    @cached_property
+    def store(self) -> Store:
+        """The snapshot's root."""
+        return Store.open(self.config.store, self.config.s3, create=True)
+
+    def ledger(self, run_id: str) -> Ledger:
+        """Receipts of a run."""
+        return Ledger(self.store, run_id)
+
+    def scanned(self, run_id: str) -> ScanReceipt:
+        """The newest scan of a run; renews the build's lease."""
+        receipt = self.ledger(run_id).need(ScanReceipt)
+        if not receipt.published:
+            self.renew(receipt)
+        return receipt
+
+    def renew(self, scanned: ScanReceipt) -> None:
+        """Says that a build goes on; cheap enough to call for every batch."""
+        now = time.monotonic()
+        if now - self._renewed.get(scanned.record_key, -_RENEW_SECONDS) >= _RENEW_SECONDS:
+            record.renew(self.store, scanned.record_key)
+            self._renewed[scanned.record_key] = now
+
+    def routing(self, ref: Ref) -> ClusterRouting:
+        """The routing that a run trained."""
+        centroids = np.load(io.BytesIO(get_verified(self.store, ref)), allow_pickle=False)
+        return ClusterRouting(centroids, self.config.vector_spec.metric)
+
+    def report(self, stage: str, done: int, total: int | None, unit: str = "rows") -> None:
+        """Tells the watcher how far a stage is."""
+        self._progress(stage, done, total, unit)
+
+    def reader(self, manifest_key: str) -> "ShardedVectorReader":
+        """A reader of one manifest, kept open for the next caller."""
+        from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+
+        if self._reader is None or self._reader[0] != manifest_key:
+            self.close()
+            reader = ShardedVectorReader(
+                self.config.store, s3=self.config.s3, cache_dir=self.cache_dir, manifest_key=manifest_key
+            )
+            self._reader = (manifest_key, reader)
+        return self._reader[1]
+
+    def close(self) -> None:
+        """Closes the reader."""
+        if self._reader is not None:
+            self._reader[1].close()
+            self._reader = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="sf_pipelines-build-") as folder:
+        yield Path(folder)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return round(time.perf_counter() - self._start, 6)

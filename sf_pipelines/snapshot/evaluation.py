@@ -1,0 +1,180 @@
+"""Truth, recall and its confidence bound: what the gate measures with."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sf_pipelines.snapshot.metric import Float64
+
+TRUTH_FIELDS = ("query", "id", "distance")
+
+# One-sided confidence of every bound.
+CONFIDENCE = 0.95
+# Two exact scores of one pair may differ by rounding of different summation orders.
+_SCORE_TOLERANCE = 1e-9
+
+
+def truth_table(ids: pa.Array, positions: NDArray[np.int64], distances: Float64) -> pa.Table:
+    """Neighbours of each query within one shard.
+
+    Args:
+        ids: of the shard's rows.
+        positions: rows of the shard, nearest first, shape (queries, k).
+        distances: of these, same shape.
+
+    Returns:
+        Columns ``query``, ``id``, ``distance``.
+    """
+    query = np.repeat(np.arange(len(positions), dtype=np.int32), positions.shape[1])
+    columns = [pa.array(query), ids.take(pa.array(positions.ravel())), pa.array(distances.ravel())]
+    return pa.table(columns, names=list(TRUTH_FIELDS))
+
+
+def id_array(table: pa.Table) -> NDArray[Any]:
+    """The ``id`` column: int64, or str objects."""
+    return table.column("id").to_numpy()
+
+
+def halves(queries: int, *, disjoint: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the sample queries that tune and of those that judge; both are all where rows are too few."""
+    everything = np.arange(queries)
+    return (everything[0::2], everything[1::2]) if disjoint else (everything, everything)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Exact neighbours of the sample queries.
+
+    Attributes:
+        distances: distance of the furthest true neighbour of each query, shape (queries,); -inf where it has none.
+        counts: true neighbours of each query (k, or fewer in small tables), shape (queries,).
+    """
+
+    distances: Float64
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: pa.Table, queries: int) -> "Truth":
+        """From a merged truth table."""
+        query = table.column("query").to_numpy()
+        furthest = np.full(queries, -np.inf)
+        np.maximum.at(furthest, query, table.column("distance").to_numpy())
+        return cls(furthest, np.bincount(query, minlength=queries))
+
+    def select(self, rows: NDArray[np.int64]) -> "Truth":
+        """Of some of the queries."""
+        return Truth(self.distances[rows], self.counts[rows])
+
+
+def merge_truth(parts: list[pa.Table], query_ids: pa.Array, k: int) -> pa.Table:
+    """The ``k`` nearest of all shards' exact neighbours, each query's own row left out; ties by id."""
+    import polars as pl
+
+    merged = cast("pl.DataFrame", pl.from_arrow(pa.concat_tables(parts)))
+    own = pl.DataFrame({"query": np.arange(len(query_ids), dtype=np.int32), "own": pl.from_arrow(query_ids)})
+    best = (
+        merged.join(own, on="query")
+        .filter(pl.col("id") != pl.col("own"))
+        .sort("query", "distance", "id")
+        .group_by("query", maintain_order=True)
+        .head(k)
+        .select(TRUTH_FIELDS)
+    )
+    return best.to_arrow().cast(parts[0].schema)
+
+
+def recall_per_query(
+    ids: NDArray[Any],
+    scores: Float64,
+    query_ids: NDArray[Any],
+    truth: Truth,
+) -> Float64:
+    """Share of each query's true neighbours that were found.
+
+    A result counts when it is no further away than the furthest true neighbour, so that of equally near rows any
+    will do (as in Aumüller, Bernhardsson and Faithfull, ANN-Benchmarks, 2018).
+
+    Args:
+        ids: answers, shape (n, any); places without a result have a NaN score.
+        scores: their exact distances, same shape.
+        query_ids: id of each query's own row, which does not count, shape (n,).
+        truth: of the same queries.
+
+    Returns:
+        Shape (n,); 1.0 for a query without neighbours.
+    """
+    limit = truth.distances + _SCORE_TOLERANCE * np.maximum(1.0, np.abs(truth.distances))
+    with np.errstate(invalid="ignore"):
+        hits = ((scores <= limit[:, None]) & (ids != query_ids[:, None])).sum(axis=1)
+    return np.where(truth.counts > 0, np.minimum(hits, truth.counts) / np.maximum(truth.counts, 1), 1.0)
+
+
+def recall_by_id(ids: NDArray[Any], query_rows: NDArray[np.int64], truth: pa.Table) -> Float64:
+    """The same by id alone, for answers whose scores are not distances in the declared metric.
+
+    Args:
+        ids: answers, shape (n, any); None, or an id that is nobody's neighbour, where there is no result.
+        query_rows: number of each query in the truth table, shape (n,).
+        truth: merged truth table.
+    """
+    neighbours: dict[int, set[Any]] = {row: set() for row in query_rows.tolist()}
+    for query, row_id in zip(truth.column("query").to_pylist(), truth.column("id").to_pylist(), strict=True):
+        if query in neighbours:
+            neighbours[query].add(row_id)
+    found = [
+        len(neighbours[row].intersection(answer)) / len(neighbours[row]) if neighbours[row] else 1.0
+        for row, answer in zip(query_rows.tolist(), ids.tolist(), strict=True)
+    ]
+    return np.array(found)
+
+
+def quantile(degrees: int) -> float:
+    """Student's t quantile of ``CONFIDENCE``."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, CONFIDENCE))
+
+
+@dataclass(frozen=True)
+class RecallEstimate:
+    """Mean recall of a sample of queries and the one-sided lower confidence bound of the true mean (Student's t).
+
+    Attributes:
+        mean: of the sample.
+        deviation: standard deviation of one query's recall.
+        queries: size of the sample.
+    """
+
+    mean: float
+    deviation: float
+    queries: int
+
+    @classmethod
+    def of(cls, recalls: Float64) -> "RecallEstimate":
+        """From each query's recall; needs at least one."""
+        deviation = float(recalls.std(ddof=1)) if len(recalls) > 1 else 0.0
+        return cls(float(recalls.mean()), deviation, len(recalls))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self.deviation / math.sqrt(self.queries)
+
+    @property
+    def lower(self) -> float:
+        """Lower confidence bound of the mean."""
+        return self.mean - (quantile(self.queries - 1) * self.error if self.queries > 1 else 0.0)
+
+    def lower_of_another(self, queries: int) -> float:
+        """What the ``lower`` bound of another sample of ``queries`` queries will reach, by the same confidence.
+
+        Its mean differs from ours by both samples' errors, and its own bound lies one error below its mean.
+        """
+        if self.queries < 2 or queries < 2:
+            return self.lower
+        other = self.deviation / math.sqrt(queries)
+        return self.mean - quantile(queries - 1) * other - quantile(self.queries - 1) * math.hypot(self.error, other)

@@ -1,0 +1,355 @@
+"""Shards as LanceDB tables: ``<shard>/vector_index.lance``."""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sf_pipelines.snapshot.config import IndexParams
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError
+from sf_pipelines.snapshot.index.protocol import BuildReport, IdArray, IdType, IndexFamily, ShardHits
+from sf_pipelines.snapshot.index.scan import MemoryScan, first_k, id_ranks, id_values, pair_distances
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+
+if TYPE_CHECKING:
+    from lancedb.index import HnswFlat, HnswSq, IvfFlat, IvfSq
+    from lancedb.table import Table
+
+TABLE = "vector_index"
+_INDEX = "vector_idx"
+_DISTANCES = {DistanceMetric.COSINE: "cosine", DistanceMetric.L2: "l2", DistanceMetric.DOT_PRODUCT: "dot"}
+# Product and RaBit codes are too coarse to pick candidates from (stock writes one sub-vector: recall 0.2).
+_TRUSTED = frozenset({"IVF_FLAT", "IVF_SQ", "IVF_HNSW_SQ", "IVF_HNSW_FLAT"})
+# Errors of the library: it has no tree of its own.
+_LIBRARY_ERRORS = (RuntimeError, ValueError, OSError)
+# Up to this many bytes of vectors, a scan in memory is both exact and faster than any index.
+SCAN_BYTES = 16 * 1024 * 1024
+# Payload columns up to this size are kept once they were asked for; a fetch by row costs 2 ms.
+_PAYLOAD_BYTES = 16 * 1024 * 1024
+_HNSW_PARTITION_ROWS = 100_000
+
+
+class LanceDBBackend:
+    """The index library LanceDB.
+
+    Args:
+        scan_bytes: shards with at most so many bytes of vectors are searched by an exact scan in memory.
+    """
+
+    name = "lancedb"
+    directory = f"{TABLE}.lance"
+
+    def __init__(self, *, scan_bytes: int = SCAN_BYTES) -> None:
+        self._scan_bytes = scan_bytes
+
+    def build(
+        self,
+        rows: pa.Table,
+        folder: Path,
+        *,
+        family: IndexFamily,
+        metric: DistanceMetric,
+        params: IndexParams,
+    ) -> BuildReport:
+        """Writes table and index, the index exactly once; see ``IndexBackend.build``."""
+        import lancedb
+
+        started = time.perf_counter()
+        if rows.num_rows == 0:
+            raise IndexBuildError(
+                f"{folder}: a shard without rows has no index; leave it out of the manifest"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        with _library(IndexBuildError, f"cannot build a {family} index of {rows.num_rows} rows in {folder}"):
+            table = lancedb.connect(str(folder)).create_table(TABLE, rows)
+            table.create_index(
+                "vector",
+                config=_index_config(family, metric, params, rows.num_rows),
+                name=_INDEX,
+                replace=False,
+            )
+            stats = table.index_stats(_INDEX)
+        indexed = 0 if stats is None else stats.num_indexed_rows
+        if stats is None or indexed != rows.num_rows:
+            raise IndexBuildError(f"{folder}: the {family} index covers {indexed} of {rows.num_rows} rows")
+        return BuildReport(rows.num_rows, indexed, stats.index_type, time.perf_counter() - started)
+
+    def open(self, folder: Path, *, metric: DistanceMetric, dim: int) -> "LanceDBShard":
+        """Opens a local shard directory; see ``IndexBackend.open``."""
+        import lancedb
+
+        if not (folder / self.directory).is_dir():
+            raise IntegrityError(f"{folder} holds no {self.directory}")
+        with _library(IntegrityError, f"cannot open the LanceDB table in {folder}"):
+            table = lancedb.connect(str(folder)).open_table(TABLE)
+            return LanceDBShard(table, str(folder), metric, dim, self._scan_bytes)
+
+
+class LanceDBShard:
+    """An opened table; see ``ShardIndex``."""
+
+    def __init__(self, table: "Table", where: str, metric: DistanceMetric, dim: int, scan_bytes: int) -> None:
+        self.rows = table.count_rows()
+        self.id_type: IdType = _check_schema(table.schema, where, dim)
+        self._where = where
+        self._metric = metric
+        self._dim = dim
+        self._has_payload = "payload" in table.schema.names
+        self.indexed_rows, self._index_bytes, trusted = _index_of(table, metric)
+        covered = trusted and self.indexed_rows == self.rows
+        self._scans = not covered or self.rows * dim * 4 <= scan_bytes
+        self._lock = threading.Lock()
+        self._table: Table | None = table
+        self._scan: MemoryScan | None = None
+        self._payloads: pa.ChunkedArray | None = None
+        self._keeps_payloads = self._scans
+
+    @property
+    def memory_bytes(self) -> int:
+        """Vectors and payloads held, and the index that the library keeps."""
+        scan, payloads = self._scan, self._payloads
+        held = 0 if self._scans else self._index_bytes
+        return held + (scan.nbytes if scan else 0) + (payloads.nbytes if payloads is not None else 0)
+
+    def search(self, queries: Float32, k: int) -> ShardHits:
+        """Nearest rows with exact scores: by scan where that is cheap or no index helps, else by index."""
+        if self.rows == 0 or self._scans or _over_fetch(k) * 2 >= self.rows:
+            return self._scan_search(queries, k)
+        hits = self._index_search(queries, k)
+        # The library leaves out rows that it cannot rank (zero vectors under cosine); a scan knows them.
+        short = np.flatnonzero(hits.counts < k)
+        if len(short):
+            full = self._scan_search(queries[short], k)
+            width = hits.rows.shape[1]
+            hits.rows[short], hits.ids[short] = full.rows[:, :width], full.ids[:, :width]
+            hits.scores[short], hits.counts[short] = full.scores[:, :width], np.minimum(full.counts, width)
+        return hits
+
+    def _scan_search(self, queries: Float32, k: int) -> ShardHits:
+        if self.rows == 0:
+            shape = (len(queries), 0)
+            empty = np.empty(shape, dtype=np.int64 if self.id_type == "int64" else object)
+            counts = np.zeros(len(queries), dtype=np.int64)
+            return ShardHits(np.empty(shape, np.int64), empty, np.empty(shape), counts)
+        return self._memory().search(queries, k)
+
+    def _index_search(self, queries: Float32, k: int) -> ShardHits:
+        fetch = _over_fetch(k)
+        found = self._query(queries, fetch, ["id", "vector", "_distance"], declared=True)
+        query = found["query_index"].to_numpy().astype(np.int64)
+        scores = pair_distances(queries[query], _matrix(found["vector"], self._dim), self._metric)
+        best = first_k(query, scores, id_ranks(_ids(found)), len(queries), k)
+        ids = _ids(found).take(pa.array(best.flat))
+        return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, scores)
+
+    def search_raw(self, queries: Float32, k: int) -> ShardHits:
+        """No options, the library's own distance for a score."""
+        found = self._query(queries, k, ["id", "_distance"], declared=False)
+        query = found["query_index"].to_numpy().astype(np.int64)
+        scores = found["_distance"].to_numpy().astype(np.float64)
+        best = first_k(query, scores, np.arange(len(query)), len(queries), k)
+        ids = _ids(found).take(pa.array(best.flat))
+        return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, scores)
+
+    def _query(self, queries: Float32, k: int, columns: list[str], *, declared: bool) -> pa.Table:
+        with _library(IntegrityError, f"searching the shard in {self._where} failed"):
+            query: Any = self._open_table().search(list(queries), vector_column_name="vector")
+            query = query.select(columns).with_row_id(True).limit(k)
+            if declared:
+                # The metric is always said: left out, an index with another one would silently decide.
+                query = (
+                    query.distance_type(_DISTANCES[self._metric])
+                    .nprobes(_probes(self.rows))
+                    .ef(max(128, 2 * k))
+                )
+            found: pa.Table = query.to_arrow()
+        if "query_index" not in found.column_names:
+            # A batch of one comes back as a single query.
+            found = found.append_column("query_index", pa.array(np.zeros(found.num_rows, dtype=np.int32)))
+        return found
+
+    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
+        """Payload of each row, parsed; text that is no JSON object gives None."""
+        if not self._has_payload or len(rows) == 0:
+            return [None] * len(rows)
+        texts = self._payload_column()
+        if texts is None:
+            return _parse(self._take(rows, "payload"))
+        return _parse(texts.take(pa.array(np.searchsorted(self._memory().rows, rows))))
+
+    def vectors(self, rows: NDArray[np.int64]) -> Float32:
+        """Stored vectors."""
+        if self._scan is not None:
+            return self._scan.vectors[np.searchsorted(self._scan.rows, rows)]
+        return _matrix(self._take(rows, "vector"), self._dim)
+
+    def sample(self, n: int) -> tuple[IdArray, Float32]:
+        """Evenly spaced rows."""
+        offsets = (
+            np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64)) if self.rows else []
+        )
+        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
+            query: Any = self._open_table().take_offsets([int(at) for at in offsets])
+            found = _in_row_order(query.select(["id", "vector"]).with_row_id().to_arrow())
+        return id_values(_ids(found)), _matrix(found["vector"], self._dim)
+
+    def close(self) -> None:
+        """Lets go of the table and of everything held in memory."""
+        with self._lock:
+            self._table = self._scan = self._payloads = None
+
+    def _open_table(self) -> "Table":
+        table = self._table
+        if table is None:
+            raise ReaderClosedError(f"the shard in {self._where} was closed")
+        return table
+
+    def _memory(self) -> MemoryScan:
+        scan = self._scan
+        if scan is not None:
+            return scan
+        with self._lock:
+            if self._scan is None:
+                found = self._column("id", "vector")
+                row_ids = found["_rowid"].to_numpy().astype(np.int64)
+                vectors = _matrix(found["vector"], self._dim)
+                self._scan = MemoryScan(_ids(found), row_ids, vectors, self._metric)
+            return self._scan
+
+    def _payload_column(self) -> pa.ChunkedArray | None:
+        """The whole column of a shard that is scanned in memory, where it is small; else None."""
+        with self._lock:
+            if self._payloads is None and self._keeps_payloads:
+                found = self._column("payload")["payload"]
+                self._keeps_payloads = found.nbytes <= _PAYLOAD_BYTES
+                self._payloads = found if self._keeps_payloads else None
+            return self._payloads
+
+    def _column(self, *names: str) -> pa.Table:
+        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
+            query: Any = self._open_table().search()
+            return _in_row_order(query.select(list(names)).with_row_id(True).limit(self.rows).to_arrow())
+
+    def _take(self, rows: NDArray[np.int64], name: str) -> pa.ChunkedArray:
+        """One column at these rows; the library sorts rows and drops repeats, so they are put back."""
+        wanted, back = np.unique(rows, return_inverse=True)
+        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
+            query: Any = self._open_table().take_row_ids([int(row) for row in wanted])
+            found = _in_row_order(query.select([name]).with_row_id().to_arrow())
+        if found.num_rows != len(wanted):
+            raise IntegrityError(
+                f"{self._where}: {len(wanted) - found.num_rows} of {len(wanted)} rows are gone"
+            )
+        return found[name].take(pa.array(back))
+
+
+def _index_config(
+    family: IndexFamily, metric: DistanceMetric, params: IndexParams, rows: int
+) -> "IvfFlat | IvfSq | HnswSq | HnswFlat":
+    from lancedb.index import HnswFlat, HnswSq, IvfFlat, IvfSq
+
+    distance: Any = _DISTANCES[metric]
+    partitions = min(rows, params.num_partitions or math.isqrt(rows))
+    if family is IndexFamily.FLAT:
+        return IvfFlat(distance_type=distance, num_partitions=1)
+    if family is IndexFamily.IVF_FLAT:
+        return IvfFlat(distance_type=distance, num_partitions=partitions)
+    if family is IndexFamily.IVF_SQ:
+        return IvfSq(distance_type=distance, num_partitions=partitions)
+    graphs = min(rows, params.num_partitions or math.ceil(rows / _HNSW_PARTITION_ROWS))
+    kind = HnswSq if family is IndexFamily.HNSW else HnswFlat
+    return kind(
+        distance_type=distance, num_partitions=graphs, m=params.m, ef_construction=params.ef_construction
+    )
+
+
+def _over_fetch(k: int) -> int:
+    """Candidates to re-score: coarse scores swap neighbours, twice as many keep the true ones in."""
+    return max(2 * k, k + 10)
+
+
+def _probes(rows: int) -> int:
+    """Partitions to search, where there are about as many as the square root of the rows."""
+    return max(20, math.isqrt(rows) // 8)
+
+
+def _index_of(table: "Table", metric: DistanceMetric) -> tuple[int, int, bool]:
+    """Indexed rows, bytes, and whether the vector index may be asked for candidates in this metric."""
+    for index in table.list_indices():
+        stats = table.index_stats(index.name) if index.columns == ["vector"] else None
+        if stats is not None:
+            trusted = stats.index_type in _TRUSTED and stats.distance_type == _DISTANCES[metric]
+            return stats.num_indexed_rows, index.size_bytes or 0, trusted and not stats.num_unindexed_rows
+    return 0, 0, False
+
+
+def _check_schema(schema: pa.Schema, where: str, dim: int) -> IdType:
+    for name in ("id", "vector"):
+        if name not in schema.names:
+            raise IntegrityError(f"{where}: the table has no column {name!r}, only {', '.join(schema.names)}")
+    vector: Any = schema.field("vector").type
+    floats = pa.types.is_fixed_size_list(vector) and pa.types.is_floating(vector.value_type)
+    if not floats or vector.list_size != dim:
+        raise IntegrityError(f"{where}: column 'vector' is {vector}, the manifest says {dim} numbers")
+    kind = schema.field("id").type
+    if pa.types.is_integer(kind):
+        return "int64"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return "string"
+    raise IntegrityError(f"{where}: column 'id' is {kind}; int64 and string are understood")
+
+
+def _ids(found: pa.Table) -> pa.Array:
+    column = found["id"].combine_chunks()
+    if column.null_count:
+        raise IntegrityError(f"{column.null_count} rows of a shard have no id")
+    return column.cast(pa.int64() if pa.types.is_integer(column.type) else pa.string())
+
+
+def _in_row_order(found: pa.Table) -> pa.Table:
+    rows = found["_rowid"].to_numpy()
+    return found if bool(np.all(rows[1:] > rows[:-1])) else found.sort_by("_rowid")
+
+
+def _matrix(column: pa.ChunkedArray, dim: int) -> Float32:
+    """Vectors as float32, shape (rows, dim)."""
+    array: Any = column.combine_chunks()
+    if array.null_count:
+        raise IntegrityError(f"{array.null_count} rows of a shard have no vector")
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32, copy=False).reshape(-1, dim)
+
+
+def _parse(texts: pa.ChunkedArray | pa.Array) -> list[dict[str, Any] | None]:
+    return [_payload(text) for text in texts.to_pylist()]
+
+
+def _payload(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@contextmanager
+def _library(kind: type[IntegrityError] | type[IndexBuildError], what: str) -> Iterator[None]:
+    """Errors of the library as ours: a local, verified shard that cannot be read is broken."""
+    try:
+        yield
+    except _LIBRARY_ERRORS as error:
+        if isinstance(error, kind):
+            raise
+        # The first line, without the places in the library's own source that it appends.
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].split(", /rustc/")[0]
+        raise kind(f"{what}: {text[:400]}") from error

@@ -1,0 +1,184 @@
+"""What the build and the readers ask of an index library."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sf_pipelines.snapshot.config import IndexParams
+from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
+
+IdType = Literal["int64", "string"]
+# int64 ids, or str objects with None where there is no hit.
+IdArray = NDArray[Any]
+
+# `auto`: below this many rows in the largest shard an exact scan is as fast as any index.
+FLAT_ROWS = 4_000
+# `auto`: up to this many rows IVF_SQ is built 10 to 90 times faster than a graph, at similar latency.
+IVF_ROWS = 200_000
+
+
+class IndexFamily(StrEnum):
+    """How a shard's vectors are indexed. All rank rightly unrefined, so that a plain reader can merge.
+
+    ``FLAT`` is exact, ``IVF_FLAT`` searches some partitions exactly, ``IVF_SQ`` the same on 8-bit numbers,
+    ``HNSW`` walks a graph over 8-bit numbers, ``HNSW_FLAT`` a graph over the full ones.
+    """
+
+    FLAT = "flat"
+    IVF_FLAT = "ivf_flat"
+    IVF_SQ = "ivf_sq"
+    HNSW = "hnsw"
+    HNSW_FLAT = "hnsw_flat"
+
+
+def choose_family(index_type: str, largest_shard_rows: int) -> IndexFamily:
+    """The one family of a snapshot.
+
+    Args:
+        index_type: ``auto`` or a family's name.
+        largest_shard_rows: rows of the largest shard.
+
+    Raises:
+        ConfigError: no such family.
+    """
+    if index_type != "auto":
+        try:
+            return IndexFamily(index_type)
+        except ValueError as error:
+            names = ", ".join(["auto", *IndexFamily])
+            raise ConfigError(f"index_type {index_type!r} is unknown; use one of {names}") from error
+    if largest_shard_rows < FLAT_ROWS:
+        return IndexFamily.FLAT
+    return IndexFamily.IVF_SQ if largest_shard_rows <= IVF_ROWS else IndexFamily.HNSW
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built.
+
+    Attributes:
+        rows: rows of the table.
+        indexed_rows: rows that the index covers; always ``rows``.
+        index_type: the library's name of the index.
+        seconds: time taken.
+    """
+
+    rows: int
+    indexed_rows: int
+    index_type: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ShardHits:
+    """Nearest rows of one shard for a batch of queries, nearest first, equal scores by id.
+
+    Attributes:
+        rows: row references within the shard, int64, shape (n, k), -1 where there is no hit.
+        ids: int64 or str objects, shape (n, k); 0 or None where there is no hit.
+        scores: float64, shape (n, k), NaN where there is no hit.
+        counts: hits of each query, shape (n,).
+    """
+
+    rows: NDArray[np.int64]
+    ids: IdArray
+    scores: Float64
+    counts: NDArray[np.int64]
+
+
+class ShardIndex(Protocol):
+    """An opened shard. Thread-safe.
+
+    Attributes:
+        rows: rows of the shard.
+        indexed_rows: rows that a trained index covers; 0 when there is none.
+        id_type: type of the ids as stored.
+    """
+
+    rows: int
+    indexed_rows: int
+    id_type: IdType
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the shard holds at present."""
+        ...
+
+    def search(self, queries: Float32, k: int) -> ShardHits:
+        """The nearest rows in the declared metric, with exact scores.
+
+        Args:
+            queries: finite float32, shape (n, dim).
+            k: hits wanted; fewer come back only where the shard has fewer rows.
+        """
+        ...
+
+    def search_raw(self, queries: Float32, k: int) -> ShardHits:
+        """What a reader gets that passes no options and takes the library's own distance for a score."""
+        ...
+
+    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
+        """Payload of each row reference, in their order."""
+        ...
+
+    def vectors(self, rows: NDArray[np.int64]) -> Float32:
+        """Stored vector of each row reference, in their order, shape (n, dim)."""
+        ...
+
+    def sample(self, n: int) -> tuple[IdArray, Float32]:
+        """Ids and vectors of up to ``n`` rows spread over the shard; always the same ones."""
+        ...
+
+    def close(self) -> None:
+        """Frees what is held. Later calls raise ``ReaderClosedError``."""
+        ...
+
+
+class IndexBackend(Protocol):
+    """An index library.
+
+    Attributes:
+        name: as in ``VectorSpec.backend``.
+        directory: what a shard's directory holds: a folder or file of this name.
+    """
+
+    name: str
+    directory: str
+
+    def build(
+        self,
+        rows: pa.Table,
+        folder: Path,
+        *,
+        family: IndexFamily,
+        metric: DistanceMetric,
+        params: IndexParams,
+    ) -> BuildReport:
+        """Writes a shard into an empty folder.
+
+        Args:
+            rows: columns ``id`` (int64 or string), ``vector`` (fixed-size list of float32), ``payload``
+                (string: JSON or null), and any filter columns; at least one row.
+            folder: the shard's directory.
+            family: index to build.
+            metric: declared metric.
+            params: knobs of the family.
+
+        Raises:
+            IndexBuildError: it cannot be built, or does not cover every row.
+        """
+        ...
+
+    def open(self, folder: Path, *, metric: DistanceMetric, dim: int) -> ShardIndex:
+        """Opens a local shard directory for searching.
+
+        Raises:
+            IntegrityError: what is there is no readable shard of this dimension.
+        """
+        ...

@@ -1,0 +1,164 @@
+"""``_CURRENT``: the small object that says which manifest readers follow."""
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
+
+from sf_pipelines.snapshot.errors import ManifestError
+from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE, WireModel, tail_of
+from sf_pipelines.snapshot.manifest.wire import dump_json, load_json, parse_moment, timestamp
+from sf_pipelines.snapshot.model import describe_validation
+
+CURRENT = "_CURRENT"
+MANIFESTS = "manifests"
+POINTER_CONTENT_TYPE = "application/json"
+MAX_POINTER_BYTES = 64 * 1024
+
+_MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
+_MANIFEST_KEY = re.compile(rf"{MANIFESTS}/(?P<moment>{_MOMENT})_run_id=(?P<run_id>[^/]+)/manifest")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+Moment = Annotated[datetime, BeforeValidator(parse_moment)]
+
+
+class PreviousPointer(WireModel):
+    """The snapshot that was served before.
+
+    Attributes:
+        run_id: its build.
+        manifest_ref: its manifest's address.
+        write_id: of the pointer that named it; None where it had none.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_id: str
+    manifest_ref: str
+    write_id: str | None = None
+
+
+class Pointer(WireModel):
+    """What ``_CURRENT`` says: five fields of the format, then this package's; others are ignored.
+
+    Attributes:
+        manifest_ref: address of the manifest.
+        manifest_content_type: of the manifest.
+        run_id: build that made it.
+        updated_at: when the pointer was moved.
+        format_version: of the pointer.
+        seq: number of this move, counting up; None when a writer that does not count moved it.
+        write_id: unique to this move.
+        previous: what was served before.
+        manifest_digest: SHA-256 (hex) of the manifest's bytes.
+        build_key: digest of source version and config.
+        gate_key: digest of the gate that the snapshot passed.
+        hold: build key that a rollback blocked.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    manifest_ref: Annotated[str, Field(max_length=4096)]
+    manifest_content_type: str = Field(default=MANIFEST_CONTENT_TYPE)
+    run_id: str
+    updated_at: Moment
+    format_version: int = 1
+    seq: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    write_id: str | None = None
+    previous: PreviousPointer | None = None
+    manifest_digest: str | None = None
+    build_key: str | None = None
+    gate_key: str | None = None
+    hold: str | None = None
+
+    @field_serializer("updated_at")
+    def _write_moment(self, value: datetime) -> str:
+        return timestamp(value)
+
+    def encode(self) -> bytes:
+        """Compact JSON with sorted keys; fields that say nothing are left out."""
+        return dump_json(self.model_dump(mode="json", exclude_none=True)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> Self:
+        """Reads a pointer.
+
+        Args:
+            data: the object's bytes.
+            where: its address, for errors.
+
+        Raises:
+            ManifestError: it is no JSON object, or a field is missing or of the wrong type.
+        """
+        if len(data) > MAX_POINTER_BYTES:
+            raise ManifestError(f"pointer {where} has {len(data)} bytes, more than {MAX_POINTER_BYTES}")
+        try:
+            found: Any = load_json(data)
+        except ValueError as error:
+            raise ManifestError(f"pointer {where} is no JSON that can be used: {error}") from error
+        if not isinstance(found, dict):
+            raise ManifestError(f"pointer {where} is no JSON object (got {found!r:.80})")
+        if "manifest_content_type" not in found:
+            raise ManifestError(f"pointer {where}: manifest_content_type is missing")
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            raise ManifestError(describe_validation(f"pointer {where}", error)) from error
+
+
+class ManifestName(NamedTuple):
+    """What a manifest's key says."""
+
+    moment: datetime
+    run_id: str
+
+
+def manifest_name(run_id: str, created_at: datetime) -> str:
+    """Key of a published manifest.
+
+    Raises:
+        ManifestError: the run id cannot be part of a name.
+    """
+    return f"{MANIFESTS}/{timestamp(created_at)}_run_id={plain_run_id(run_id)}/manifest"
+
+
+def plain_run_id(run_id: str) -> str:
+    """The run id, after checking that it can be part of a name.
+
+    Raises:
+        ManifestError: it cannot.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise ManifestError(f"run id {run_id!r:.80} must be letters, digits, '.', '_' and '-' to be part of a name")
+    return run_id
+
+
+def parse_manifest_key(key: str) -> ManifestName | None:
+    """What the key of a published manifest says; None for any other key."""
+    match = _MANIFEST_KEY.fullmatch(key)
+    if match is None:
+        return None
+    try:
+        return ManifestName(parse_moment(match["moment"]), match["run_id"])
+    except ValueError:
+        # Digits that are no date: not a name that any writer makes.
+        return None
+
+
+def manifest_key(pointer: Pointer) -> str:
+    """Key below the root of the manifest that a pointer names, whatever root the pointer was written for.
+
+    Raises:
+        ManifestError: the address does not end in ``manifests/<time>_run_id=<run id>/manifest``.
+    """
+    ref = pointer.manifest_ref
+    try:
+        key = tail_of(ref, "/".join(ref.rsplit("/", 3)[1:]))
+    except ValueError as error:
+        raise ManifestError(f"pointer's manifest_ref {ref!r:.300}: {error}") from error
+    if parse_manifest_key(key) is None:
+        raise ManifestError(
+            f"pointer's manifest_ref {ref!r:.300} does not end in {MANIFESTS}/<time>_run_id=<run id>/manifest"
+        )
+    return key

@@ -1,0 +1,229 @@
+"""Publishing: the manifest's bytes get their public name, then the pointer is moved by compare-and-swap.
+
+Exactly one of several publishers that start from the same pointer wins. An answer that got lost does not change
+that: every pointer carries a write id, and the id of the one it replaced, so that a publisher can tell afterwards
+whether its own write was applied.
+"""
+
+import hashlib
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, PublishConflictError
+from sf_pipelines.snapshot.manifest.codec import decode_manifest
+from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE
+from sf_pipelines.snapshot.manifest.pointer import (
+    CURRENT,
+    MANIFESTS,
+    POINTER_CONTENT_TYPE,
+    Pointer,
+    PreviousPointer,
+    manifest_key,
+    manifest_name,
+    parse_manifest_key,
+)
+from sf_pipelines.snapshot.manifest.wire import timestamp
+from sf_pipelines.snapshot.store import Store, Versioned
+
+__all__ = ["HistoryEntry", "PointerView", "history", "publish", "read_pointer", "timestamp"]
+
+
+@dataclass(frozen=True)
+class PointerView:
+    """The pointer as it was found.
+
+    Attributes:
+        pointer: what it says; None when nothing was ever published.
+        version: its bytes and their version.
+    """
+
+    pointer: Pointer | None
+    version: Versioned | None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 (hex) of the pointer's bytes."""
+        return None if self.version is None else hashlib.sha256(self.version.data).hexdigest()
+
+    @property
+    def seq(self) -> int | None:
+        """Number of the last move; None when unknown."""
+        return None if self.pointer is None else self.pointer.seq
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """One published manifest.
+
+    Attributes:
+        run_id: build that made it.
+        published_at: time in its name, UTC.
+        manifest_key: its key below the root.
+        is_current: whether the pointer names it.
+    """
+
+    run_id: str
+    published_at: datetime
+    manifest_key: str
+    is_current: bool
+
+
+def read_pointer(store: Store) -> PointerView:
+    """The pointer as it is now.
+
+    Raises:
+        ManifestError: it cannot be understood.
+        StoreError: it cannot be read.
+    """
+    version = store.find(CURRENT)
+    if version is None:
+        return PointerView(None, None)
+    return PointerView(Pointer.decode(version.data, store.url_of(CURRENT)), version)
+
+
+def publish(
+    store: Store,
+    *,
+    manifest: bytes,
+    run_id: str,
+    created_at: datetime,
+    build_key: str | None,
+    gate_key: str | None,
+    base_fingerprint: str | None,
+) -> tuple[Pointer, PointerView]:
+    """Publishes a manifest that has passed its gate. Doing it again after a crash is safe.
+
+    Args:
+        store: the snapshot's root.
+        manifest: the manifest's bytes.
+        run_id: its build.
+        created_at: its date, part of its public name.
+        build_key: digest of source version and config.
+        gate_key: digest of the gate.
+        base_fingerprint: the pointer that the build went out from; None when there was none.
+
+    Returns:
+        The pointer that names the manifest, and the pointer that this call found. When the snapshot had been
+        published before, both are the same.
+
+    Raises:
+        PublishConflictError: the pointer is no longer the one that the build went out from.
+        IntegrityError: other bytes are stored under the manifest's public name.
+        WriteUncertainError: the store did not tell whether the pointer was moved; publish again to find out.
+        ManifestError: the manifest is not the one of this build, or the pointer cannot be understood.
+    """
+    named = decode_manifest(manifest, where=f"to be published for run {run_id}").run_id
+    if named != run_id:
+        raise ManifestError(f"the manifest to be published for run {run_id!r} is that of run {named!r}")
+    key = manifest_name(run_id, created_at)
+    digest = hashlib.sha256(manifest).hexdigest()
+    base = read_pointer(store)
+    if base.pointer is not None and base.pointer.manifest_digest == digest:
+        return base.pointer, base
+    if base.fingerprint != base_fingerprint:
+        raise _conflict(store, run_id, base)
+    ours = _successor(base, store.url_of(key), run_id, digest, build_key, gate_key)
+    fresh = _copy_manifest(store, key, manifest)
+    applied = store.swap(CURRENT, ours.encode(), base.version, content_type=POINTER_CONTENT_TYPE)
+    return _confirm(store, ours, base, key=key, fresh=fresh, applied=applied), base
+
+
+def history(store: Store, limit: int | None = 10) -> list[HistoryEntry]:
+    """Published manifests, newest first.
+
+    Args:
+        store: the snapshot's root.
+        limit: most entries; None for all.
+    """
+    try:
+        pointer = read_pointer(store).pointer
+        current = None if pointer is None else manifest_key(pointer)
+    except ManifestError:
+        # A pointer that cannot be understood is when the history is needed most; then no entry is current.
+        current = None
+    entries: list[HistoryEntry] = []
+    for info in store.objects(MANIFESTS):
+        name = parse_manifest_key(info.key)
+        if name is not None:
+            entries.append(HistoryEntry(name.run_id, name.moment, info.key, info.key == current))
+    entries.sort(key=lambda entry: entry.manifest_key, reverse=True)
+    return entries[:limit]
+
+
+def _successor(
+    base: PointerView, ref: str, run_id: str, digest: str, build_key: str | None, gate_key: str | None
+) -> Pointer:
+    found = base.pointer
+    previous = None
+    if found is not None:
+        previous = PreviousPointer(run_id=found.run_id, manifest_ref=found.manifest_ref, write_id=found.write_id)
+    return Pointer(
+        manifest_ref=ref,
+        run_id=run_id,
+        updated_at=datetime.now(UTC),
+        seq=(base.seq or 0) + 1,
+        write_id=uuid.uuid4().hex,
+        previous=previous,
+        manifest_digest=digest,
+        build_key=build_key,
+        gate_key=gate_key,
+    )
+
+
+def _copy_manifest(store: Store, key: str, manifest: bytes) -> bool:
+    """Gives the manifest its public name.
+
+    Returns:
+        False when it had it already.
+    """
+    found = store.find(key)
+    if found is None and store.create(key, manifest, content_type=MANIFEST_CONTENT_TYPE):
+        return True
+    if (found.data if found is not None else store.get(key)) != manifest:
+        raise IntegrityError(f"{store.url_of(key)} holds a manifest other than the one to be published there")
+    return False
+
+
+def _confirm(store: Store, ours: Pointer, base: PointerView, *, key: str, fresh: bool, applied: bool) -> Pointer:
+    """Decides by what the pointer says now whether the swap was ours."""
+    now = read_pointer(store)
+    theirs = now.pointer
+    if theirs is not None:
+        if theirs.write_id == ours.write_id:
+            return ours
+        if theirs.manifest_digest == ours.manifest_digest:
+            # Another process published this very manifest.
+            return theirs
+        if theirs.previous is not None and theirs.previous.write_id == ours.write_id:
+            # Ours was applied, its answer lost, and somebody has built on it since.
+            return ours
+        if applied and (theirs.seq or 0) > (ours.seq or 0):
+            return ours
+    if fresh and not applied and _took_our_place(theirs, base):
+        store.delete(key)
+    raise _conflict(store, ours.run_id, now)
+
+
+def _took_our_place(theirs: Pointer | None, base: PointerView) -> bool:
+    """Whether the pointer found now directly replaced our base, so that our manifest was never published.
+
+    Otherwise another process may have published the same manifest in between, and its name must stay.
+    """
+    if theirs is None or theirs.seq != (base.seq or 0) + 1:
+        return False
+    replaced = None if theirs.previous is None else theirs.previous.write_id
+    return replaced == (None if base.pointer is None else base.pointer.write_id)
+
+
+def _conflict(store: Store, ours: str, found: PointerView) -> PublishConflictError:
+    where = store.url_of(CURRENT)
+    if found.pointer is None:
+        message = f"{where} is gone since run {ours!r} was scanned; it is not current, scan again"
+        return PublishConflictError(message, ours=ours, theirs=None)
+    theirs = found.pointer.run_id
+    message = (
+        f"{where} names run {theirs!r} (seq {found.seq}), which is not the pointer that run {ours!r} went out from; "
+        f"run {ours!r} is not current, scan again"
+    )
+    return PublishConflictError(message, ours=ours, theirs=theirs)

@@ -1,0 +1,156 @@
+"""The whole build without Dagster."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot.build import Build, Progress, Stopwatch
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError, StoreError
+from sf_pipelines.snapshot.gate import Verdict
+from sf_pipelines.snapshot.manifest import record
+from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+
+_Done = TypeVar("_Done")
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build did.
+
+    Attributes:
+        run_id: the snapshot that is published now.
+        manifest_ref: address of its manifest.
+        published: whether this build moved the pointer; if not, ``reason`` says why.
+        reason: why nothing was done, else empty.
+        previous_run_id: snapshot that was served before.
+        seq: the pointer's sequence number.
+        rows: rows in the snapshot.
+        rejected: rows turned away; the scan's staging folder holds the table.
+        shards: one receipt per shard, empty ones too.
+        num_probes: shards that a reader asks by default.
+        recall: recall@k of the judging queries at that number of probes.
+        recall_lower: its lower confidence bound.
+        curve: recall of the tuning queries at each number of probes.
+        verdicts: of all checks.
+        durations: seconds of each stage.
+    """
+
+    run_id: str
+    manifest_ref: str
+    published: bool
+    reason: str
+    previous_run_id: str | None
+    seq: int
+    rows: int
+    rejected: int
+    shards: tuple[ShardReceipt, ...]
+    num_probes: int
+    recall: float
+    recall_lower: float
+    curve: tuple[CurvePoint, ...]
+    verdicts: tuple[Verdict, ...]
+    durations: dict[str, float]
+
+
+def build_snapshot(
+    config: WriteConfig,
+    *,
+    engine: None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    cache_dir: Path | None = None,
+) -> BuildResult:
+    """Builds, gates and publishes one snapshot; goes on with an unfinished build of the same source and config.
+
+    Args:
+        config: what to build.
+        engine: how work is spread; None is this process.
+        progress: told how far each stage is.
+        force: build and publish again although nothing is new.
+        cache_dir: folder for verified copies of shards; None is the readers' default.
+
+    Returns:
+        What is published now, and whether this call published it.
+
+    Raises:
+        SfPipelinesError: see its subclasses; the previous snapshot keeps serving.
+    """
+    del engine
+    with Build(config, progress=progress, cache_dir=cache_dir) as build:
+        durations: dict[str, float] = {}
+        watch = Stopwatch()
+        scanned = stages.scan(build, force=force)
+        durations["scan"] = watch.seconds
+        try:
+            return _run(build, scanned, durations)
+        except SfPipelinesError as error:
+            if not scanned.published:
+                _record_failure(build, scanned, error)
+            raise
+
+
+def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float]) -> BuildResult:
+    run_id = scanned.run_id
+
+    def timed(name: str, work: Callable[[], _Done]) -> _Done:
+        watch = Stopwatch()
+        done = work()
+        durations[name] = watch.seconds
+        return done
+
+    sampled = timed("sample", lambda: stages.sample(build, run_id))
+    timed("train", lambda: stages.train(build, run_id))
+    timed("route", lambda: stages.route(build, run_id))
+    shards = timed("shards", lambda: _build_shards(build, run_id))
+    manifest = timed("assemble", lambda: stages.assemble(build, run_id))
+    verdicts = timed("gate", lambda: stages.gate(build, run_id))
+    promoted = timed("promote", lambda: stages.promote(build, run_id))
+    return _result(scanned, sampled.rejected, shards, manifest, verdicts, promoted, durations)
+
+
+def _record_failure(build: Build, scanned: ScanReceipt, error: SfPipelinesError) -> None:
+    try:
+        record.finish(build.store, scanned.record_key, "failed", error=error)
+    except (StoreError, IntegrityError) as second:
+        # What stopped the build matters more than that it could not be written down.
+        error.add_note(f"the build record {scanned.record_key} could not be updated: {second}")
+
+
+def _build_shards(build: Build, run_id: str) -> list[ShardReceipt]:
+    shards: list[ShardReceipt] = []
+    for db_id in range(build.config.num_dbs):
+        shards.append(stages.build_shard(build, run_id, db_id))
+        build.report("shards", db_id + 1, build.config.num_dbs, "shards")
+    return shards
+
+
+def _result(
+    scanned: ScanReceipt,
+    rejected: int,
+    shards: list[ShardReceipt],
+    manifest: ManifestReceipt,
+    verdicts: list[Verdict],
+    promoted: PromoteReceipt,
+    durations: dict[str, float],
+) -> BuildResult:
+    recall = next(verdict for verdict in verdicts if verdict.name == "recall")
+    return BuildResult(
+        run_id=promoted.run_id,
+        manifest_ref=promoted.manifest_ref,
+        published=promoted.published,
+        reason=scanned.reason if not promoted.published else "",
+        previous_run_id=promoted.previous_run_id,
+        seq=promoted.seq,
+        rows=manifest.rows,
+        rejected=rejected,
+        shards=tuple(shards),
+        num_probes=manifest.num_probes,
+        recall=float(recall.figures["recall"]),
+        recall_lower=float(recall.figures["lower_bound"]),
+        curve=manifest.curve,
+        verdicts=tuple(verdicts),
+        durations=durations,
+    )

@@ -1,0 +1,299 @@
+"""Verified local copies of shards, shared by the processes of one user.
+
+A shard is never searched where it is stored: its objects are copied, their digests checked, and the copy is
+checked again each time it is taken out. Layout below the cache's root, for an entry ``d``:
+
+* ``d/``: the objects, exactly those that were recorded;
+* ``d.sealed``: for shards whose writer recorded no digests: those of the bytes that were downloaded;
+* ``d.lock``: its holders have it locked shared, eviction takes it exclusively; its time is that of the last
+  use;
+* ``d.fill``: locked exclusively by whoever downloads or replaces the entry.
+
+The kernel frees locks when their holder dies.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from sf_pipelines.snapshot.errors import (
+    DigestMismatchError,
+    IntegrityError,
+    ObjectMissingError,
+    StoreDeniedError,
+    StoreError,
+)
+from sf_pipelines.snapshot.manifest.models import ShardObject
+from sf_pipelines.snapshot.store import Store
+
+DEFAULT_BYTES = 20 * 1024**3
+_ENVIRONMENT = "SF_PIPELINES_CACHE"
+_DOWNLOADS = 8
+
+
+def default_root() -> Path:
+    """``$SF_PIPELINES_CACHE``, or a folder of this user among the temporary files."""
+    named = os.environ.get(_ENVIRONMENT)
+    return Path(named) if named else Path(tempfile.gettempdir(), f"sf_pipelines-{os.getuid()}", "cache")
+
+
+def shard_digest(objects: Iterable[ShardObject]) -> str:
+    """Digest (hex) of a sealed list of objects; equal shards share one copy."""
+    return _digest("sealed", sorted([item.path, item.size, item.sha256] for item in objects))
+
+
+class ShardCache:
+    """A folder of verified copies.
+
+    Args:
+        root: the folder, made where it is missing; None is ``default_root()``.
+        max_bytes: entries that nobody uses are dropped, longest unused first, until the rest fits. Entries in
+            use stay, so more can be on disk for a while.
+
+    Raises:
+        StoreDeniedError: the folder belongs to somebody else or cannot be made.
+    """
+
+    def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.root = (root or default_root()).expanduser().absolute()
+        self.max_bytes = max_bytes
+        _private_folder(self.root)
+
+    @contextmanager
+    def checkout(
+        self, store: Store, prefix: str, objects: Sequence[ShardObject] | None, digest: str | None = None
+    ) -> Iterator[Path]:
+        """A verified local copy of a shard's directory, held for as long as the block lasts.
+
+        Args:
+            store: where the shard is.
+            prefix: key of its directory.
+            objects: what the manifest recorded; None where the writer recorded nothing: then what is listed there
+                is taken, sizes are checked, and digests only from the download on.
+            digest: of ``objects``, where it is known.
+
+        Yields:
+            The copy.
+
+        Raises:
+            DigestMismatchError: an object is not what was recorded.
+            ObjectMissingError: an object is gone.
+            StoreError: the store cannot be read, or the disk cannot be written.
+        """
+        if objects is None:
+            listed = _listed(store, prefix)
+            sizes = {item.path: item.size for item in listed}
+            name = digest or _digest(store.url_of(prefix), [[i.path, i.size, i.sha256] for i in listed])
+            entry = _Entry(self.root, name, store, prefix, sizes, None)
+        else:
+            sizes = {_safe(item.path, store, prefix): item.size for item in objects}
+            sealed = {item.path: item.sha256 for item in objects}
+            entry = _Entry(self.root, digest or shard_digest(objects), store, prefix, sizes, sealed)
+        if not sizes:
+            raise ObjectMissingError(f"{store.url_of(prefix)} holds no objects; the shard is gone")
+        with _locked(entry.lock, fcntl.LOCK_SH):
+            if not entry.is_right():
+                with _locked(entry.fill_lock, fcntl.LOCK_EX):
+                    # Somebody else may have filled it while this one waited.
+                    if not entry.is_right():
+                        entry.fill()
+                self.evict()
+            entry.lock.touch()
+            yield entry.folder
+
+    def evict(self) -> None:
+        """Drops entries that nobody uses, longest unused first, until the rest fits into ``max_bytes``."""
+        sizes = {path.name: _size_of(path) for path in self.root.iterdir() if path.is_dir()}
+        total = sum(sizes.values())
+        by_age = sorted(self.root.glob("*.lock"), key=_last_use)
+        for lock in by_age:
+            if total <= self.max_bytes:
+                return
+            name = lock.name.removesuffix(".lock")
+            with suppress(BlockingIOError), _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(self.root / name, ignore_errors=True)
+                for left_over in self.root.glob(f"tmp-{name}-*"):
+                    shutil.rmtree(left_over, ignore_errors=True)
+                (self.root / f"{name}.sealed").unlink(missing_ok=True)
+                (self.root / f"{name}.fill").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+                total -= sizes.get(name, 0)
+
+
+class _Entry:
+    """One shard's copy."""
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        store: Store,
+        prefix: str,
+        sizes: dict[str, int],
+        sealed: dict[str, str] | None,
+    ) -> None:
+        self.folder = root / name
+        self.lock = root / f"{name}.lock"
+        self.fill_lock = root / f"{name}.fill"
+        self._sealed_file = root / f"{name}.sealed"
+        self._store = store
+        self._prefix = prefix
+        self._sizes = sizes
+        self._sealed = sealed
+
+    def is_right(self) -> bool:
+        """Whether the copy holds exactly the recorded bytes and nothing else."""
+        if not self.folder.is_dir():
+            return False
+        sealed = self._sealed if self._sealed is not None else self._read_sealed()
+        try:
+            found = {path.relative_to(self.folder).as_posix(): path for path in _files(self.folder)}
+            if sealed is None or found.keys() != sealed.keys():
+                return False
+            return all(_sha256(found[name]) == sealed[name] for name in sealed)
+        except OSError:
+            # Unreadable or vanished: not a copy to rely on; it is fetched again.
+            return False
+
+    def fill(self) -> None:
+        """Downloads into a folder of its own, checks, and puts that in place of whatever was there."""
+        for left_over in self.folder.parent.glob(f"tmp-{self.folder.name}-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        temporary = self.folder.parent / f"tmp-{self.folder.name}-{uuid.uuid4().hex}"
+        try:
+            temporary.mkdir()
+            with ThreadPoolExecutor(min(_DOWNLOADS, max(1, len(self._sizes)))) as pool:
+                fetched = dict(pool.map(lambda name: self._fetch(name, temporary / "new"), self._sizes))
+            self._put_in_place(temporary, fetched)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            where = self._store.url_of(self._prefix)
+            raise StoreError(f"cannot keep a copy of {where} in {self.folder.parent}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _put_in_place(self, temporary: Path, digests: dict[str, str]) -> None:
+        if self._sealed is None:
+            (temporary / "sealed").write_text(json.dumps(digests))
+            (temporary / "sealed").replace(self._sealed_file)
+        # Others may hold a copy that went bad: they have its files open, and find the right ones by name.
+        if self.folder.exists():
+            self.folder.rename(temporary / "old")
+        (temporary / "new").rename(self.folder)
+
+    def _fetch(self, name: str, folder: Path) -> tuple[str, str]:
+        key = f"{self._prefix}/{name}"
+        size, digest = self._store.download(key, folder / name)
+        if size != self._sizes[name]:
+            raise DigestMismatchError(
+                f"{self._store.url_of(key)} has {size} bytes, {self._sizes[name]} were recorded; "
+                "the snapshot is damaged: publish it again or roll back"
+            )
+        if self._sealed is not None and digest != self._sealed[name]:
+            raise DigestMismatchError(
+                f"{self._store.url_of(key)} has SHA-256 {digest}, {self._sealed[name]} was recorded; "
+                "the snapshot is damaged: publish it again or roll back"
+            )
+        return name, digest
+
+    def _read_sealed(self) -> dict[str, str] | None:
+        try:
+            found = json.loads(self._sealed_file.read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.keys() == self._sizes.keys() else None
+
+
+def _listed(store: Store, prefix: str) -> list[ShardObject]:
+    """What lies in a shard's directory. Without recorded digests the version tag stands for the bytes."""
+    found = [
+        ShardObject(
+            path=_safe(info.key.removeprefix(f"{prefix}/"), store, prefix),
+            size=info.size,
+            sha256=hashlib.sha256(f"{info.etag}".encode()).hexdigest(),
+        )
+        for info in store.objects(prefix)
+    ]
+    return sorted(found, key=lambda item: item.path)
+
+
+def _safe(path: str, store: Store, prefix: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "/".join(parts) != path or "\\" in path:
+        raise IntegrityError(f"{store.url_of(prefix)} names an object {path!r} that is no plain relative path")
+    return path
+
+
+def _private_folder(root: Path) -> None:
+    """Makes a folder. One among the temporary files must be ours: anybody could have put it there."""
+    ours = [root.parent, root] if root == default_root() and not os.environ.get(_ENVIRONMENT) else []
+    try:
+        for folder in ours:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = {folder: folder.lstat() for folder in ours}
+    except OSError as error:
+        raise StoreDeniedError(f"cannot use {root} for copies of shards: {error}") from error
+    for folder, info in found.items():
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
+            raise StoreDeniedError(f"{folder} is no folder of this user alone; name a private one in {_ENVIRONMENT}")
+
+
+@contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    """Holds a file lock. The file may be removed by whoever had it before: then a new one is taken."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, how)
+            if _is_still(handle, path):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything in a folder that is no folder; links count as what they are."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            yield path
+
+
+def _size_of(folder: Path) -> int:
+    with suppress(FileNotFoundError):
+        return sum(path.lstat().st_size for path in _files(folder))
+    return 0
+
+
+def _last_use(path: Path) -> float:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _sha256(path: Path) -> str:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(kind: str, value: object) -> str:
+    return hashlib.sha256(json.dumps([kind, value], separators=(",", ":")).encode()).hexdigest()

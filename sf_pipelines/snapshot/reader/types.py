@@ -1,0 +1,146 @@
+"""What readers answer."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_pipelines.snapshot.errors import SfPipelinesError
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """One neighbour.
+
+    Attributes:
+        id: with the type that it was written with.
+        score: exact distance in the declared metric, lower is better.
+        vector: as stored, float32, shape (dim,); None unless asked for.
+        payload: as stored; None where there is none.
+    """
+
+    id: int | str
+    score: float
+    vector: Float32 | None
+    payload: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSearchResponse:
+    """Answer to one query.
+
+    Attributes:
+        results: nearest first, equal scores by id.
+        num_shards_queried: number of ``shard_ids``.
+        latency_ms: time from call to answer; of the whole batch in a batch.
+        shard_ids: shards that were asked, in the order of the plan; empty shards count.
+    """
+
+    results: list[SearchResult]
+    num_shards_queried: int
+    latency_ms: float
+    shard_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchArrays:
+    """Answers to many queries, as arrays.
+
+    Attributes:
+        ids: shape (n, k): int64 or str objects; where a query has fewer than k hits, an object array with None.
+        scores: float64, shape (n, k), NaN where there is no hit.
+        counts: hits of each query, shape (n,).
+    """
+
+    ids: NDArray[Any]
+    scores: Float64
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """The snapshot that a reader serves.
+
+    Attributes:
+        run_id: build that made it.
+        num_dbs: number of shards, empty ones included.
+        dim: numbers in a vector.
+        metric: declared distance.
+        sharding: strategy.
+        num_probes: shards asked by default.
+        manifest_ref: address of its manifest under the reader's root.
+        total_vectors: rows of all shards.
+        created_at: when it was built.
+        published_at: when the pointer was moved to it; None for a pinned manifest.
+    """
+
+    run_id: str
+    num_dbs: int
+    dim: int
+    metric: DistanceMetric
+    sharding: str
+    num_probes: int
+    manifest_ref: str
+    total_vectors: int
+    created_at: datetime
+    published_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDetail:
+    """One shard.
+
+    Attributes:
+        db_id: its number.
+        db_url: address of its directory under the reader's root; None for an empty shard.
+        vector_count: its rows.
+        checkpoint_id: opaque id of its bytes.
+    """
+
+    db_id: int
+    db_url: str | None
+    vector_count: int
+    checkpoint_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """State of a reader.
+
+    Attributes:
+        status: ``unhealthy`` when closed; ``degraded`` when the snapshot is older than the threshold or the last
+            refresh failed; else ``healthy``.
+        manifest_ref: address of the manifest that is served.
+        manifest_age_seconds: since the pointer was moved to it; since it was built for a pinned one.
+        num_shards: shards of the snapshot.
+        is_closed: whether the reader was closed.
+        last_error: why the last refresh failed; None after a good one.
+    """
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    manifest_ref: str
+    manifest_age_seconds: float
+    num_shards: int
+    is_closed: bool
+    last_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshOutcome:
+    """What a refresh did. Truthy only when another snapshot is served now.
+
+    Attributes:
+        status: ``unchanged``, ``updated`` or ``failed``.
+        run_id: build that is served now.
+        error: why it failed; the old snapshot keeps serving.
+    """
+
+    status: Literal["unchanged", "updated", "failed"]
+    run_id: str
+    error: SfPipelinesError | None = None
+
+    def __bool__(self) -> bool:
+        return self.status == "updated"

@@ -1,0 +1,203 @@
+"""Routed files: the rows of one input range, sorted by shard.
+
+One Arrow file for each range. Each record batch holds rows of one shard only, in source order, so that a shard's
+builder reads just its own batches. Memory is bounded by the write buffer, not by the range.
+"""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc as pa_ipc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError
+from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.receipts import RangeReceipt, Ref, RoutedPart, RoutedShard, SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.routing.protocol import Int32, Routing
+from sf_pipelines.snapshot.source.contract import RowContract
+from sf_pipelines.snapshot.source.files import SourceBatch, Span, read_span
+from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
+from sf_pipelines.snapshot.store import ObjectInfo, Store
+
+_BUFFER_BYTES = 32 * 1024 * 1024
+
+
+def route_range(
+    build: Build,
+    scanned: ScanReceipt,
+    sampled: SampleReceipt,
+    routing: Routing,
+    spans: tuple[Span, ...],
+    part: str,
+    inputs: str,
+) -> RangeReceipt:
+    """Reads one input range and stores its rows sorted by shard."""
+    config, ledger, watch = build.config, build.ledger(scanned.run_id), Stopwatch()
+    contract = RowContract(config, scanned.listing.arrow_schema)
+    source = Store.open(scanned.listing.root, config.s3)
+    rejected = RejectedRows(build.store, sampled.rejects)
+    with scratch() as folder:
+        writer = RoutedWriter(folder / "routed.arrow", contract.stored_schema)
+        for span in spans:
+            file = scanned.listing.files[span.file]
+            gone = rejected.between(file.first_row, file.first_row + file.rows)
+            for batch in read_span(source, file, span, config.row_columns, config.batch_rows):
+                rows = _without(batch, gone)
+                if rows.num_rows:
+                    stored, vectors = contract.stored(rows)
+                    writer.add(stored, routing.assign(vectors))
+                build.report("route", batch.first_row + batch.rows.num_rows, scanned.rows)
+                build.renew(scanned)
+        parts, shards = writer.close()
+        key = f"{ledger.root}/routed/{part}-{uuid.uuid4().hex[:8]}.arrow"
+        ref = ledger.put_file(writer.path, key, rows=sum(shard.rows for shard in shards))
+    receipt = RangeReceipt(
+        run_id=scanned.run_id,
+        inputs=inputs,
+        spans=spans,
+        ref=ref,
+        parts=parts,
+        shards=shards,
+        seconds=watch.seconds,
+    )
+    return ledger.commit(receipt, part)
+
+
+class RejectedRows:
+    """Which source rows were turned away, read for one file at a time."""
+
+    def __init__(self, store: Store, ref: Ref) -> None:
+        self._store = store
+        self._ref = ref
+
+    def between(self, first_row: int, end_row: int) -> NDArray[np.int64]:
+        """Sorted positions of rejected rows in ``first_row <= row < end_row``."""
+        if not self._ref.rows:
+            return np.empty(0, dtype=np.int64)
+        info = ObjectInfo(self._ref.key, self._ref.size, None)
+        with self._store.open_file(self._ref.key, pinned=info) as raw:
+            inside = (pc.field("row") >= first_row) & (pc.field("row") < end_row)
+            table = pq.read_table(raw, columns=["row"], filters=inside)
+        return np.sort(table.column("row").to_numpy())
+
+
+def _without(batch: SourceBatch, gone: NDArray[np.int64]) -> pa.RecordBatch:
+    first, end = np.searchsorted(gone, [batch.first_row, batch.first_row + batch.rows.num_rows])
+    if first == end:
+        return batch.rows
+    kept = np.ones(batch.rows.num_rows, dtype=bool)
+    kept[gone[first:end] - batch.first_row] = False
+    return batch.rows.filter(pa.array(kept))
+
+
+class RoutedWriter:
+    """Collects rows with their shard and writes them shard by shard whenever the buffer is full."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self._schema = schema
+        self._writer = pa_ipc.new_file(str(path), schema)
+        self._batches: list[pa.RecordBatch] = []
+        self._shards: list[Int32] = []
+        self._bytes = 0
+        self._digests: dict[int, RowSetDigest] = {}
+        self._parts: list[RoutedPart] = []
+
+    def add(self, rows: pa.RecordBatch, shards: Int32) -> None:
+        """Takes stored rows and the shard of each."""
+        self._batches.append(rows)
+        self._shards.append(shards)
+        self._bytes += rows.nbytes
+        if self._bytes >= _BUFFER_BYTES:
+            self._flush()
+
+    def close(self) -> tuple[tuple[RoutedPart, ...], tuple[RoutedShard, ...]]:
+        """Writes the rest; what the file's batches hold, and rows and digest of each shard."""
+        self._flush()
+        self._writer.close()
+        shards = tuple(
+            RoutedShard(db_id=db_id, rows=digest.rows, digest=digest.hexdigest())
+            for db_id, digest in sorted(self._digests.items())
+        )
+        return tuple(self._parts), shards
+
+    def _flush(self) -> None:
+        if not self._batches:
+            return
+        rows = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
+        shards = np.concatenate(self._shards)
+        order = np.argsort(shards, kind="stable")
+        present, starts = np.unique(shards[order], return_index=True)
+        ends = [*starts[1:].tolist(), len(order)]
+        for db_id, start, end in zip(present.tolist(), starts.tolist(), ends, strict=True):
+            part = rows.take(pa.array(order[start:end])).combine_chunks()
+            batch = part.to_batches()[0]
+            self._parts.append(RoutedPart(db_id=db_id, batch=self._next_batch(), rows=len(batch)))
+            self._writer.write_batch(batch)
+            add_rows(self._digests.setdefault(db_id, RowSetDigest()), batch)
+        self._batches, self._shards, self._bytes = [], [], 0
+
+    def _next_batch(self) -> int:
+        return len(self._parts)
+
+
+def read_shard(store: Store, ranges: list[RangeReceipt], db_id: int, expected: RoutedShard) -> pa.Table:
+    """All rows of one shard, in source order, checked against what was routed to it.
+
+    Raises:
+        CountMismatchError: rows are missing or too many.
+        IntegrityError: the rows are not those that were routed.
+    """
+    digest, batches = RowSetDigest(), []
+    schema: pa.Schema | None = None
+    for receipt in ranges:
+        mine = [part.batch for part in receipt.parts if part.db_id == db_id]
+        if not mine:
+            continue
+        for batch in _read_batches(store, receipt.ref, mine):
+            schema = batch.schema
+            add_rows(digest, batch)
+            batches.append(batch)
+    if digest.rows != expected.rows:
+        raise CountMismatchError(f"shard {db_id}: {expected.rows} rows were routed, {digest.rows} were found")
+    if digest.hexdigest() != expected.digest:
+        keys = ", ".join(receipt.ref.key for receipt in ranges)
+        raise IntegrityError(f"shard {db_id}: the rows in {keys} are not those that were routed; route again")
+    return pa.Table.from_batches(batches, schema)
+
+
+def _read_batches(store: Store, ref: Ref, numbers: list[int]) -> Iterator[pa.RecordBatch]:
+    with store.open_file(ref.key, pinned=ObjectInfo(ref.key, ref.size, None)) as raw:
+        try:
+            reader = pa_ipc.open_file(pa.PythonFile(raw, mode="r"))
+            for number in numbers:
+                yield reader.get_batch(number)
+        except pa.ArrowInvalid as error:
+            raise IntegrityError(f"{store.url_of(ref.key)} cannot be read: {error}") from error
+
+
+def vectors_of(rows: pa.RecordBatch | pa.Table) -> Float32:
+    """The vector column as a matrix, shape (rows, dim)."""
+    column = rows.column("vector")
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+        column = cast("pa.Array", column)
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(rows), column.type.list_size)
+
+
+def add_rows(digest: RowSetDigest, batch: pa.RecordBatch) -> None:
+    """Adds stored rows to a digest: id, vector, payload and filter columns."""
+    extras: list[UInt64] = [
+        hash_column(batch.column(field.name).cast(pa.string()))
+        for field in batch.schema
+        if field.name not in {"id", "vector"}
+    ]
+    digest.add(hash_column(batch.column("id")), hash_vectors(vectors_of(batch)), extras)

@@ -1,0 +1,396 @@
+"""The build as plain functions, in order: scan, sample, train, route, build_shard, assemble, check, promote.
+
+Each reads the receipts of the stages before it from the store and writes its own there; none hands over data. A stage
+that finds its receipt for the same inputs does nothing and says so in ``reason``. So a build that was killed goes on
+where it was, and the command line, Dagster and the engines run the very same code.
+"""
+
+import io
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from sf_pipelines.snapshot import gate as gating
+from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
+from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.config import digest_json
+from sf_pipelines.snapshot.errors import ConfigError, CountMismatchError, DataContractError, SourceEmptyError
+from sf_pipelines.snapshot.gate import CHECKS, Verdict
+from sf_pipelines.snapshot.index.protocol import choose_family
+from sf_pipelines.snapshot.manifest import publish, record
+from sf_pipelines.snapshot.receipts import (
+    STAGING,
+    Ledger,
+    ManifestReceipt,
+    PromoteReceipt,
+    RangeReceipt,
+    RoutedShard,
+    RouteReceipt,
+    SampleReceipt,
+    ScanReceipt,
+    ShardReceipt,
+    TrainReceipt,
+    inputs_of,
+)
+from sf_pipelines.snapshot.routed import read_shard, route_range, vectors_of
+from sf_pipelines.snapshot.routing.cluster import train_centroids
+from sf_pipelines.snapshot.sealing import is_intact, seal_shard
+from sf_pipelines.snapshot.source.contract import RowContract
+from sf_pipelines.snapshot.source.files import pin, plan_ranges
+from sf_pipelines.snapshot.source.hashing import RowSetDigest
+from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.validation import validate_and_sample
+
+__all__ = [
+    "CHECKS",
+    "assemble",
+    "build_shard",
+    "check",
+    "gate",
+    "promote",
+    "route",
+    "sample",
+    "scan",
+    "train",
+]
+
+# Decoded vectors of one input range.
+_RANGE_BYTES = 256 * 1024 * 1024
+
+
+# 1. scan
+
+
+def scan(build: Build, *, force: bool = False) -> ScanReceipt:
+    """Pins the source and decides which run this is: a new one, an unfinished one, or the published one.
+
+    Args:
+        build: what to build.
+        force: build again although nothing is new.
+
+    Raises:
+        SourceError: no file, no row, or a column that cannot be used.
+        ConfigError: more shards than rows.
+        StoreError: the store cannot be written.
+    """
+    config = build.config
+    listing = pin(config.source, config.s3, config.row_columns)
+    contract = RowContract(config, listing.arrow_schema)
+    if config.num_dbs > listing.rows:
+        raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
+    build_key = digest_json({"source": listing.model_dump(mode="json"), "config": config.build_fields()})
+    view = publish.read_pointer(build.store)
+    base: dict[str, Any] = {
+        "base_fingerprint": view.fingerprint,
+        "base_run_id": view.pointer.run_id if view.pointer else None,
+        "base_seq": view.seq,
+    }
+    if view.pointer and not force and (view.pointer.build_key, view.pointer.gate_key) == (build_key, config.gate_key()):
+        published = build.ledger(view.pointer.run_id).find(ScanReceipt, inputs=build_key)
+        if published is not None:
+            reason = f"nothing is new: {view.pointer.run_id} is published and was built from this source and config"
+            return published.model_copy(update={"published": True, "reason": reason})
+    unfinished = _unfinished_run(build.store, build_key)
+    receipt = unfinished or ScanReceipt(
+        run_id=f"{build_key[:16]}-{uuid.uuid4().hex[:12]}",
+        inputs=build_key,
+        build_key=build_key,
+        gate_key=config.gate_key(),
+        listing=listing,
+        id_type=contract.id_type,
+        record_key="",
+        **base,
+    )
+    if unfinished is None:
+        key = record.start_record(build.store, receipt.run_id)
+        receipt = receipt.model_copy(update={"record_key": key})
+    elif all(getattr(unfinished, name) == value for name, value in base.items()):
+        return unfinished.model_copy(update={"reason": f"goes on with the unfinished build {unfinished.run_id}"})
+    # A run that is taken up again goes out from the pointer as it is now.
+    fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "gate_key": config.gate_key(), **base}
+    return build.ledger(receipt.run_id).commit(receipt.model_copy(update=fresh))
+
+
+def _unfinished_run(store: Store, build_key: str) -> ScanReceipt | None:
+    """The newest run of the same build that was not published."""
+    found: list[ScanReceipt] = []
+    for folder in store.folders(STAGING):
+        run_id = folder.removeprefix("run_id=")
+        if not run_id.startswith(build_key[:16]):
+            continue
+        ledger = Ledger(store, run_id)
+        receipt = ledger.find(ScanReceipt, inputs=build_key)
+        if receipt is not None and ledger.find(PromoteReceipt) is None:
+            found.append(receipt)
+    return max(found, key=lambda receipt: receipt.created_at, default=None)
+
+
+# 2. sample
+
+
+def sample(build: Build, run_id: str) -> SampleReceipt:
+    """Validates every row, writes the reject table, and draws the training and the query sample.
+
+    Raises:
+        DataContractError: more rows were rejected than ``max_reject_fraction`` allows.
+        SourceEmptyError: no row was left.
+        SourceChangedError: a file changed since the scan.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    receipt = ledger.find(SampleReceipt, inputs=scanned.build_key)
+    if receipt is not None:
+        receipt = receipt.model_copy(update={"reason": "this source was validated and sampled before"})
+    else:
+        receipt = ledger.commit(validate_and_sample(build, scanned, ledger))
+    _check_rejects(build, receipt)
+    return receipt
+
+
+def _check_rejects(build: Build, receipt: SampleReceipt) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(receipt.reject_reasons.items()))
+    where = f"see {build.store.url_of(receipt.rejects.key)}"
+    if receipt.rejected > build.config.max_reject_fraction * receipt.rows_in:
+        raise DataContractError(
+            f"{receipt.rejected} of {receipt.rows_in} rows were rejected ({reasons}), more than max_reject_fraction "
+            f"{build.config.max_reject_fraction} allows; {where}"
+        )
+    if receipt.rows_kept == 0:
+        raise SourceEmptyError(f"all {receipt.rows_in} rows were rejected ({reasons}); {where}")
+    if receipt.train_rows < build.config.num_dbs:
+        raise ConfigError(
+            f"WriteConfig.num_dbs: {build.config.num_dbs} shards for {receipt.rows_kept} rows that satisfy the "
+            "contract; use fewer shards"
+        )
+
+
+# 3. train
+
+
+def train(build: Build, run_id: str) -> TrainReceipt:
+    """Trains the centroids on the training sample and stores them where the manifest will point.
+
+    Raises:
+        ConfigError: fewer training vectors than shards.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled = ledger.need(SampleReceipt)
+    inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
+    found = ledger.find(TrainReceipt, inputs=inputs)
+    if found is not None:
+        return found.model_copy(update={"reason": "these centroids were trained before"})
+    spec, watch = build.config.vector_spec, Stopwatch()
+    trained = train_centroids(
+        vectors_of(ledger.get_table(sampled.training)),
+        num_dbs=build.config.num_dbs,
+        metric=spec.metric,
+        seed=spec.sharding.seed,
+        max_iter=spec.sharding.max_iter,
+    )
+    file = io.BytesIO()
+    np.save(file, trained.centroids, allow_pickle=False)
+    key = f"vector_meta/run_id={run_id}/centroids.npy"
+    if not build.store.create(key, file.getvalue()):
+        # Another attempt with other bytes (other library versions) was here; what is stored is never replaced.
+        key = f"vector_meta/run_id={run_id}/centroids-{uuid.uuid4().hex[:8]}.npy"
+    receipt = TrainReceipt(
+        run_id=run_id,
+        inputs=inputs,
+        ref=ledger.put_bytes(key, file.getvalue()),
+        shape=(build.config.num_dbs, spec.dim),
+        inertia=trained.inertia,
+        distinct=trained.distinct,
+        rounds=trained.rounds,
+        seconds=watch.seconds,
+    )
+    return ledger.commit(receipt)
+
+
+# 4. route
+
+
+def route(build: Build, run_id: str) -> RouteReceipt:
+    """Sends every row that satisfies the contract to its shard, range by range.
+
+    Raises:
+        SourceChangedError: a file changed since the scan.
+        CountMismatchError: routed and rejected rows do not add up to the rows of the source.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled, trained = ledger.need(SampleReceipt), ledger.need(TrainReceipt)
+    inputs = inputs_of(build_key=scanned.build_key, rejects=sampled.rejects.sha256, routing=trained.ref.sha256)
+    found = ledger.find(RouteReceipt, inputs=inputs)
+    if found is not None:
+        return found.model_copy(update={"reason": "these rows were routed before"})
+    watch, routing = Stopwatch(), build.routing(trained.ref)
+    spans = plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
+    ranges: list[RangeReceipt] = []
+    for number, span in enumerate(spans):
+        part = f"range-{number:05d}"
+        receipt = ledger.find(RangeReceipt, part, inputs=inputs)
+        ranges.append(receipt or route_range(build, scanned, sampled, routing, span, part, inputs))
+    shards = _sum_shards(ranges, build.config.num_dbs)
+    rows = sum(shard.rows for shard in shards)
+    if rows + sampled.rejected != sampled.rows_in:
+        raise CountMismatchError(
+            f"build {run_id}: {rows} rows routed and {sampled.rejected} rejected do not make the {sampled.rows_in} read"
+        )
+    receipt = RouteReceipt(
+        run_id=run_id,
+        inputs=inputs,
+        ranges=tuple(receipt.key for receipt in ranges),
+        shards=shards,
+        index_family=choose_family(build.config.vector_spec.index_type, max(shard.rows for shard in shards)).value,
+        seconds=watch.seconds,
+    )
+    return ledger.commit(receipt)
+
+
+def _sum_shards(ranges: list[RangeReceipt], num_dbs: int) -> tuple[RoutedShard, ...]:
+    digests = [RowSetDigest() for _ in range(num_dbs)]
+    for receipt in ranges:
+        for shard in receipt.shards:
+            digests[shard.db_id].merge(shard.digest, shard.rows)
+    return tuple(
+        RoutedShard(db_id=db_id, rows=digest.rows, digest=digest.hexdigest()) for db_id, digest in enumerate(digests)
+    )
+
+
+# 5. build_shard
+
+
+def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False) -> ShardReceipt:
+    """Builds, uploads, re-opens and seals one shard's index.
+
+    Args:
+        build: what to build.
+        run_id: the build.
+        db_id: the shard, 0 to num_dbs - 1.
+        rebuild: make a new attempt although a sealed one is there. A sealed attempt whose objects are gone or changed
+            is made again in any case.
+
+    Raises:
+        ConfigError: no such shard, or the run is published and must not change any more.
+        IndexBuildError: the index does not cover the shard's rows.
+        IntegrityError: the routed rows, or what was uploaded, are not what they should be.
+    """
+    if not 0 <= db_id < build.config.num_dbs:
+        raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.num_dbs - 1}")
+    build.scanned(run_id)
+    ledger = build.ledger(run_id)
+    routed = ledger.need(RouteReceipt)
+    shard, part = routed.shards[db_id], f"db={db_id:05d}"
+    found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
+    if found is not None and not rebuild and is_intact(build.store, found):
+        return found.model_copy(update={"reason": "this shard was built and sealed before"})
+    if ledger.find(PromoteReceipt) is not None:
+        raise ConfigError(
+            f"run {run_id} is published, its shards do not change any more; to build shard {db_id} anew, start a new "
+            "build with force"
+        )
+    ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
+    rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
+    return ledger.commit(seal_shard(build, ledger, routed, shard, rows), part)
+
+
+# 6. assemble
+
+
+def assemble(build: Build, run_id: str) -> ManifestReceipt:
+    """Joins the shards of one run into a manifest under ``staging/`` and chooses ``num_probes``.
+
+    Raises:
+        ReceiptMissingError: a shard has not been built.
+        CountMismatchError: the shards' rows and the rejects do not add up to the rows of the source.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled, trained, routed = ledger.need(SampleReceipt), ledger.need(TrainReceipt), ledger.need(RouteReceipt)
+    shards = shard_receipts(ledger, routed)
+    gate_key = build.config.gate_key()
+    inputs = inputs_of(
+        queries=sampled.queries.sha256,
+        routing=trained.ref.sha256,
+        gate_key=gate_key,
+        shards=[(shard.db_id, shard.digest) for shard in shards],
+    )
+    found = ledger.find(ManifestReceipt, inputs=inputs)
+    if found is not None:
+        return found.model_copy(update={"reason": "this manifest was assembled before"})
+    rows = sum(shard.rows for shard in shards)
+    if rows + sampled.rejected != sampled.rows_in:
+        raise CountMismatchError(
+            f"build {run_id}: {rows} rows in shards and {sampled.rejected} rejected do not make the "
+            f"{sampled.rows_in} read"
+        )
+    return ledger.commit(assemble_manifest(build, scanned, sampled, trained, routed, shards, inputs))
+
+
+# 7. gate
+
+
+def check(build: Build, run_id: str, name: str) -> Verdict:
+    """Runs one check on the run's staged manifest and stores its verdict.
+
+    A manifest that is published already was judged before; its verdict is re-emitted.
+
+    Raises:
+        ConfigError: no such check.
+        ReceiptMissingError: there is no manifest yet.
+    """
+    build.scanned(run_id)
+    return gating.run_check(build, run_id, name)
+
+
+def gate(build: Build, run_id: str) -> list[Verdict]:
+    """All checks, in order."""
+    verdicts: list[Verdict] = []
+    for number, name in enumerate(CHECKS):
+        verdicts.append(check(build, run_id, name))
+        build.report("gate", number + 1, len(CHECKS), "checks")
+    return verdicts
+
+
+# 8. promote
+
+
+def promote(build: Build, run_id: str) -> PromoteReceipt:
+    """Publishes the run's manifest: the current pointer moves, if every required check has passed on these very bytes.
+
+    The verdicts are read from the store and from nowhere else, so it does not matter who calls this, or when.
+
+    Raises:
+        GateMissingError: a required check has not been run on this manifest.
+        GateFailedError: a required check has failed.
+        PublishConflictError: the pointer moved since the scan.
+        DigestMismatchError: the staged manifest changed.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    manifest = ledger.need(ManifestReceipt)
+    inputs = inputs_of(manifest=manifest.manifest_digest)
+    found = ledger.find(PromoteReceipt, inputs=inputs)
+    if found is not None:
+        reason = f"run {run_id} was published before; nothing is new"
+        return found.model_copy(update={"published": False, "reason": reason})
+    gating.require_passed(build, run_id, manifest)
+    data = gating.staged_manifest(build.store, manifest)
+    pointer, before = publish.publish(
+        build.store,
+        manifest=data,
+        run_id=run_id,
+        created_at=manifest.manifest_created_at,
+        build_key=scanned.build_key,
+        gate_key=manifest.gate_key,
+        base_fingerprint=scanned.base_fingerprint,
+    )
+    receipt = PromoteReceipt(
+        run_id=run_id,
+        inputs=inputs,
+        manifest_key=publish.manifest_key(pointer),
+        manifest_ref=pointer.manifest_ref,
+        manifest_digest=manifest.manifest_digest,
+        previous_run_id=before.pointer.run_id if before.pointer else None,
+        seq=pointer.seq or 0,
+    )
+    record.finish(build.store, scanned.record_key, "succeeded", manifest_ref=pointer.manifest_ref)
+    return ledger.commit(receipt)

@@ -1,0 +1,104 @@
+"""The first pass over the source: every row against the contract, rejects with their reason, samples by hash."""
+
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.receipts import Ledger, Ref, SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.source.contract import REJECT_SCHEMA, RejectReason, RowContract
+from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
+from sf_pipelines.snapshot.source.files import SourceListing, Span, read_span
+from sf_pipelines.snapshot.source.hashing import hash_column
+from sf_pipelines.snapshot.source.sampling import SmallestHashSample
+from sf_pipelines.snapshot.store import Store
+
+
+def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> SampleReceipt:
+    """Streams the whole source once; see ``stages.sample``."""
+    config, watch = build.config, Stopwatch()
+    contract = RowContract(config, scanned.listing.arrow_schema)
+    training_rows = config.vector_spec.sharding.training_rows or max(256 * config.num_dbs, 10_000)
+    query_rows = config.recall_gate.query_rows
+    id_type = contract.stored_schema.field("id").type
+    drawn = SmallestHashSample(training_rows + query_rows, config.vector_spec.dim, id_type)
+    with scratch() as folder:
+        path = folder / "rejects.parquet"
+        reasons = _first_pass(build, scanned, contract, drawn, folder, path)
+        key = f"{ledger.root}/rejects-{uuid.uuid4().hex[:8]}.parquet"
+        rejects = ledger.put_file(path, key, rows=reasons.total())
+    ids, vectors = drawn.take()
+    kept = scanned.rows - reasons.total()
+    queries = min(query_rows, kept // 2, kept - config.num_dbs)
+    # A table of a few rows cannot spare any: then all rows are queries and training at once.
+    disjoint = queries >= 2
+    first = queries if disjoint else 0
+    return SampleReceipt(
+        run_id=ledger.run_id,
+        inputs=scanned.build_key,
+        rows_in=scanned.rows,
+        rejected=reasons.total(),
+        reject_reasons=dict(reasons),
+        rejects=rejects,
+        training=_put_vectors(ledger, "training", ids[first : first + training_rows], vectors[first:]),
+        queries=_put_vectors(ledger, "queries", ids[: queries if disjoint else query_rows], vectors),
+        disjoint=disjoint,
+        seconds=watch.seconds,
+    )
+
+
+def _first_pass(
+    build: Build, scanned: ScanReceipt, contract: RowContract, drawn: SmallestHashSample, folder: Path, path: Path
+) -> Counter[str]:
+    """Validates all rows, writes the rejects to ``path``, fills the sample; rejected rows by reason."""
+    reasons: Counter[str] = Counter()
+    listing = scanned.listing
+    store = Store.open(listing.root, build.config.s3)
+    duplicates = DuplicateFinder(folder, scanned.rows, contract.stored_schema.field("id").type)
+    done = 0
+    with pq.ParquetWriter(path, REJECT_SCHEMA) as rejects:
+        for number, file in enumerate(listing.files):
+            span = Span(file=number, first_unit=0, last_unit=len(file.unit_rows))
+            for batch in read_span(store, file, span, build.config.row_columns, build.config.batch_rows):
+                checked = contract.check(batch)
+                hashes = hash_column(checked.ids)
+                duplicates.add(checked.ids, hashes, checked.rows)
+                drawn.add(checked.ids, hashes, checked.rows, checked.vectors)
+                if checked.rejects.num_rows:
+                    reasons.update(checked.count_reasons())
+                    rejects.write_batch(checked.rejects)
+                done += batch.rows.num_rows
+                build.report("sample", done, scanned.rows)
+                build.renew(scanned)
+        for repeats in duplicates.repeats():
+            if repeats.num_rows:
+                reasons[RejectReason.DUPLICATE_ID.value] += repeats.num_rows
+                rejects.write_table(_as_rejects(listing, repeats))
+    return reasons
+
+
+def _as_rejects(listing: SourceListing, repeats: pa.Table) -> pa.Table:
+    rows = repeats.column("row").to_numpy()
+    starts = np.array([file.first_row for file in listing.files])
+    # Files without rows share their start with the next one; the last of these holds the row.
+    files = np.searchsorted(starts, rows, side="right") - 1
+    columns = [
+        pa.array(rows),
+        pa.array([file.key for file in listing.files], pa.string()).take(pa.array(files)),
+        pa.array(rows - starts[files]),
+        repeats.column("id").cast(pa.string()),
+        pa.array([RejectReason.DUPLICATE_ID.value] * len(rows)),
+        pa.array(["an earlier row has this id"] * len(rows)),
+    ]
+    return pa.table(columns, schema=REJECT_SCHEMA)
+
+
+def _put_vectors(ledger: Ledger, name: str, ids: pa.Array, vectors: Float32) -> Ref:
+    flat = pa.array(np.ascontiguousarray(vectors[: len(ids)]).ravel())
+    column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return ledger.put_table(f"samples/{name}", pa.table({"id": ids, "vector": column}))

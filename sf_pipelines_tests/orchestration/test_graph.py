@@ -1,0 +1,224 @@
+"""The graph on a real Dagster instance: one run, one shard alone, the gate, several snapshots."""
+
+import json
+from pathlib import Path
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from sf_pipelines import ShardedVectorReader
+from sf_pipelines.defs.digits_source.table import digits_table
+from sf_pipelines.orchestration import build_snapshot_defs
+from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines_tests.orchestration.conftest import ROWS, failures, launch, make_config, run_job
+
+NOUNS = (
+    "source_vectors",
+    "training_data",
+    "centroids",
+    "routed_vectors",
+    "shard_indexes",
+    "manifest",
+    "current_pointer",
+)
+
+
+def pointer(config: WriteConfig) -> dict[str, object] | None:
+    path = Path(config.store, "_CURRENT")
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def manifests(config: WriteConfig) -> list[str]:
+    folder = Path(config.store, "manifests")
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def newest(instance: dg.DagsterInstance, config: WriteConfig, noun: str) -> dg.AssetMaterialization:
+    event = instance.get_latest_materialization_event(dg.AssetKey([config.name, noun]))
+    assert event is not None
+    assert event.asset_materialization is not None
+    return event.asset_materialization
+
+
+def test_one_run_builds_everything(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    result = run_job(config, instance)
+
+    assert result.success, failures(result)
+    names = SnapshotNames.of(config)
+    for noun in NOUNS:
+        assert newest(instance, config, noun).metadata, noun
+    done = instance.get_materialized_partitions(names.asset("shard_indexes"))
+    assert done == {"00000", "00001", "00002"}
+    verdicts = {event.check_name: event for event in result.get_asset_check_evaluations()}
+    assert set(verdicts) == set(CHECKS)
+    assert all(verdicts[name].passed for name in CHECKS[:4])
+    assert verdicts["recall"].metadata["recall"].value > 0.8
+    rows = sum(
+        newest_partition(instance, config, partition).metadata["dagster/row_count"].value for partition in sorted(done)
+    )
+    assert rows == ROWS
+    assert newest(instance, config, "current_pointer").metadata["published"].value is True
+    with ShardedVectorReader(config.store) as reader:
+        probe = digits_table()["pixels"][3].as_py()
+        assert reader.search(probe, top_k=1).results[0].id == 3
+
+
+def newest_partition(instance: dg.DagsterInstance, config: WriteConfig, partition: str) -> dg.AssetMaterialization:
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey([config.name, "shard_indexes"]), asset_partitions=[partition]), limit=1
+    ).records
+    assert records[0].asset_materialization is not None
+    return records[0].asset_materialization
+
+
+def test_an_unchanged_source_publishes_nothing_and_keeps_data_versions(
+    config: WriteConfig, instance: dg.DagsterInstance
+) -> None:
+    assert run_job(config, instance).success
+    before, first = pointer(config), {noun: newest(instance, config, noun) for noun in NOUNS}
+
+    result = run_job(config, instance)
+
+    assert result.success, failures(result)
+    assert pointer(config) == before
+    assert len(manifests(config)) == 1
+    last = newest(instance, config, "current_pointer")
+    assert last.metadata["published"].value is False
+    assert "nothing is new" in str(last.metadata["reason"].value)
+    for noun in NOUNS:
+        again = newest(instance, config, noun)
+        assert again.tags is not None
+        assert first[noun].tags is not None
+        assert again.tags["dagster/data_version"] == first[noun].tags["dagster/data_version"], noun
+
+
+def test_a_changed_source_is_published_as_a_new_snapshot(
+    config: WriteConfig, instance: dg.DagsterInstance, source: Path
+) -> None:
+    assert run_job(config, instance).success
+    before = pointer(config)
+    pq.write_table(digits_table().slice(0, ROWS + 50), source)
+
+    result = run_job(config, instance)
+
+    assert result.success, failures(result)
+    after = pointer(config)
+    assert before is not None
+    assert after is not None
+    assert after["run_id"] != before["run_id"]
+    assert newest(instance, config, "current_pointer").metadata["previous_run_id"].value == before["run_id"]
+
+
+def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
+    config: WriteConfig, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    assert run_job(config, instance).success
+    before = pointer(config)
+    strict = make_config(tmp_path, recall_gate={"k": 5, "min_recall": 1.0, "query_rows": 60})
+
+    result = run_job(strict, instance)
+
+    assert not result.success
+    verdicts = {event.check_name: event for event in result.get_asset_check_evaluations()}
+    assert not verdicts["recall"].passed
+    assert verdicts["recall"].severity == dg.AssetCheckSeverity.ERROR
+    assert verdicts["recall"].metadata["min_recall"].value == 1.0
+    assert pointer(config) == before
+    assert len(manifests(config)) == 1
+
+    alone = launch(strict, instance, "current_pointer")
+
+    assert not alone.success
+    assert "recall" in failures(alone)["tiny__current_pointer"]
+    assert "GateFailedError" in failures(alone)["tiny__current_pointer"]
+    assert pointer(config) == before
+    assert len(manifests(config)) == 1
+
+
+def test_the_pointer_launched_alone_waits_for_verdicts(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    for nouns in (NOUNS[:4], ["manifest"]):
+        if nouns == ["manifest"]:
+            for partition in SnapshotNames.of(config).partitions.get_partition_keys():
+                assert launch(config, instance, "shard_indexes", partition=partition).success
+        defs = build_snapshot_defs(config)
+        made = dg.materialize(
+            list(defs.assets or ()),  # pyright: ignore[reportArgumentType]
+            selection=[dg.AssetKey([config.name, noun]) for noun in nouns],
+            resources=defs.resources,
+            instance=instance,
+        )
+        assert made.success
+
+    result = launch(config, instance, "current_pointer")
+
+    assert not result.success
+    assert "GateMissingError" in failures(result)["tiny__current_pointer"]
+    assert pointer(config) is None
+    assert manifests(config) == []
+
+
+def test_one_shard_is_rebuilt_alone(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    assert launch(config, instance, *NOUNS[:4]).success
+    for partition in ("00000", "00001", "00002"):
+        assert launch(config, instance, "shard_indexes", partition=partition).success
+    untouched = newest_partition(instance, config, "00000").metadata["receipt"]
+
+    result = launch(config, instance, "shard_indexes", partition="00001")
+
+    assert result.success, failures(result)
+    assert newest_partition(instance, config, "00000").metadata["receipt"] == untouched
+    attempts = sorted(path.name for path in Path(config.store).glob("shards/*/db=00001/*"))
+    assert [name[:10] for name in attempts] == ["attempt=00", "attempt=01"]
+
+    rest = launch(config, instance, "manifest", "current_pointer")
+
+    assert rest.success, failures(rest)
+    published = pointer(config)
+    assert published is not None
+    with ShardedVectorReader(config.store) as reader:
+        assert attempts[1] in str(reader.shard_details()[1].db_url)
+
+
+def test_a_missing_shard_stops_the_manifest(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    assert launch(config, instance, *NOUNS[:4]).success
+    for partition in ("00000", "00002"):
+        assert launch(config, instance, "shard_indexes", partition=partition).success
+
+    result = launch(config, instance, "manifest")
+
+    assert not result.success
+    assert "00001" in failures(result)["tiny__manifest"]
+
+
+def test_two_snapshots_live_side_by_side(source: Path, tmp_path: Path, instance: dg.DagsterInstance) -> None:
+    one = make_config(tmp_path)
+    other = make_config(
+        tmp_path,
+        name="other",
+        store=str(tmp_path / "other"),
+        num_dbs=2,
+        vector_spec={"dim": 64, "vector_col": "pixels", "metric": "l2"},
+    )
+    merged = dg.Definitions.merge(build_snapshot_defs(one), build_snapshot_defs(other, backfill="run_per_shard"))
+    dg.Definitions.validate_loadable(merged)
+
+    for config in (one, other):
+        result = merged.resolve_job_def(f"build_{config.name}").execute_in_process(instance=instance)
+        assert result.success
+    for config, shards in ((one, 3), (other, 2)):
+        with ShardedVectorReader(config.store) as reader:
+            assert reader.snapshot_info().num_dbs == shards
+            assert str(reader.snapshot_info().metric) == str(config.vector_spec.metric)
+
+
+@pytest.mark.parametrize("noun", ["training_data", "shard_indexes", "manifest", "current_pointer"])
+def test_an_asset_before_its_input_says_what_to_do(
+    config: WriteConfig, instance: dg.DagsterInstance, noun: str
+) -> None:
+    result = launch(config, instance, noun, partition="00000" if noun == "shard_indexes" else None)
+
+    assert not result.success
+    assert any("materialize it first" in reason for reason in failures(result).values())

@@ -71,13 +71,11 @@ def rebuild_asked(context: dg.OpExecutionContext, names: SnapshotNames) -> bool:
 
     Where rows are routed by the same run or backfill, shards that are sealed already are left as they are.
     """
-    selected = context.run.asset_selection
     backfill_id = context.run.tags.get("dagster/backfill")
-    if backfill_id is not None:
-        backfill = context.instance.get_backfill(backfill_id)
-        selected = set(backfill.asset_selection or ()) if backfill is not None else selected
-    if selected is None:
-        selected = context.job_def.asset_layer.executable_asset_keys
+    backfill = context.instance.get_backfill(backfill_id) if backfill_id else None
+    selected = backfill.asset_selection if backfill else context.run.asset_selection
+    # A run of everything in its job selects nothing in particular.
+    selected = selected or context.job_def.asset_layer.executable_asset_keys
     return names.asset("routed_vectors") not in selected
 
 

@@ -107,7 +107,8 @@ def recall_per_query(
     Returns:
         Shape (n,); 1.0 for a query without neighbours.
     """
-    limit = truth.distances + _SCORE_TOLERANCE * np.maximum(1.0, np.abs(truth.distances))
+    size = np.where(truth.counts > 0, np.abs(truth.distances), 0.0)
+    limit = truth.distances + _SCORE_TOLERANCE * np.maximum(1.0, size)
     with np.errstate(invalid="ignore"):
         hits = ((scores <= limit[:, None]) & (ids != query_ids[:, None])).sum(axis=1)
     return np.where(truth.counts > 0, np.minimum(hits, truth.counts) / np.maximum(truth.counts, 1), 1.0)

@@ -192,7 +192,7 @@ def _coverage(judged: Judged) -> Finding:
 def _round_trip(judged: Judged) -> Finding:
     """Known rows of every shard are found again: by their own vector, in one probe, with score and payload."""
     reader = judged.build.reader(judged.receipt.manifest_key)
-    metric = judged.build.config.vector_spec.metric
+    metric, k = judged.build.config.vector_spec.metric, judged.build.config.recall_gate.k
     faults: list[str] = []
     searched = 0
     for shard in judged.shards:
@@ -201,10 +201,10 @@ def _round_trip(judged: Judged) -> Finding:
         rows = judged.ledger.get_table(shard.witnesses)
         vectors, payloads = vectors_of(rows), rows.column("payload").to_pylist()
         own = np.diagonal(exact_distances(vectors, vectors, metric))
-        answers = reader.batch_search(vectors, top_k=judged.build.config.recall_gate.k, num_probes=1)
+        answers = reader.batch_search(vectors, top_k=k, num_probes=1)
         for place, (row_id, answer) in enumerate(zip(rows.column("id").to_pylist(), answers, strict=True)):
             searched += 1
-            fault = _witness_fault(row_id, payloads[place], float(own[place]), answer.results, shard.db_id)
+            fault = _witness_fault(row_id, payloads[place], float(own[place]), answer.results, k, shard.db_id)
             if answer.shard_ids != [shard.db_id]:
                 fault = f"row {row_id!r} lies in shard {shard.db_id}, but its vector is routed to {answer.shard_ids}"
             if fault:
@@ -213,10 +213,12 @@ def _round_trip(judged: Judged) -> Finding:
     return Finding(not faults, "; ".join(faults[:5]) or f"{searched} rows were found again", figures)
 
 
-def _witness_fault(row_id: object, payload: str | None, own: float, results: list[Any], db_id: int) -> str:
+def _witness_fault(
+    row_id: object, payload: str | None, own: float, results: list[Any], wanted: int, db_id: int
+) -> str:
     hit = next((result for result in results if result.id == row_id and type(result.id) is type(row_id)), None)
-    # Of equal vectors, others may fill the answer; they are then at the same distance.
-    if hit is None and results and all(abs(result.score - own) < 1e-9 for result in results):
+    # Equal vectors, and under dot_product longer ones, may fill the answer; none of them is then further away.
+    if hit is None and len(results) == wanted and all(result.score <= own + 1e-9 for result in results):
         return ""
     if hit is None:
         return f"row {row_id!r} of shard {db_id} is not found by its own vector"

@@ -1,5 +1,4 @@
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -35,8 +34,8 @@ writer_type: python
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    yield Store.open(tmp_path / "root", create=True)
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "root", create=True)
 
 
 def at(**passed: float) -> datetime:

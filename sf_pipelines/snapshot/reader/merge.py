@@ -89,8 +89,8 @@ class Candidates:
         """The answers of the first shard of each query, of its first two, and so on."""
         n, places, width = self.scores.shape
         # The best so far, with the cell of the table that each comes from.
-        scores, ranks = np.empty((n, 0)), np.empty((n, 0), dtype=np.int64)
-        cells = np.empty((n, 0), dtype=np.int64)
+        scores, ranks = np.full((n, k), np.inf), np.zeros((n, k), dtype=np.int64)
+        cells = np.full((n, k), -1, dtype=np.int64)
         table = np.arange(n * places * width).reshape(n, places, width)
         for place in range(places):
             scores = np.concatenate([scores, self.scores[:, place]], axis=1)

@@ -1,0 +1,274 @@
+"""The LanceDB backend against float64 brute force, over every family, metric and size that matters."""
+
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+from lancedb.index import HnswPq, IvfFlat
+
+from sf_pipelines.snapshot.config import IndexParams
+from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, IntegrityError, ReaderClosedError
+from sf_pipelines.snapshot.index import backend_named
+from sf_pipelines.snapshot.index.lancedb import LanceDBBackend, LanceDBShard
+from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, exact_distances
+from sf_pipelines_tests.snapshots import clustered, table_of
+
+SIZES = (1, 2, 17, 256, 3000)
+DIM = 8
+
+
+def brute_force(queries: Float32, rows: Float32, metric: DistanceMetric) -> np.ndarray:
+    """Written out once more, so that nothing under test is trusted."""
+    q, r = queries.astype(np.float64)[:, None, :], rows.astype(np.float64)[None, :, :]
+    if metric is DistanceMetric.L2:
+        return ((q - r) ** 2).sum(axis=2)
+    dots = (q * r).sum(axis=2)
+    if metric is DistanceMetric.COSINE:
+        dots = dots / np.sqrt((q * q).sum(axis=2) * (r * r).sum(axis=2))
+    return 1.0 - dots
+
+
+def make(
+    folder: Path,
+    vectors: Float32,
+    ids: list[Any] | None = None,
+    *,
+    family: IndexFamily = IndexFamily.FLAT,
+    metric: DistanceMetric = DistanceMetric.COSINE,
+    scan_bytes: int = 0,
+) -> LanceDBShard:
+    backend = LanceDBBackend(scan_bytes=scan_bytes)
+    rows = table_of(list(range(len(vectors))) if ids is None else ids, vectors)
+    report = backend.build(rows, folder, family=family, metric=metric, params=IndexParams())
+    assert report.rows == report.indexed_rows == len(vectors)
+    return backend.open(folder, metric=metric, dim=vectors.shape[1])
+
+
+@pytest.mark.parametrize("metric", DistanceMetric)
+@pytest.mark.parametrize("family", IndexFamily)
+@pytest.mark.parametrize("size", SIZES)
+def test_scores_are_those_of_brute_force(
+    tmp_path: Path, size: int, family: IndexFamily, metric: DistanceMetric
+) -> None:
+    vectors, queries = clustered(size, DIM, seed=1), clustered(9, DIM, seed=2)
+    shard = make(tmp_path, vectors, family=family, metric=metric)
+    truth = brute_force(queries, vectors, metric)
+    hits = shard.search(queries, 10)
+    k = min(10, size)
+    assert hits.counts.tolist() == [k] * 9
+    np.testing.assert_allclose(
+        hits.scores[:, :k], np.take_along_axis(truth, hits.ids[:, :k], axis=1), rtol=1e-6, atol=1e-6
+    )
+    assert (np.diff(hits.scores[:, :k], axis=1) >= 0).all()
+    found = (hits.scores[:, :k] <= np.sort(truth, axis=1)[:, k - 1 : k] + 1e-9).mean()
+    # A graph over inner products of vectors of unequal length misses more: the gate is there to notice.
+    floor = 0.7 if family in {IndexFamily.HNSW, IndexFamily.HNSW_FLAT} and metric == "dot_product" else 0.9
+    assert found == 1.0 if family is IndexFamily.FLAT or size < SIZES[-1] else found > floor
+
+
+@pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("family", [IndexFamily.IVF_SQ, IndexFamily.HNSW])
+def test_a_batch_answers_as_single_queries_do(tmp_path: Path, family: IndexFamily, scan_bytes: int) -> None:
+    vectors, queries = clustered(2000, DIM), clustered(40, DIM, seed=3)
+    shard = make(tmp_path, vectors, family=family, scan_bytes=scan_bytes)
+    batch = shard.search(queries, 7)
+    for at in range(len(queries)):
+        one = shard.search(queries[at : at + 1], 7)
+        assert one.ids[0].tolist() == batch.ids[at].tolist()
+        assert one.scores[0].tolist() == batch.scores[at].tolist()
+
+
+@pytest.mark.parametrize("family", IndexFamily)
+def test_more_hits_than_rows_gives_all_rows(tmp_path: Path, family: IndexFamily) -> None:
+    shard = make(tmp_path, clustered(40, DIM), family=family)
+    hits = shard.search(clustered(3, DIM, seed=5), 1000)
+    assert hits.counts.tolist() == [40, 40, 40]
+    assert all(sorted(row[:40].tolist()) == list(range(40)) for row in hits.ids)
+
+
+@pytest.mark.parametrize("metric", DistanceMetric)
+@pytest.mark.parametrize("family", IndexFamily)
+def test_equal_vectors_come_back_full_and_with_the_right_score(
+    tmp_path: Path, family: IndexFamily, metric: DistanceMetric
+) -> None:
+    vectors = np.tile(np.linspace(1, 2, DIM, dtype=np.float32), (500, 1))
+    hits = make(tmp_path, vectors, family=family, metric=metric).search(vectors[:2], 10)
+    assert hits.counts.tolist() == [10, 10]
+    assert all(len(set(row.tolist())) == 10 for row in hits.ids)
+    np.testing.assert_allclose(hits.scores, brute_force(vectors[:2], vectors[:10], metric), rtol=1e-6, atol=1e-6)
+
+
+def test_a_scan_breaks_ties_by_id(tmp_path: Path) -> None:
+    vectors = np.tile(np.linspace(1, 2, DIM, dtype=np.float32), (500, 1))
+    ids = np.random.default_rng(0).permutation(500)
+    shard = make(tmp_path, vectors, ids.tolist(), scan_bytes=1 << 30)
+    assert shard.search(vectors[:1], 5).ids[0].tolist() == [0, 1, 2, 3, 4]
+    text = make(tmp_path / "text", vectors, [str(i) for i in ids], scan_bytes=1 << 30)
+    assert text.search(vectors[:1], 5).ids[0].tolist() == ["0", "1", "10", "100", "101"]
+
+
+@pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [([7, -3, 2**62], int), (["a", "bé", "c\0d"], str), (["007", "7", "42"], str)],
+    ids=["int", "text", "digits"],
+)
+def test_ids_keep_their_type(tmp_path: Path, ids: list[object], kind: type, scan_bytes: int) -> None:
+    vectors = np.eye(3, DIM, dtype=np.float32)
+    shard = make(tmp_path, vectors, ids, scan_bytes=scan_bytes)
+    found = shard.search(vectors, 1).ids.tolist()
+    assert found == [[value] for value in ids]
+    assert all(type(value) is kind for row in found for value in row)
+    assert shard.id_type == ("int64" if kind is int else "string")
+
+
+@pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
+def test_rows_give_back_their_payloads_and_vectors_in_order(tmp_path: Path, scan_bytes: int) -> None:
+    vectors = clustered(300, DIM)
+    backend = LanceDBBackend(scan_bytes=scan_bytes)
+    payloads = [None if i % 3 == 0 else {"i": i} for i in range(300)]
+    rows = table_of(list(range(300)), vectors, payloads)
+    backend.build(rows, tmp_path, family=IndexFamily.IVF_FLAT, metric=DistanceMetric.L2, params=IndexParams())
+    shard = backend.open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
+    hits = shard.search(vectors[[5, 250, 3]], 20)
+    for ids, at in zip(hits.ids.tolist(), hits.rows, strict=True):
+        assert shard.payloads(at) == [payloads[i] for i in ids]
+        np.testing.assert_array_equal(shard.vectors(at), vectors[ids])
+    assert shard.payloads(hits.rows[0][[1, 1, 0]]) == [payloads[hits.ids[0][i]] for i in (1, 1, 0)]
+    ids, sampled = shard.sample(11)
+    assert len(ids) == 11
+    np.testing.assert_array_equal(sampled, vectors[ids])
+    assert ids.tolist() == shard.sample(11)[0].tolist()
+
+
+def test_payload_text_of_strangers_that_is_no_object_is_no_payload(tmp_path: Path) -> None:
+    rows = table_of([1, 2, 3], np.eye(3, DIM, dtype=np.float32))
+    rows = rows.set_column(2, "payload", pa.array(["[1]", "{broken", "{}"]))
+    backend = LanceDBBackend()
+    backend.build(rows, tmp_path, family=IndexFamily.FLAT, metric=DistanceMetric.COSINE, params=IndexParams())
+    shard = backend.open(tmp_path, metric=DistanceMetric.COSINE, dim=DIM)
+    assert shard.payloads(np.array([0, 1, 2])) == [None, None, {}]
+
+
+@pytest.mark.parametrize("metric", DistanceMetric)
+@pytest.mark.parametrize("state", ["none", "empty entry", "another metric", "coarse codes", "rows added later"])
+def test_foreign_shards_are_searched_in_the_declared_metric(tmp_path: Path, state: str, metric: DistanceMetric) -> None:
+    rows = 400 if state == "coarse codes" else 60
+    vectors, queries = clustered(rows, DIM) * np.linspace(0.2, 3, rows, dtype=np.float32)[:, None], clustered(5, DIM)
+    table = lancedb.connect(tmp_path).create_table("vector_index", table_of(list(range(rows)), vectors))
+    other = "l2" if metric is not DistanceMetric.L2 else "cosine"
+    if state in {"empty entry", "coarse codes"}:
+        table.create_index("vector", config=HnswPq(distance_type="cosine", num_sub_vectors=1))
+    elif state != "none":
+        own = {"cosine": "cosine", "l2": "l2", "dot_product": "dot"}[metric]
+        distance: Any = other if state == "another metric" else own
+        table.create_index("vector", config=IvfFlat(distance_type=distance, num_partitions=1))
+    if state == "rows added later":
+        extra = clustered(5, DIM, seed=9)
+        table.add(table_of(list(range(rows, rows + 5)), extra))
+        vectors = np.concatenate([vectors, extra])
+    shard = LanceDBBackend(scan_bytes=0).open(tmp_path, metric=metric, dim=DIM)
+    truth = brute_force(queries, vectors, metric)
+    hits = shard.search(queries, 5)
+    assert hits.ids.tolist() == np.argsort(truth, axis=1)[:, :5].tolist()
+    np.testing.assert_allclose(hits.scores, np.sort(truth, axis=1)[:, :5], rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_the_index_leaves_out_are_found_all_the_same(tmp_path: Path) -> None:
+    vectors = clustered(300, DIM)
+    vectors[40:] = 0
+    shard = make(tmp_path, vectors, family=IndexFamily.IVF_FLAT)
+    hits = shard.search(vectors[:1], 50)
+    assert hits.counts.tolist() == [50]
+    assert set(hits.ids[0][hits.scores[0] < 1].tolist()) <= set(range(40))
+    assert np.isclose(hits.scores[0], 1.0).sum() >= 10
+
+
+def test_repeated_foreign_ids_do_not_crowd_out_others(tmp_path: Path) -> None:
+    vectors = np.concatenate([np.tile(np.eye(1, DIM, dtype=np.float32), (6, 1)), np.eye(4, DIM, dtype=np.float32)[1:]])
+    shard = make(tmp_path, vectors, [1] * 6 + [2, 3, 4], scan_bytes=1 << 30)
+    assert set(shard.search(vectors[:1], 3).ids[0].tolist()) >= {1, 2, 3}
+
+
+def test_half_precision_vectors_of_strangers_are_understood(tmp_path: Path) -> None:
+    vectors = clustered(30, DIM).astype(np.float16)
+    rows = pa.table(
+        {
+            "id": pa.array([str(i) for i in range(30)]),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM),
+        }
+    )
+    lancedb.connect(tmp_path).create_table("vector_index", rows)
+    shard = LanceDBBackend().open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
+    hits = shard.search(vectors[:2].astype(np.float32), 1)
+    assert hits.ids.tolist() == [["0"], ["1"]]
+    assert shard.payloads(hits.rows[0]) == [None]
+
+
+def test_raw_search_is_that_of_a_reader_without_options(tmp_path: Path) -> None:
+    vectors, queries = clustered(500, DIM), clustered(6, DIM, seed=4)
+    shard = make(tmp_path, vectors, family=IndexFamily.IVF_SQ)
+    hits = shard.search_raw(queries, 5)
+    table = lancedb.connect(tmp_path).open_table("vector_index")
+    for at, query in enumerate(queries):
+        found = table.search(query).limit(5).to_arrow()
+        assert hits.ids[at].tolist() == found["id"].to_pylist()
+        np.testing.assert_allclose(hits.scores[at], found["_distance"].to_numpy())
+
+
+def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, clustered(5, DIM))
+    with pytest.raises(IntegrityError, match=r"'vector' is .*, the manifest says 9 numbers"):
+        LanceDBBackend().open(tmp_path, metric=DistanceMetric.L2, dim=9)
+    with pytest.raises(IntegrityError, match=r"holds no vector_index\.lance"):
+        LanceDBBackend().open(tmp_path / "nothing", metric=DistanceMetric.L2, dim=DIM)
+    (tmp_path / "broken" / "vector_index.lance").mkdir(parents=True)
+    with pytest.raises(IntegrityError, match="cannot open the LanceDB table"):
+        LanceDBBackend().open(tmp_path / "broken", metric=DistanceMetric.L2, dim=DIM)
+    named = pa.table({"key": ["a"], "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(DIM, "f4")), DIM)})
+    lancedb.connect(tmp_path / "named").create_table("vector_index", named)
+    with pytest.raises(IntegrityError, match="no column 'id'"):
+        LanceDBBackend().open(tmp_path / "named", metric=DistanceMetric.L2, dim=DIM)
+
+
+def test_building_fails_loudly(tmp_path: Path) -> None:
+    backend, options = LanceDBBackend(), {"family": IndexFamily.FLAT, "metric": DistanceMetric.L2}
+    rows = table_of([1, 2], np.eye(2, DIM, dtype=np.float32))
+    with pytest.raises(IndexBuildError, match="without rows"):
+        backend.build(rows.slice(0, 0), tmp_path, params=IndexParams(), **options)
+    backend.build(rows, tmp_path, params=IndexParams(), **options)
+    with pytest.raises(IndexBuildError, match="cannot build a flat index of 2 rows"):
+        backend.build(rows, tmp_path, params=IndexParams(), **options)
+
+
+def test_a_closed_shard_says_so(tmp_path: Path) -> None:
+    shard = make(tmp_path, clustered(5, DIM), scan_bytes=1 << 30)
+    shard.search(clustered(1, DIM), 1)
+    assert shard.memory_bytes > 0
+    shard.close()
+    with pytest.raises(ReaderClosedError):
+        shard.search(clustered(1, DIM), 1)
+    assert shard.memory_bytes == 0
+
+
+def test_the_family_follows_the_largest_shard() -> None:
+    assert choose_family("auto", 3999) is IndexFamily.FLAT
+    assert choose_family("auto", 4000) is IndexFamily.IVF_SQ
+    assert choose_family("auto", 200_000) is IndexFamily.IVF_SQ
+    assert choose_family("auto", 200_001) is IndexFamily.HNSW
+    assert choose_family("hnsw_flat", 10) is IndexFamily.HNSW_FLAT
+    with pytest.raises(ConfigError, match="'pq' is unknown"):
+        choose_family("pq", 10)
+    with pytest.raises(ConfigError, match="'faiss' is unknown"):
+        backend_named("faiss")
+    assert backend_named("lancedb").directory == "vector_index.lance"
+
+
+def test_exact_distances_agree_with_brute_force() -> None:
+    queries, rows = clustered(4, DIM), clustered(50, DIM, seed=8)
+    for metric in DistanceMetric:
+        np.testing.assert_allclose(exact_distances(queries, rows, metric), brute_force(queries, rows, metric))

@@ -101,13 +101,26 @@ def build_assets(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) -> 
     ]
 
 
-def _settings(names: SnapshotNames, noun: str) -> dict[str, Any]:
-    return {
+def _asset(
+    names: SnapshotNames,
+    noun: str,
+    *,
+    kinds: set[str],
+    description: str,
+    after: str | None = None,
+    deps: Sequence[dg.AssetKey] = (),
+) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
+    """A decorator with the settings of all unpartitioned assets; ``before`` is the input from the asset ``after``."""
+    return dg.asset(
         **common_settings(names, noun),
-        "io_manager_key": names.io_manager,
-        "required_resource_keys": {names.resource},
-        "retry_policy": RETRY,
-    }
+        ins={"before": dg.AssetIn(names.asset(after))} if after else None,
+        deps=list(deps),
+        kinds=kinds,
+        description=description,
+        io_manager_key=names.io_manager,
+        required_resource_keys={names.resource},
+        retry_policy=RETRY,
+    )
 
 
 def run_stage(
@@ -126,9 +139,10 @@ def run_stage(
 
 
 def _source_vectors(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
-    @dg.asset(
-        **_settings(names, "source_vectors"),
-        deps=list(source_assets),
+    @_asset(
+        names,
+        "source_vectors",
+        deps=source_assets,
         kinds={"parquet"},
         description="The source files, pinned: what a build reads is exactly these versions.",
     )
@@ -139,12 +153,7 @@ def _source_vectors(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) 
 
 
 def _step_asset(names: SnapshotNames, step: _Step) -> dg.AssetsDefinition:
-    @dg.asset(
-        **_settings(names, step.noun),
-        ins={"before": dg.AssetIn(names.asset(step.after))},
-        kinds=step.kinds,
-        description=step.description,
-    )
+    @_asset(names, step.noun, after=step.after, kinds=step.kinds, description=step.description)
     def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
         return run_stage(context, names, lambda build: step.stage(build, before["run_id"]), step.describe)
 
@@ -152,15 +161,16 @@ def _step_asset(names: SnapshotNames, step: _Step) -> dg.AssetsDefinition:
 
 
 def _manifest(names: SnapshotNames) -> dg.AssetsDefinition:
-    @dg.asset(
-        **_settings(names, "manifest"),
-        ins={"shards": dg.AssetIn(names.asset("shard_indexes"))},
+    @_asset(
+        names,
+        "manifest",
+        after="shard_indexes",
         kinds={"sqlite"},
         description="One manifest that names all shards, staged for the checks, and the measured number of probes.",
     )
-    def manifest(context: dg.AssetExecutionContext, shards: Reference) -> dg.MaterializeResult:
+    def manifest(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
         def assemble(build: Build) -> Receipt:
-            return stages.assemble(build, _common_run(shards))
+            return stages.assemble(build, _common_run(before))
 
         return run_stage(context, names, assemble, described.manifest_metadata)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster_aws.s3 import S3Resource
 
 from sf_pipelines.orchestration.assets import build_assets
@@ -55,7 +56,7 @@ def _key(item: dg.AssetKey | str | Sequence[str]) -> dg.AssetKey | Sequence[str]
     return item.split("/") if isinstance(item, str) else item
 
 
-def _job(names: SnapshotNames, selection: Sequence[dg.AssetKey]) -> object:
+def _job(names: SnapshotNames, selection: Sequence[dg.AssetKey]) -> UnresolvedAssetJobDefinition:
     return dg.define_asset_job(
         names.job,
         selection=dg.AssetSelection.assets(*selection),

@@ -34,8 +34,17 @@ def materialized(receipt: Receipt, metadata: Mapping[str, Any]) -> dg.Materializ
     return dg.MaterializeResult(
         value=reference(receipt),
         metadata={**receipt_metadata(receipt), **metadata},
-        data_version=dg.DataVersion(receipt.digest),
+        data_version=dg.DataVersion(data_version(receipt)),
     )
+
+
+def data_version(receipt: Receipt) -> str:
+    """What changes exactly when the asset's content does, and not with the circumstances that a receipt tells too."""
+    if isinstance(receipt, ScanReceipt):
+        return receipt.build_key
+    if isinstance(receipt, ManifestReceipt | PromoteReceipt):
+        return receipt.manifest_digest
+    return receipt.digest
 
 
 def receipt_metadata(receipt: Receipt) -> Metadata:

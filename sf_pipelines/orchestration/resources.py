@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import dagster as dg
 from dagster_aws.s3 import S3Resource
 
-from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot.build import Build, Progress
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, SfPipelinesError
 from sf_pipelines.snapshot.store import Store
@@ -27,9 +28,9 @@ class SnapshotAccess:
     def __init__(self, config: WriteConfig) -> None:
         self.config = config
 
-    def build(self, log: logging.Logger) -> stages.Build:
+    def build(self, log: logging.Logger) -> Build:
         """The build that stage functions work on; its progress goes to a log."""
-        return stages.Build(self.config, progress=log_progress(log))
+        return Build(self.config, progress=log_progress(log))
 
     def open_store(self) -> Store:
         """The snapshot's store."""
@@ -68,13 +69,12 @@ def s3_options(resource: S3Resource) -> S3Options:
             raise ConfigError(
                 f"S3Resource.{field} is not supported: set endpoint, region and keys on the resource, or use AWS_*"
             )
-    secret, token = _value(resource.aws_secret_access_key), _value(resource.aws_session_token)
-    options = {
+    options: dict[str, Any] = {
         "endpoint_url": _value(resource.endpoint_url),
         "region": _value(resource.region_name),
         "access_key_id": _value(resource.aws_access_key_id),
-        "secret_access_key": secret,
-        "session_token": token,
+        "secret_access_key": _value(resource.aws_secret_access_key),
+        "session_token": _value(resource.aws_session_token),
     }
     return S3Options(**{name: value for name, value in options.items() if value is not None})
 
@@ -83,7 +83,7 @@ def _value(setting: str | None) -> str | None:
     return setting.get_value() if isinstance(setting, dg.EnvVar) else setting
 
 
-def log_progress(log: logging.Logger) -> Callable[[str, int, int | None, str], None]:
+def log_progress(log: logging.Logger) -> Progress:
     """A progress callback that writes a line at most every few seconds, and one at the end of each stage."""
     last = time.monotonic()
 

@@ -269,15 +269,36 @@ def test_a_name_that_a_twin_published_meanwhile_stays(store: Store) -> None:
     assert listed(store) == ["next", "r1"]
 
 
-def test_a_stock_writer_in_between(store: Store) -> None:
-    """It compares nothing; whether somebody published our manifest before it cannot be known, so the name stays."""
-    send(store, "r0")
+@pytest.mark.parametrize("base_runs", [(), ("r0",)])
+def test_a_stock_writer_in_between(store: Store, base_runs: tuple[str, ...]) -> None:
+    """It compares nothing; whether somebody published our manifest before it cannot be known: the name stays."""
+    for run_id in base_runs:
+        send(store, run_id)
     base = fingerprint(store)
     stock = stock_pointer(store).encode()
     with pytest.raises(PublishConflictError) as caught:
         send(interposed(store, lambda real: real.put(CURRENT, stock)), "r1", base, minutes=1)
     assert caught.value.theirs == "stock"
     assert store.get(CURRENT) == stock
+    assert listed(store) == ["r1", *base_runs]
+
+
+def test_counting_that_began_anew_twice(store: Store) -> None:
+    """From a stock pointer, our twin published; a stock writer and a winner came after: again number one."""
+    other = stock_pointer(store, manifest_ref=store.url_of(STOCK_NAME.replace("stock", "stock2")), run_id="stock2")
+    store.put(CURRENT, stock_pointer(store).encode())
+    base = fingerprint(store)
+
+    def twin_stock_and_winner(real: Store) -> None:
+        send(real, "r1", base)
+        real.put(CURRENT, other.encode())
+        send(real, "winner", fingerprint(real), minutes=1)
+
+    with pytest.raises(PublishConflictError) as caught:
+        send(interposed(store, twin_stock_and_winner), "r1", base)
+    assert caught.value.theirs == "winner"
+    assert read_pointer(store).seq == 1
+    assert listed(store) == ["winner", "r1"]
 
 
 # Races.

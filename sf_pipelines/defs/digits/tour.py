@@ -1,6 +1,7 @@
 """``make snapshot``: builds the demo snapshot through Dagster, then searches it with the public reader."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
+from dagster_shared.utils.warnings import BetaWarning
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +18,7 @@ from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.table import TABLE, project_root
 
 _SEARCHES = 5
-_TOP_K = 6
+_TOP_K = 5
 _RECALL_QUERIES = 300
 
 
@@ -26,7 +28,9 @@ def main() -> int:
     Returns:
         Exit code: 0, or 1 when the build failed.
     """
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
+    # Dagster says of parameters that are used here on purpose that they may change.
+    warnings.simplefilter("ignore", BetaWarning)
     settings = _settings()
     root, store = project_root(), project_root() / settings["store"]
     before = _current_run(store)
@@ -53,7 +57,7 @@ def build(console: Console) -> bool:
     """Runs the job on the instance of DAGSTER_HOME, so that the UI shows the run afterwards."""
     from sf_pipelines.definitions import defs
 
-    job = defs().get_job_def("build_digits")
+    job = defs().resolve_job_def("build_digits")
     with dg.DagsterInstance.get() as instance:
         result = job.execute_in_process(
             instance=instance,
@@ -62,11 +66,11 @@ def build(console: Console) -> bool:
         )
         for event in result.get_asset_check_evaluations():
             verdict = "[green]passed[/green]" if event.passed else f"[red]failed[/red] ({event.severity.value})"
-            console.print(f"  check {event.check_name}: {verdict}  {escape(event.description or '')}", highlight=False)
+            console.print(f"  check {event.check_name}: {verdict}  {escape(event.description or '')}")
         for event in result.get_step_failure_events():
             failure = event.step_failure_data.user_failure_data
             reason = failure.description if failure else event.message
-            console.print(f"  [red]{event.step_key}: {escape(reason or '')}[/red]", highlight=False)
+            console.print(f"  [red]{event.step_key}: {escape(reason or '')}[/red]")
     return result.success
 
 
@@ -76,14 +80,15 @@ def search(console: Console, reader: ShardedVectorReader, path: Path) -> None:
     pixels = np.stack(rows["pixels"].to_numpy()).astype(np.float32)
     labels = rows["label"].to_numpy()
     picks = np.random.default_rng(7).choice(len(pixels), _RECALL_QUERIES, replace=False)
-    table = Table("digit", "id", "labels of its nearest neighbours", "distances", "shards asked", title="Five searches")
+    table = Table("digit", "row", "labels found", "their distances", "shards", title="Five searches")
     for pick in picks[:_SEARCHES]:
-        answer = reader.search(pixels[pick], top_k=_TOP_K)
-        hits = [hit for hit in answer.results if hit.id != pick]
+        # The nearest row is the query itself.
+        answer = reader.search(pixels[pick], top_k=_TOP_K + 1)
+        hits = [hit for hit in answer.results if hit.id != pick][:_TOP_K]
         table.add_row(
             str(labels[pick]),
             str(pick),
-            "  ".join(str(hit.payload["label"]) for hit in hits),
+            "  ".join(str((hit.payload or {}).get("label")) for hit in hits),
             "  ".join(f"{hit.score:.3f}" for hit in hits),
             str(answer.num_shards_queried),
         )

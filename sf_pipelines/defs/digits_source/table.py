@@ -14,12 +14,12 @@ def digits_table() -> pa.Table:
     """The digits: id (int64), label (int64), pixels (64 float32 between 0 and 16)."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    pixels = np.ascontiguousarray(digits.data, dtype=np.float32)
+    values, labels = load_digits(return_X_y=True)
+    pixels = np.ascontiguousarray(values, dtype=np.float32)
     return pa.table(
         {
             "id": pa.array(np.arange(len(pixels), dtype=np.int64)),
-            "label": pa.array(digits.target.astype(np.int64)),
+            "label": pa.array(np.asarray(labels, dtype=np.int64)),
             "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.ravel()), pixels.shape[1]),
         }
     )

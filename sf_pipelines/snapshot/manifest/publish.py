@@ -154,21 +154,24 @@ def history(store: Store, limit: int | None = 10) -> list[HistoryEntry]:
 def _successor(
     base: PointerView, ref: str, run_id: str, digest: str, build_key: str | None, gate_key: str | None
 ) -> Pointer:
-    found = base.pointer
-    previous = None
-    if found is not None:
-        previous = PreviousPointer(run_id=found.run_id, manifest_ref=found.manifest_ref, write_id=found.write_id)
     return Pointer(
         manifest_ref=ref,
         run_id=run_id,
         updated_at=datetime.now(UTC),
         seq=(base.seq or 0) + 1,
         write_id=uuid.uuid4().hex,
-        previous=previous,
+        previous=_previous(base),
         manifest_digest=digest,
         build_key=build_key,
         gate_key=gate_key,
     )
+
+
+def _previous(base: PointerView) -> PreviousPointer | None:
+    found = base.pointer
+    if found is None:
+        return None
+    return PreviousPointer(run_id=found.run_id, manifest_ref=found.manifest_ref, write_id=found.write_id)
 
 
 def _copy_manifest(store: Store, key: str, manifest: bytes) -> bool:
@@ -210,10 +213,7 @@ def _took_our_place(theirs: Pointer | None, base: PointerView) -> bool:
 
     Otherwise another process may have published the same manifest in between, and its name must stay.
     """
-    if theirs is None or theirs.seq != (base.seq or 0) + 1:
-        return False
-    replaced = None if theirs.previous is None else theirs.previous.write_id
-    return replaced == (None if base.pointer is None else base.pointer.write_id)
+    return theirs is not None and theirs.seq == (base.seq or 0) + 1 and theirs.previous == _previous(base)
 
 
 def _conflict(store: Store, ours: str, found: PointerView) -> PublishConflictError:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster_aws.s3 import S3Resource
 
 from sf_pipelines.orchestration.assets import build_assets
@@ -40,27 +39,22 @@ def build_snapshot_defs(
     upstream = [dg.AssetKey.from_coercible(_key(item)) for item in source_assets]
     assets = [*build_assets(names, upstream), build_shard_indexes(names, backfill)]
     snapshot = snapshot_resource(config, s3)
+    own = [key for asset in assets for key in asset.keys]
+    job = dg.define_asset_job(
+        names.job,
+        selection=dg.AssetSelection.assets(*own, *(upstream if refresh_source else [])),
+        # With the range of all shards on the run, one run does everything, unpartitioned assets and checks included.
+        tags=names.range_tags,
+        description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",
+    )
     return dg.Definitions(
         assets=assets,
         asset_checks=[build_checks(names, config)],
-        jobs=[_job(names, [key for asset in assets for key in asset.keys] + (upstream if refresh_source else []))],
-        resources={
-            names.resource: snapshot,
-            names.io_manager: ReferenceIOManager(snapshot=snapshot),
-        },
+        jobs=[job],
+        resources={names.resource: snapshot, names.io_manager: ReferenceIOManager(snapshot=snapshot)},
     )
 
 
 def _key(item: dg.AssetKey | str | Sequence[str]) -> dg.AssetKey | Sequence[str]:
     # "lake/products" is how the UI writes a key of two parts.
     return item.split("/") if isinstance(item, str) else item
-
-
-def _job(names: SnapshotNames, selection: Sequence[dg.AssetKey]) -> UnresolvedAssetJobDefinition:
-    return dg.define_asset_job(
-        names.job,
-        selection=dg.AssetSelection.assets(*selection),
-        # With the range of all shards on the run, one run does everything, unpartitioned assets and checks included.
-        tags=names.range_tags,
-        description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",
-    )

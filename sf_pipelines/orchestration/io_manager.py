@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from sf_pipelines.orchestration.resources import SnapshotAccess
+from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot.errors import IntegrityError, ReceiptMissingError
 from sf_pipelines.snapshot.store import Store
 
@@ -31,8 +31,15 @@ class ReferenceIOManager(dg.ConfigurableIOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Writes a reference; for several partitions one object each."""
-        if obj is None:
-            return
+        with surfaced():
+            self._save(context, obj)
+
+    def load_input(self, context: dg.InputContext) -> dict[str, Any]:
+        """Reads a reference, or for a partitioned asset a dictionary of references, also where it is only one."""
+        with surfaced():
+            return self._load(context)
+
+    def _save(self, context: dg.OutputContext, obj: Any) -> None:
         store, run = self.snapshot.open_store(), _run_folder(context.step_context.dagster_run)
         if not context.has_asset_key:
             _write(store, f"{run}/{_step_path(context)}", obj)
@@ -42,18 +49,17 @@ class ReferenceIOManager(dg.ConfigurableIOManager):
             _write(store, f"{run}/{asset}{part}", value)
             _write(store, f"{FOLDER}/latest/{asset}{part}", value)
 
-    def load_input(self, context: dg.InputContext) -> dict[str, Any]:
-        """Reads a reference, or for a partitioned asset a dictionary of references, also where it is only one."""
+    def _load(self, context: dg.InputContext) -> dict[str, Any]:
         store, run = self.snapshot.open_store(), _run_folder(context.step_context.dagster_run)
         if not context.has_asset_key:
             if context.upstream_output is None:
                 raise ReceiptMissingError(f"input {context.name!r} has no upstream step to take a reference from")
             return _read(store, f"{run}/{_step_path(context.upstream_output)}", what=f"input {context.name!r}")
-        asset = _asset_path(context.asset_key)
+        asset, shown = _asset_path(context.asset_key), context.asset_key.to_user_string()
         if not context.has_asset_partitions:
-            return _first(store, run, asset, what=context.asset_key.to_user_string())
+            return _first(store, run, asset, what=shown)
         return {
-            key: _first(store, run, f"{asset}/{key}", what=f"{context.asset_key.to_user_string()}, partition {key}")
+            key: _first(store, run, f"{asset}/{key}", what=f"{shown}, partition {key},")
             for key in sorted(context.asset_partition_keys)
         }
 

@@ -213,9 +213,7 @@ def _round_trip(judged: Judged) -> Finding:
     return Finding(not faults, "; ".join(faults[:5]) or f"{searched} rows were found again", figures)
 
 
-def _witness_fault(
-    row_id: object, payload: str | None, own: float, results: list[Any], wanted: int, db_id: int
-) -> str:
+def _witness_fault(row_id: object, payload: str | None, own: float, results: list[Any], wanted: int, db_id: int) -> str:
     hit = next((result for result in results if result.id == row_id and type(result.id) is type(row_id)), None)
     # Equal vectors, and under dot_product longer ones, may fill the answer; none of them is then further away.
     if hit is None and len(results) == wanted and all(result.score <= own + 1e-9 for result in results):

@@ -106,8 +106,9 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float]) -> Bui
     timed("route", lambda: stages.route(build, run_id))
     shards = timed("shards", lambda: _build_shards(build, run_id))
     manifest = timed("assemble", lambda: stages.assemble(build, run_id))
-    verdicts = timed("gate", lambda: stages.gate(build, run_id))
-    promoted = timed("promote", lambda: stages.promote(build, run_id))
+    # A damaged shard of a published run was built anew into a fork of that run.
+    verdicts = timed("gate", lambda: stages.gate(build, manifest.run_id))
+    promoted = timed("promote", lambda: stages.promote(build, manifest.run_id))
     return _result(scanned, sampled.rejected, shards, manifest, verdicts, promoted, durations)
 
 

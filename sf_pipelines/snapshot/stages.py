@@ -17,6 +17,7 @@ from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
 from sf_pipelines.snapshot.build import Build, Stopwatch
 from sf_pipelines.snapshot.config import digest_json
 from sf_pipelines.snapshot.errors import ConfigError, CountMismatchError, DataContractError, SourceEmptyError
+from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
 from sf_pipelines.snapshot.index.protocol import choose_family
 from sf_pipelines.snapshot.manifest import publish, record
@@ -94,7 +95,7 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
             return published.model_copy(update={"published": True, "reason": reason})
     unfinished = _unfinished_run(build.store, build_key)
     receipt = unfinished or ScanReceipt(
-        run_id=f"{build_key[:16]}-{uuid.uuid4().hex[:12]}",
+        run_id=new_run_id(build_key),
         inputs=build_key,
         build_key=build_key,
         gate_key=config.gate_key(),
@@ -268,10 +269,10 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
         run_id: the build.
         db_id: the shard, 0 to num_dbs - 1.
         rebuild: make a new attempt although a sealed one is there. A sealed attempt whose objects are gone or changed
-            is made again in any case.
+            is made again in any case. A new attempt at a shard of a published run goes into a fork of that run.
 
     Raises:
-        ConfigError: no such shard, or the run is published and must not change any more.
+        ConfigError: no such shard.
         IndexBuildError: the index does not cover the shard's rows.
         IntegrityError: the routed rows, or what was uploaded, are not what they should be.
     """
@@ -284,11 +285,6 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
     if found is not None and not rebuild and is_intact(build.store, found):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
-    if ledger.find(PromoteReceipt) is not None:
-        raise ConfigError(
-            f"run {run_id} is published, its shards do not change any more; to build shard {db_id} anew, start a new "
-            "build with force"
-        )
     ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
     return ledger.commit(seal_shard(build, ledger, routed, shard, rows), part)
@@ -300,6 +296,9 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
 def assemble(build: Build, run_id: str) -> ManifestReceipt:
     """Joins the shards of one run into a manifest under ``staging/`` and chooses ``num_probes``.
 
+    A published run never changes: if a shard of it was built anew, the manifest is that of a fork (a copy under a new
+    run id), and checks and promotion go on with the receipt's ``run_id``.
+
     Raises:
         ReceiptMissingError: a shard has not been built.
         CountMismatchError: the shards' rows and the rejects do not add up to the rows of the source.
@@ -307,16 +306,17 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled, trained, routed = ledger.need(SampleReceipt), ledger.need(TrainReceipt), ledger.need(RouteReceipt)
     shards = shard_receipts(ledger, routed)
-    gate_key = build.config.gate_key()
     inputs = inputs_of(
         queries=sampled.queries.sha256,
         routing=trained.ref.sha256,
-        gate_key=gate_key,
+        gate_key=build.config.gate_key(),
         shards=[(shard.db_id, shard.digest) for shard in shards],
     )
     found = ledger.find(ManifestReceipt, inputs=inputs)
     if found is not None:
         return found.model_copy(update={"reason": "this manifest was assembled before"})
+    if ledger.find(PromoteReceipt) is not None:
+        return assemble(build, fork_run(build, scanned, (sampled, trained, routed), shards))
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
         raise CountMismatchError(

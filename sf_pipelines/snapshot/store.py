@@ -210,6 +210,14 @@ class Store:
                 size += len(data)
         return size, digest.hexdigest()
 
+    def sha256(self, key: str) -> str:
+        """SHA-256 (hex) of the bytes that are stored now."""
+        digest = hashlib.sha256()
+        with self._translated("read", key):
+            for chunk in self._backend.get(key).stream(min_chunk_size=_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     # Writing.
 
     def put(self, key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:

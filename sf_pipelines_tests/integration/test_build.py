@@ -232,6 +232,45 @@ def test_verify_names_a_damaged_object_of_a_published_snapshot(tmp_path: Path, h
     assert found.recall is None
 
 
+def test_a_damaged_object_of_a_published_snapshot_is_healed_in_a_fork(tmp_path: Path, place: dict[str, Any]) -> None:
+    config = small_config(tmp_path, **place["fields"])
+    first = build_snapshot(config, cache_dir=place["cache"])
+    store = Store.open(config.store, config.s3)
+    damaged = first.shards[1]
+    key = f"{damaged.db_key}/{damaged.objects[0].path}"
+    store.put(key, b"not what was sealed")
+    assert not verify_snapshot(config.store, s3=config.s3).passed
+    healed = build_snapshot(config, cache_dir=place["cache"])
+    assert healed.published
+    assert healed.run_id != first.run_id
+    assert verify_snapshot(config.store, s3=config.s3).passed
+    # The fork stands alone: with the published run gone, it still serves.
+    for info in list(store.objects(f"shards/run_id={first.run_id}")):
+        store.delete(info.key)
+    for info in list(store.objects(f"vector_meta/run_id={first.run_id}")):
+        store.delete(info.key)
+    assert verify_snapshot(config.store, s3=config.s3).passed
+    again = build_snapshot(config, cache_dir=place["cache"])
+    assert (again.published, again.run_id) == (False, healed.run_id)
+
+
+def test_one_shard_of_a_published_run_can_be_built_anew(tmp_path: Path) -> None:
+    write_source(tmp_path / "source.parquet")
+    first = build_snapshot(small_config(tmp_path), cache_dir=tmp_path / "cache")
+    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
+        shard = stages.build_shard(build, first.run_id, 2, rebuild=True)
+        assert (shard.attempt, shard.rows_digest) == (1, first.shards[2].rows_digest)
+        assert shard.db_key != first.shards[2].db_key
+        manifest = stages.assemble(build, first.run_id)
+        assert manifest.run_id != first.run_id
+        assert all(verdict.passed for verdict in stages.gate(build, manifest.run_id))
+        promoted = stages.promote(build, manifest.run_id)
+        assert (promoted.previous_run_id, promoted.seq) == (first.run_id, first.seq + 1)
+        # Both snapshots of the history are whole.
+        for entry in history(build.store):
+            assert verify_snapshot(tmp_path / "store", manifest_key=entry.manifest_key).passed
+
+
 def test_a_slow_older_build_does_not_overwrite_a_newer_one(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet")
     slow, slow_run = staged(small_config(tmp_path), tmp_path / "cache")

@@ -45,11 +45,9 @@ def config(source: Path, tmp_path: Path) -> WriteConfig:
 
 
 @pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """A Dagster instance on disk."""
-    folder = tmp_path / "dagster"
-    folder.mkdir()
-    with dg.DagsterInstance.local_temp(str(folder)) as made:
+def instance() -> Iterator[dg.DagsterInstance]:
+    """A Dagster instance."""
+    with dg.DagsterInstance.ephemeral() as made:
         yield made
 
 

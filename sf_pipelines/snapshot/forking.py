@@ -1,0 +1,112 @@
+"""A published run never changes. When a shard of it is built anew, the next manifest is that of a fork: a run of its
+own into which everything that is published or judged is copied inside the store."""
+
+import uuid
+from datetime import UTC, datetime
+
+from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.errors import DigestMismatchError
+from sf_pipelines.snapshot.manifest import publish, record
+from sf_pipelines.snapshot.receipts import (
+    Receipt,
+    ReceiptType,
+    Ref,
+    RouteReceipt,
+    SampleReceipt,
+    ScanReceipt,
+    ShardReceipt,
+    TrainReceipt,
+)
+from sf_pipelines.snapshot.store import Store
+
+
+def new_run_id(build_key: str) -> str:
+    """A run id that was never used: the start of the build key and a random part."""
+    return f"{build_key[:16]}-{uuid.uuid4().hex[:12]}"
+
+
+def fork_run(
+    build: Build,
+    scanned: ScanReceipt,
+    receipts: tuple[SampleReceipt, TrainReceipt, RouteReceipt],
+    shards: list[ShardReceipt],
+) -> str:
+    """Copies a published run, with its newest shards, into a run of its own that goes out from the present pointer.
+
+    The routed rows, which nothing published refers to, stay where they are.
+
+    Returns:
+        The new run's id.
+    """
+    fork = _Fork(build, scanned.run_id, new_run_id(scanned.build_key))
+    view = publish.read_pointer(build.store)
+    fork.commit(
+        scanned,
+        base_fingerprint=view.fingerprint,
+        base_run_id=view.pointer.run_id if view.pointer else None,
+        base_seq=view.seq,
+        record_key=record.start_record(build.store, fork.run_id),
+        published=False,
+    )
+    sampled, trained, routed = receipts
+    fork.commit(
+        sampled,
+        rejects=fork.copy_ref(sampled.rejects),
+        training=fork.copy_ref(sampled.training),
+        queries=fork.copy_ref(sampled.queries),
+    )
+    fork.commit(trained, ref=fork.copy_ref(trained.ref))
+    fork.commit(routed)
+    for number, shard in enumerate(shards, start=1):
+        fork.copy_shard(shard)
+        build.report("fork", number, len(shards), "shards")
+    return fork.run_id
+
+
+class _Fork:
+    """Copies receipts and what they refer to from one run to another."""
+
+    def __init__(self, build: Build, old: str, new: str) -> None:
+        self.run_id = new
+        self._ledger = build.ledger(new)
+        self._store: Store = build.store
+        self._segments = (f"run_id={old}/", f"run_id={new}/")
+
+    def commit(self, receipt: ReceiptType, part: str = "", **changes: object) -> ReceiptType:
+        """Writes a receipt as one of the new run."""
+        fresh = {"run_id": self.run_id, "write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "reason": ""}
+        return self._ledger.commit(receipt.model_copy(update=fresh | changes), part)
+
+    def copy_ref(self, ref: Ref) -> Ref:
+        """Copies one object that a receipt refers to."""
+        return ref.model_copy(update={"key": self._copy(ref.key, ref.sha256)})
+
+    def copy_shard(self, shard: ShardReceipt) -> Receipt:
+        """Copies a sealed shard, object by object, and seals the copies."""
+        part = f"db={shard.db_id:05d}"
+        if shard.db_key is None:
+            return self.commit(shard, part)
+        etags: list[str | None] = []
+        for item in shard.objects:
+            key = self._copy(f"{shard.db_key}/{item.path}", item.sha256)
+            etags.append(self._store.head(key).etag)
+        db_key = shard.db_key.replace(*self._segments)
+        return self.commit(
+            shard,
+            part,
+            db_key=db_key,
+            db_url=self._store.url_of(db_key),
+            etags=tuple(etags),
+            truth=None if shard.truth is None else self.copy_ref(shard.truth),
+            witnesses=None if shard.witnesses is None else self.copy_ref(shard.witnesses),
+        )
+
+    def _copy(self, key: str, sha256: str) -> str:
+        target = key.replace(*self._segments)
+        self._store.copy(key, target)
+        found = self._store.sha256(target)
+        if found != sha256:
+            raise DigestMismatchError(
+                f"{self._store.url_of(target)}, a copy of {key}, has SHA-256 {found}, but {sha256} was sealed"
+            )
+        return target

@@ -1,0 +1,130 @@
+"""Build of 50,000 x 384, cosine, 8 shards: vectors/s, share of each stage, memory, recall by probes, search latency.
+
+The baseline of the same run: the bare LanceDB calls (write and index, eight tables) with the same index, without
+validation, routing, digests, upload, tuning or gate.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from sf_pipelines_tests.benchmarks import child
+
+ROWS, DIM, SHARDS, QUERIES = 50_000, 384, 8, 300
+
+
+def work(source: str, store: str, index_type: str) -> dict[str, Any]:
+    """One build, gated at 0.95, and searches; in a process of its own."""
+    from sf_pipelines import ShardedVectorReader, WriteConfig, build_snapshot
+    from sf_pipelines_tests.tables import small_config, write_source
+
+    with tempfile.TemporaryDirectory() as name:
+        # Libraries are imported and their threads started once per process, not once per vector.
+        write_source(Path(name, "source.parquet"))
+        started = time.perf_counter()
+        build_snapshot(small_config(Path(name)), cache_dir=Path(name, "cache"))
+        warm_up = time.perf_counter() - started
+    before = child.peak_megabytes()
+    config = WriteConfig(
+        name="bench",
+        source=source,
+        store=store,
+        num_dbs=SHARDS,
+        payload_cols=("title",),
+        vector_spec={"dim": DIM, "index_type": index_type},  # pyright: ignore[reportArgumentType]
+        recall_gate={"min_recall": 0.95},  # pyright: ignore[reportArgumentType]
+    )
+    cache = Path(store).with_name("cache")
+    started = time.perf_counter()
+    result = build_snapshot(config, cache_dir=cache)
+    seconds = time.perf_counter() - started
+    peak = child.peak_megabytes()
+    queries = next(pq.ParquetFile(source).iter_batches(QUERIES)).column("vector").flatten().to_numpy().reshape(-1, DIM)
+    with ShardedVectorReader(store, cache_dir=cache, preload=True) as reader:
+        latencies = {probes: _latencies(reader, queries, probes) for probes in (1, 2, result.num_probes, SHARDS)}
+    return {
+        "seconds": seconds,
+        "warm_up": warm_up,
+        "durations": result.durations,
+        "peak": peak,
+        "before": before,
+        "num_probes": result.num_probes,
+        "recall": result.recall,
+        "lower": result.recall_lower,
+        "curve": [(point.num_probes, point.recall, point.lower) for point in result.curve],
+        "stock": next(v.message for v in result.verdicts if v.name == "stock_recall"),
+        "latencies": latencies,
+        "bytes": sum(shard.bytes for shard in result.shards),
+    }
+
+
+def _latencies(reader: Any, queries: np.ndarray, probes: int) -> tuple[float, float]:
+    times: list[float] = []
+    for query in queries:
+        started = time.perf_counter()
+        reader.search(query, 10, num_probes=probes)
+        times.append(1000 * (time.perf_counter() - started))
+    return float(np.percentile(times[20:], 50)), float(np.percentile(times[20:], 99))
+
+
+def bare(source: str, index_type: str) -> float:
+    """Seconds of the bare LanceDB calls for eight tables."""
+    import lancedb
+    from lancedb.index import HnswSq, IvfSq
+
+    table = pq.read_table(source)
+    step = ROWS // SHARDS
+    with child.folder() as name:
+        started = time.perf_counter()
+        for shard in range(SHARDS):
+            made = lancedb.connect(str(name / str(shard))).create_table("t", table.slice(shard * step, step))
+            config: Any = HnswSq if index_type == "hnsw" else IvfSq
+            made.create_index("vector", config=config(distance_type="cosine", num_partitions=1))
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    """Prints the figures."""
+    out = Console(width=110)
+    with child.folder() as name:
+        source = str(name / "source.parquet")
+        child.run("sf_pipelines_tests.benchmarks.data", path=source, rows=ROWS, dim=DIM)
+        for index_type in ("auto", "hnsw"):
+            figures = child.run(
+                "sf_pipelines_tests.benchmarks.build",
+                source=source,
+                store=str(name / index_type / "store"),
+                index_type=index_type,
+            )
+            _print(out, index_type, figures, bare(source, index_type))
+
+
+def _print(out: Console, index_type: str, figures: dict[str, Any], bare_seconds: float) -> None:
+    seconds = figures["seconds"]
+    out.rule(f"build {ROWS:,} x {DIM}, cosine, {SHARDS} shards, index_type {index_type}")
+    out.print(
+        f"{ROWS / seconds:,.0f} vectors/s ({seconds:.2f} s); bare LanceDB calls {ROWS / bare_seconds:,.0f} vectors/s; "
+        f"ratio {bare_seconds / seconds:.2f}"
+    )
+    out.print(f"peak memory {figures['peak']:.0f} MB (before the build, libraries loaded: {figures['before']:.0f} MB)")
+    out.print(f"first small build of the process, imports included: {figures['warm_up']:.2f} s")
+    out.print(f"stored {figures['bytes'] / (4 * ROWS * DIM):.2f} x the raw vectors")
+    table = Table("stage", "seconds", "share")
+    slowest = max(figures["durations"], key=figures["durations"].get)
+    for stage, spent in figures["durations"].items():
+        table.add_row(stage, f"{spent:.2f}", f"{100 * spent / seconds:.0f} %" + (" (bottleneck)" if stage == slowest else ""))
+    out.print(table)
+    curve = Table("probes", "recall@10", "lower bound", "search p50 ms", "p99 ms")
+    for probes, recall, lower in figures["curve"]:
+        p50, p99 = figures["latencies"].get(str(probes), (None, None))
+        times = ["", ""] if p50 is None else [f"{p50:.2f}", f"{p99:.2f}"]
+        chosen = " (chosen)" if probes == figures["num_probes"] else ""
+        curve.add_row(f"{probes}{chosen}", f"{recall:.4f}", f"{lower:.4f}", *times)
+    out.print(curve)
+    out.print(f"judged: recall {figures['recall']:.4f}, at least {figures['lower']:.4f}; {figures['stock']}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from pydantic import SecretStr
 
 from sf_pipelines.snapshot.config import S3Options
 
@@ -20,7 +21,7 @@ def moto_options() -> Iterator[S3Options]:
         endpoint_url=f"http://{host}:{port}",
         region="us-east-1",
         access_key_id="test",
-        secret_access_key="test",  # pyright: ignore[reportArgumentType]
+        secret_access_key=SecretStr("test"),
     )
     server.stop()
 

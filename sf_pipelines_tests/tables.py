@@ -31,7 +31,9 @@ def vector_table(vectors: NDArray[np.float32], ids: Any = None, **columns: Any) 
     )
 
 
-def write_source(path: Path, rows: int = 600, dim: int = 16, *, seed: int = 0, row_group: int = 150) -> NDArray[np.float32]:
+def write_source(
+    path: Path, rows: int = 600, dim: int = 16, *, seed: int = 0, row_group: int = 150
+) -> NDArray[np.float32]:
     """A Parquet file with ``title`` as payload; its vectors."""
     vectors = clustered(rows, dim, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)

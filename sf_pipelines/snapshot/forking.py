@@ -1,5 +1,8 @@
-"""A published run never changes. When a shard of it is built anew, the next manifest is that of a fork: a run of its
-own into which everything that is published or judged is copied inside the store."""
+"""Forks of published runs, which never change.
+
+When a shard of a published run is built anew, the next manifest is that of a fork: a run of its own into which
+everything that is published or judged is copied inside the store.
+"""
 
 import uuid
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""Runs the benchmarks: ``python -m sf_pipelines_tests.benchmarks [build] [memory]``. Prints figures, asserts nothing."""
+"""Runs the benchmarks: ``python -m sf_pipelines_tests.benchmarks [build] [memory]``. Prints figures."""
 
 import sys
 

@@ -118,7 +118,8 @@ def _print(out: Console, index_type: str, figures: dict[str, Any], bare_seconds:
     table = Table("stage", "seconds", "share")
     slowest = max(figures["durations"], key=figures["durations"].get)
     for stage, spent in figures["durations"].items():
-        table.add_row(stage, f"{spent:.2f}", f"{100 * spent / seconds:.0f} %" + (" (bottleneck)" if stage == slowest else ""))
+        mark = " (bottleneck)" if stage == slowest else ""
+        table.add_row(stage, f"{spent:.2f}", f"{100 * spent / seconds:.0f} %{mark}")
     out.print(table)
     curve = Table("probes", "recall@10", "lower bound", "search p50 ms", "p99 ms")
     for probes, recall, lower in figures["curve"]:

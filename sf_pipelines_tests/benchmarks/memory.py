@@ -37,7 +37,8 @@ def main() -> None:
         with child.folder() as name:
             source = str(name / "source.parquet")
             child.run("sf_pipelines_tests.benchmarks.data", path=source, rows=rows, dim=DIM)
-            done = child.run("sf_pipelines_tests.benchmarks.memory", source=source, store=str(name / "store"), rows=rows)
+            store = str(name / "store")
+            done = child.run("sf_pipelines_tests.benchmarks.memory", source=source, store=store, rows=rows)
         table.add_row(
             f"{rows:,}",
             f"{rows * DIM * 4 / 1e6:.0f}",

@@ -34,6 +34,7 @@ from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.tables import clustered, small_config, vector_table, write_source
 
+
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Where source and store are: config fields."""
@@ -51,7 +52,7 @@ def test_a_snapshot_end_to_end(tmp_path: Path, place: dict[str, Any]) -> None:
     config = small_config(tmp_path, **place["fields"])
     ticks: list[tuple[str, int, int | None]] = []
     result = build_snapshot(
-        config, cache_dir=place["cache"], progress=lambda stage, done, total, unit: ticks.append((stage, done, total))
+        config, cache_dir=place["cache"], progress=lambda stage, done, total, _: ticks.append((stage, done, total))
     )
     assert result.published
     assert (result.rows, result.rejected, len(result.shards)) == (600, 0, 3)
@@ -319,7 +320,8 @@ def test_a_bucket_that_is_not_there_is_an_error_at_scan(tmp_path: Path, moto_opt
 
 
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:
-    pq.write_table(vector_table(np.empty((0, 16), np.float32), title=pa.array([], pa.string())), tmp_path / "source.parquet")
+    nothing = vector_table(np.empty((0, 16), np.float32), title=pa.array([], pa.string()))
+    pq.write_table(nothing, tmp_path / "source.parquet")
     with pytest.raises(SourceEmptyError, match="no rows"):
         build_snapshot(small_config(tmp_path))
 

@@ -135,6 +135,57 @@ def test_the_longest_unused_copies_go_and_those_in_use_stay(store: Store, tmp_pa
     assert not any(path.startswith((folders["b"].name, folders["c"].name)) for path in left)
 
 
+def test_no_more_is_dropped_than_needed_and_use_counts(store: Store, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=2500)
+    shards = {name: put_shard(store, name, {"f": name.encode() * 1000}) for name in "abc"}
+    folders: dict[str, Path] = {}
+    for name in "ab":
+        with cache.checkout(store, name, shards[name]) as folders[name]:
+            pass
+        os.utime(f"{folders[name]}.lock", (1, 1))
+    with cache.checkout(store, "a", shards["a"]):
+        pass
+    with cache.checkout(store, "c", shards["c"]) as folders["c"]:
+        pass
+    assert {name for name, folder in folders.items() if folder.exists()} == {"a", "c"}
+
+
+def test_an_object_that_shrinks_after_it_was_listed_is_an_error(tmp_path: Path) -> None:
+    class Shrinking(Store):
+        def download(self, key: str, path: Path) -> tuple[int, str]:
+            self.put(key, b"less")
+            return super().download(key, path)
+
+    store = Shrinking.open(tmp_path / "store", create=True)
+    put_shard(store, "a", {"f": b"more than that"})
+    cache = ShardCache(tmp_path / "cache")
+    with pytest.raises(DigestMismatchError, match="a/f has 4 bytes, 14"), cache.checkout(store, "a", None):
+        pytest.fail("a shrunken shard was handed out")
+
+
+def test_a_lock_file_that_was_removed_while_waiting_is_no_lock(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, objects, flock = ShardCache(tmp_path / "cache"), put_shard(store, "a"), fcntl.flock
+    lock = cache.root / f"{shard_digest(objects)}.lock"
+    removed: list[int] = []
+
+    def evicted_meanwhile(handle: int, how: int) -> None:
+        flock(handle, how)
+        if not removed:
+            removed.append(handle)
+            lock.unlink()
+
+    monkeypatch.setattr(fcntl, "flock", evicted_meanwhile)
+    with cache.checkout(store, "a", objects):
+        assert removed
+        assert lock.exists()
+        other = os.open(lock, os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+
+
 def test_leftovers_of_a_killed_download_are_removed(store: Store, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache")
     objects = put_shard(store, "a")

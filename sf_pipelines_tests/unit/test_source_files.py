@@ -2,9 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
@@ -80,7 +80,7 @@ def test_a_folder_is_all_its_tables_and_no_marker_files(lake: Path) -> None:
 )
 def test_globs(lake: Path, pattern: str, keys: list[str] | None) -> None:
     if keys is None:
-        with pytest.raises(SourceNotFoundError, match="nowhere|matches no file"):
+        with pytest.raises(SourceNotFoundError, match=r"nowhere|matches no file"):
             find_files(f"{lake}/{pattern}", None)
     else:
         assert [info.key for info in find_files(f"{lake}/{pattern}", None)[1]] == keys

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sf_pipelines.snapshot.build import Progress, silent
+from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, merge_truth, recall_per_query, truth_table
 from sf_pipelines.snapshot.index import backend_named
@@ -18,7 +19,7 @@ from sf_pipelines.snapshot.metric import Float32, exact_top_k
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-from sf_pipelines.snapshot.store import Credentials, Store
+from sf_pipelines.snapshot.store import Store
 
 _QUERIES = 200
 _DEFAULT_K = 10
@@ -65,7 +66,7 @@ class Verification:
 def verify_snapshot(
     root: str | Path,
     *,
-    s3: Credentials | None = None,
+    s3: S3Options | None = None,
     manifest_key: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:

@@ -50,14 +50,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 
 def test_a_snapshot_end_to_end(tmp_path: Path, place: dict[str, Any]) -> None:
     config = small_config(tmp_path, **place["fields"])
-    ticks: list[tuple[str, int, int | None]] = []
-    result = build_snapshot(
-        config, cache_dir=place["cache"], progress=lambda stage, done, total, _: ticks.append((stage, done, total))
-    )
+    seen: set[tuple[str, str]] = set()
+
+    def watch(stage: str, done: int, total: int | None, unit: str) -> None:
+        assert total is None or done <= total
+        seen.add((stage, unit))
+
+    result = build_snapshot(config, cache_dir=place["cache"], progress=watch)
     assert result.published
     assert (result.rows, result.rejected, len(result.shards)) == (600, 0, 3)
     assert result.recall_lower >= 0.95
-    assert {stage for stage, _, _ in ticks} == {"sample", "route", "shards", "gate"}
+    assert seen == {("sample", "rows"), ("route", "rows"), ("shards", "shards"), ("gate", "checks")}
     assert all(verdict.passed for verdict in result.verdicts)
     vectors = place["vectors"]
     truth = exact_distances(vectors[:20], vectors, config.vector_spec.metric)

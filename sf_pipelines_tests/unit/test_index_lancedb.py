@@ -102,6 +102,17 @@ def test_equal_vectors_come_back_full_and_with_the_right_score(
     np.testing.assert_allclose(hits.scores, brute_force(vectors[:2], vectors[:10], metric), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("metric", DistanceMetric)
+def test_a_scan_tells_apart_what_float32_products_cannot(tmp_path: Path, metric: DistanceMetric) -> None:
+    rng = np.random.default_rng(3)
+    vectors = (1000 + rng.standard_normal((400, DIM)) * 0.01).astype(np.float32)
+    queries = (1000 + rng.standard_normal((20, DIM)) * 0.01).astype(np.float32)
+    truth = np.argsort(brute_force(queries, vectors, metric), axis=1, kind="stable")[:, :5]
+    shard = make(tmp_path, vectors, metric=metric, scan_bytes=1 << 30)
+    scores = np.take_along_axis(brute_force(queries, vectors, metric), truth, axis=1)
+    np.testing.assert_allclose(shard.search(queries, 5).scores, scores, rtol=1e-9, atol=1e-12)
+
+
 def test_a_scan_breaks_ties_by_id(tmp_path: Path) -> None:
     vectors = np.tile(np.linspace(1, 2, DIM, dtype=np.float32), (500, 1))
     ids = np.random.default_rng(0).permutation(500)

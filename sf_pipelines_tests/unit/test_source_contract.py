@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.config import VectorSpec, WriteConfig
 from sf_pipelines.snapshot.errors import SourceSchemaError
+from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
 from sf_pipelines.snapshot.source.files import SourceBatch
@@ -20,7 +21,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 def config(metric: str = "cosine", **more: Any) -> WriteConfig:
-    return WriteConfig(name="t", source="s", store="s", num_dbs=1, vector_spec={"dim": 2, "metric": metric}, **more)
+    spec = VectorSpec(dim=2, metric=DistanceMetric(metric))
+    return WriteConfig(name="t", source="s", store="s", num_dbs=1, vector_spec=spec, **more)
 
 
 def check(rows: pa.Table, **more: Any):

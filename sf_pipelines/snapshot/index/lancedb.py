@@ -64,9 +64,7 @@ class LanceDBBackend:
 
         started = time.perf_counter()
         if rows.num_rows == 0:
-            raise IndexBuildError(
-                f"{folder}: a shard without rows has no index; leave it out of the manifest"
-            )
+            raise IndexBuildError(f"{folder}: a shard without rows has no index; leave it out of the manifest")
         folder.mkdir(parents=True, exist_ok=True)
         with _library(IndexBuildError, f"cannot build a {family} index of {rows.num_rows} rows in {folder}"):
             table = lancedb.connect(str(folder)).create_table(TABLE, rows)
@@ -165,11 +163,7 @@ class LanceDBShard:
             query = query.select(columns).with_row_id(True).limit(k)
             if declared:
                 # The metric is always said: left out, an index with another one would silently decide.
-                query = (
-                    query.distance_type(_DISTANCES[self._metric])
-                    .nprobes(_probes(self.rows))
-                    .ef(max(128, 2 * k))
-                )
+                query = query.distance_type(_DISTANCES[self._metric]).nprobes(_probes(self.rows)).ef(max(128, 2 * k))
             found: pa.Table = query.to_arrow()
         if "query_index" not in found.column_names:
             # A batch of one comes back as a single query.
@@ -193,9 +187,7 @@ class LanceDBShard:
 
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Evenly spaced rows."""
-        offsets = (
-            np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64)) if self.rows else []
-        )
+        offsets = np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64)) if self.rows else []
         with _library(IntegrityError, f"reading the shard in {self._where} failed"):
             query: Any = self._open_table().take_offsets([int(at) for at in offsets])
             found = _in_row_order(query.select(["id", "vector"]).with_row_id().to_arrow())
@@ -245,9 +237,7 @@ class LanceDBShard:
             query: Any = self._open_table().take_row_ids([int(row) for row in wanted])
             found = _in_row_order(query.select([name]).with_row_id().to_arrow())
         if found.num_rows != len(wanted):
-            raise IntegrityError(
-                f"{self._where}: {len(wanted) - found.num_rows} of {len(wanted)} rows are gone"
-            )
+            raise IntegrityError(f"{self._where}: {len(wanted) - found.num_rows} of {len(wanted)} rows are gone")
         return found[name].take(pa.array(back))
 
 
@@ -266,9 +256,7 @@ def _index_config(
         return IvfSq(distance_type=distance, num_partitions=partitions)
     graphs = min(rows, params.num_partitions or math.ceil(rows / _HNSW_PARTITION_ROWS))
     kind = HnswSq if family is IndexFamily.HNSW else HnswFlat
-    return kind(
-        distance_type=distance, num_partitions=graphs, m=params.m, ef_construction=params.ef_construction
-    )
+    return kind(distance_type=distance, num_partitions=graphs, m=params.m, ef_construction=params.ef_construction)
 
 
 def _over_fetch(k: int) -> int:
@@ -287,7 +275,7 @@ def _index_of(table: "Table", metric: DistanceMetric) -> tuple[int, int, bool]:
         stats = table.index_stats(index.name) if index.columns == ["vector"] else None
         if stats is not None:
             trusted = stats.index_type in _TRUSTED and stats.distance_type == _DISTANCES[metric]
-            return stats.num_indexed_rows, index.size_bytes or 0, trusted and not stats.num_unindexed_rows
+            return stats.num_indexed_rows, index.size_bytes or 0, trusted
     return 0, 0, False
 
 

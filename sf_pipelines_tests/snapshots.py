@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.index.lancedb import LanceDBBackend
@@ -18,7 +19,7 @@ from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, ShardRow, VectorMeta
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_name
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, exact_distances
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
 from sf_pipelines.snapshot.store import Store
 
@@ -28,6 +29,15 @@ def clustered(rows: int, dim: int = 8, *, centres: int = 4, seed: int = 0) -> Fl
     rng = np.random.default_rng(seed)
     middle = rng.standard_normal((centres, dim)) * 3
     return (middle[rng.integers(0, centres, rows)] + rng.standard_normal((rows, dim))).astype(np.float32)
+
+
+def brute_force(
+    queries: Float32, rows: Float32, metric: DistanceMetric, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Positions and float64 distances of the k nearest rows, equal ones by position."""
+    distances = exact_distances(queries, rows, metric)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(distances, order, axis=1)
 
 
 def table_of(ids: Any, vectors: Float32, payloads: list[Any] | None = None) -> pa.Table:

@@ -85,13 +85,16 @@ class Build:
         self._progress(stage, done, total, unit)
 
     def reader(self, manifest_key: str) -> "ShardedVectorReader":
-        """A reader of one manifest, kept open for the next caller."""
+        """A reader of one manifest, kept open for the next caller.
+
+        It asks the index of every shard: what is proven must hold where shards are too large to be scanned, too.
+        """
         from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 
         if self._reader is None or self._reader[0] != manifest_key:
             self.close()
             reader = ShardedVectorReader(
-                self.config.store, s3=self.config.s3, cache_dir=self.cache_dir, manifest_key=manifest_key
+                self.config.store, s3=self.config.s3, cache_dir=self.cache_dir, manifest_key=manifest_key, scan_bytes=0
             )
             self._reader = (manifest_key, reader)
         return self._reader[1]

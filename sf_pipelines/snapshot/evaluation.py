@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.index.protocol import ShardHits
 from sf_pipelines.snapshot.metric import Float64
 
 TRUTH_FIELDS = ("query", "id", "distance")
@@ -18,19 +19,18 @@ CONFIDENCE = 0.95
 _SCORE_TOLERANCE = 1e-9
 
 
-def truth_table(ids: pa.Array, positions: NDArray[np.int64], distances: Float64) -> pa.Table:
+def truth_table(ids: pa.Array, nearest: ShardHits) -> pa.Table:
     """Neighbours of each query within one shard.
 
     Args:
-        ids: of the shard's rows.
-        positions: rows of the shard, nearest first, shape (queries, k).
-        distances: of these, same shape.
+        ids: of the shard's rows; a hit's ``rows`` are positions in it.
+        nearest: the true neighbours, every query with equally many.
 
     Returns:
         Columns ``query``, ``id``, ``distance``.
     """
-    query = np.repeat(np.arange(len(positions), dtype=np.int32), positions.shape[1])
-    columns = [pa.array(query), ids.take(pa.array(positions.ravel())), pa.array(distances.ravel())]
+    query = np.repeat(np.arange(len(nearest.rows), dtype=np.int32), nearest.rows.shape[1])
+    columns = [pa.array(query), ids.take(pa.array(nearest.rows.ravel())), pa.array(nearest.scores.ravel())]
     return pa.table(columns, names=list(TRUTH_FIELDS))
 
 

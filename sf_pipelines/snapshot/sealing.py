@@ -13,8 +13,8 @@ from sf_pipelines.snapshot.errors import CountMismatchError, IndexBuildError
 from sf_pipelines.snapshot.evaluation import truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.protocol import IndexFamily
+from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.manifest.models import ShardObject
-from sf_pipelines.snapshot.metric import exact_top_k
 from sf_pipelines.snapshot.reader.cache import ShardCache, shard_digest
 from sf_pipelines.snapshot.receipts import Ledger, Ref, RoutedShard, RouteReceipt, SampleReceipt, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
@@ -132,9 +132,9 @@ def _evidence(build: Build, ledger: Ledger, rows: pa.Table, part: str) -> tuple[
     queries = vectors_of(ledger.get_table(sampled.queries))
     # One more than k: a query's own row is left out when the shards are merged.
     k = build.config.recall_gate.k + 1
-    positions, distances = exact_top_k(queries, vectors_of(rows), build.config.vector_spec.metric, k)
     ids = rows.column("id").combine_chunks()
-    truth = truth_table(ids, positions, distances)
+    scan = MemoryScan(ids, np.arange(len(ids)), vectors_of(rows), build.config.vector_spec.metric)
+    truth = truth_table(ids, scan.search(queries, k))
     chosen = np.argsort(hash_column(ids), kind="stable")[:_WITNESSES]
     witnesses = rows.take(pa.array(chosen)).combine_chunks()
     return ledger.put_table(f"truth/{part}", truth), ledger.put_table(f"witnesses/{part}", witnesses)

@@ -272,15 +272,6 @@ class Store:
         except ObjectMissingError:
             return
 
-    @contextmanager
-    def open_writer(self, key: str) -> Iterator[io.RawIOBase]:
-        """A file to stream a large object into; it appears when the block ends well, and not at all otherwise."""
-        with tempfile.TemporaryDirectory(prefix="sf_pipelines-") as folder:
-            path = Path(folder, "object")
-            with path.open("wb", buffering=0) as file:
-                yield file
-            self.upload(path, key)
-
     # How conditional writes are settled.
 
     def _settle(self, key: str, data: bytes, expected: Versioned | None, how: dict[str, Any]) -> bool:

@@ -15,7 +15,8 @@ from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, merge_truth, recall_per_query, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardIndex
-from sf_pipelines.snapshot.metric import Float32, exact_top_k
+from sf_pipelines.snapshot.index.scan import MemoryScan
+from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
@@ -156,8 +157,8 @@ def _neighbours(
     for number, entry in enumerate(state.shards, start=1):
         for index in _opened(store, state, cache, entry):
             ids, vectors = index.sample(index.rows)
-            positions, distances = exact_top_k(queries, vectors, state.metric, k + 1)
-            parts.append(truth_table(pa.array(ids), positions, distances))
+            scan = MemoryScan(pa.array(ids), np.arange(len(ids)), vectors, state.metric)
+            parts.append(truth_table(scan.ids, scan.search(queries, k + 1)))
         report("verify", len(state.shards) + number, 2 * len(state.shards), "shards")
     return parts
 

@@ -41,7 +41,7 @@ def make(
     metric: DistanceMetric = DistanceMetric.COSINE,
     scan_bytes: int = 0,
 ) -> LanceDBShard:
-    backend = LanceDBBackend(scan_bytes=scan_bytes)
+    backend = LanceDBBackend()
     rows = table_of(list(range(len(vectors))) if ids is None else ids, vectors)
     report = backend.build(rows, folder, family=family, metric=metric, params=IndexParams())
     assert report.rows == report.indexed_rows == len(vectors)
@@ -140,11 +140,11 @@ def test_ids_keep_their_type(tmp_path: Path, ids: list[object], kind: type, scan
 @pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
 def test_rows_give_back_their_payloads_and_vectors_in_order(tmp_path: Path, scan_bytes: int) -> None:
     vectors = clustered(300, DIM)
-    backend = LanceDBBackend(scan_bytes=scan_bytes)
+    backend = LanceDBBackend()
     payloads = [None if i % 3 == 0 else {"i": i} for i in range(300)]
     rows = table_of(list(range(300)), vectors, payloads)
     backend.build(rows, tmp_path, family=IndexFamily.IVF_FLAT, metric=DistanceMetric.L2, params=IndexParams())
-    shard = backend.open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
+    shard = backend.open(tmp_path, metric=DistanceMetric.L2, dim=DIM, scan_bytes=scan_bytes)
     hits = shard.search(vectors[[5, 250, 3]], 20)
     for ids, at in zip(hits.ids.tolist(), hits.rows, strict=True):
         assert shard.payloads(at) == [payloads[i] for i in ids]
@@ -182,7 +182,7 @@ def test_foreign_shards_are_searched_in_the_declared_metric(tmp_path: Path, stat
         extra = clustered(5, DIM, seed=9)
         table.add(table_of(list(range(rows, rows + 5)), extra))
         vectors = np.concatenate([vectors, extra])
-    shard = LanceDBBackend(scan_bytes=0).open(tmp_path, metric=metric, dim=DIM)
+    shard = LanceDBBackend().open(tmp_path, metric=metric, dim=DIM, scan_bytes=0)
     truth = brute_force(queries, vectors, metric)
     hits = shard.search(queries, 5)
     assert hits.ids.tolist() == np.argsort(truth, axis=1)[:, :5].tolist()

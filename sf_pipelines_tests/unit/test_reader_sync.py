@@ -29,11 +29,11 @@ from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, manifest_name
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, exact_top_k
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.state import read_current
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines_tests.snapshots import clustered, point_at, publish_by_hand
+from sf_pipelines_tests.snapshots import brute_force, clustered, point_at, publish_by_hand
 
 DIM = 8
 CENTROIDS = np.concatenate([clustered(4, DIM, seed=0), np.full((1, DIM), 1e6, dtype=np.float32)])
@@ -62,7 +62,7 @@ def test_all_probes_give_the_exact_answer(
     store: Store, tmp_path: Path, metric: DistanceMetric, family: IndexFamily
 ) -> None:
     publish(store, metric=metric, family=family)
-    truth, distances = exact_top_k(QUERIES, VECTORS, metric, 10)
+    truth, distances = brute_force(QUERIES, VECTORS, metric, 10)
     with opened(store, tmp_path) as reader:
         found = reader.search_arrays(QUERIES, 10, num_probes=99)
         assert found.ids.tolist() == truth.tolist()
@@ -333,7 +333,7 @@ def test_nothing_published_is_said_so(store: Store, tmp_path: Path) -> None:
 
 def test_shards_without_digests_are_served_too(store: Store, tmp_path: Path) -> None:
     publish(store, sealed=False)
-    truth, _ = exact_top_k(QUERIES, VECTORS, DistanceMetric.COSINE, 4)
+    truth, _ = brute_force(QUERIES, VECTORS, DistanceMetric.COSINE, 4)
     with opened(store, tmp_path) as reader:
         assert reader.search_arrays(QUERIES, 4, num_probes=5).ids.tolist() == truth.tolist()
 

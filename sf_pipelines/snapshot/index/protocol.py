@@ -23,6 +23,10 @@ FLAT_ROWS = 4_000
 IVF_ROWS = 200_000
 
 
+# Up to this many bytes of vectors, a scan in memory is both exact and faster than any index.
+SCAN_BYTES = 16 * 1024 * 1024
+
+
 class IndexFamily(StrEnum):
     """How a shard's vectors are indexed. All rank rightly unrefined, so that a plain reader can merge.
 
@@ -175,8 +179,15 @@ class IndexBackend(Protocol):
         """
         ...
 
-    def open(self, folder: Path, *, metric: DistanceMetric, dim: int) -> ShardIndex:
+    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, scan_bytes: int = SCAN_BYTES) -> ShardIndex:
         """Opens a local shard directory for searching.
+
+        Args:
+            folder: the shard's directory.
+            metric: declared metric.
+            dim: numbers in a vector.
+            scan_bytes: a shard with at most so many bytes of vectors is searched by an exact scan in memory; 0 always
+                asks the index where it covers the shard and knows the metric.
 
         Raises:
             IntegrityError: what is there is no readable shard of this dimension.

@@ -16,7 +16,7 @@ from sf_pipelines.snapshot.errors import (
     SfPipelinesError,
     SnapshotNotFoundError,
 )
-from sf_pipelines.snapshot.index.protocol import ShardHits, ShardIndex
+from sf_pipelines.snapshot.index.protocol import SCAN_BYTES, ShardHits, ShardIndex
 from sf_pipelines.snapshot.manifest.pointer import manifest_key as key_of_pointer
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES, ShardCache
@@ -66,6 +66,7 @@ class ReaderCore:
         manifest_key: serve exactly this manifest, whatever the pointer says.
         max_cached_shards: shards kept open; None is all.
         max_memory: bytes that open shards may hold.
+        scan_bytes: see ``IndexBackend.open``.
         preload: open every shard before a snapshot is served.
 
     Raises:
@@ -82,10 +83,12 @@ class ReaderCore:
         manifest_key: str | None,
         max_cached_shards: int | None,
         max_memory: int = DEFAULT_MEMORY,
+        scan_bytes: int = SCAN_BYTES,
         preload: bool,
     ) -> None:
         self._max_open = None if max_cached_shards is None else positive(max_cached_shards, "max_cached_shards")
         self._max_memory = max_memory
+        self._scan_bytes = scan_bytes
         self._pinned = manifest_key
         self._preload = preload
         self.store = _open_root(root, s3)
@@ -180,7 +183,14 @@ class ReaderCore:
         return self._make(load_pointed(self.store, pointer))
 
     def _make(self, state: SnapshotState) -> Serving:
-        handles = ShardHandles(state, self.store, self._cache, max_open=self._max_open, max_memory=self._max_memory)
+        handles = ShardHandles(
+            state,
+            self.store,
+            self._cache,
+            max_open=self._max_open,
+            max_memory=self._max_memory,
+            scan_bytes=self._scan_bytes,
+        )
         if self._preload:
             try:
                 for shard in state.shards:

@@ -32,16 +32,25 @@ class ShardHandles:
         cache: local copies.
         max_open: shards kept open while nobody uses them; None is all.
         max_memory: bytes that open shards may hold in memory before those that nobody uses are closed.
+        scan_bytes: see ``IndexBackend.open``.
     """
 
     def __init__(
-        self, state: SnapshotState, store: Store, cache: ShardCache, *, max_open: int | None, max_memory: int
+        self,
+        state: SnapshotState,
+        store: Store,
+        cache: ShardCache,
+        *,
+        max_open: int | None,
+        max_memory: int,
+        scan_bytes: int,
     ) -> None:
         self.state = state
         self._store = store
         self._cache = cache
         self._max_open = max_open
         self._max_memory = max_memory
+        self._scan_bytes = scan_bytes
         self._lock = threading.Lock()
         self._opening = [threading.Lock() for _ in state.shards]
         self._handles: dict[int, _Handle] = {}
@@ -127,7 +136,7 @@ class ShardHandles:
             folder = held.enter_context(self._cache.checkout(self._store, shard.key, shard.objects))
             try:
                 backend = backend_named(self.state.backend)
-                index = backend.open(folder, metric=self.state.metric, dim=self.state.dim)
+                index = backend.open(folder, metric=self.state.metric, dim=self.state.dim, scan_bytes=self._scan_bytes)
             except IntegrityError as error:
                 raise IntegrityError(f"shard {shard.db_id} at {where} cannot be searched: {error}") from error
             held.callback(index.close)

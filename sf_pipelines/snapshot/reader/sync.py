@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import QueryError
+from sf_pipelines.snapshot.index.protocol import SCAN_BYTES
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES
 from sf_pipelines.snapshot.reader.core import DEFAULT_MEMORY, ReaderCore, Serving, as_stock
@@ -46,6 +47,8 @@ class ShardedVectorReader:
         manifest_key: serve exactly this manifest (a key below the root), whatever the pointer says.
         max_cached_shards: shards kept open while nobody searches them; None is all.
         max_memory: bytes of vectors that open shards may keep in memory while nobody searches them.
+        scan_bytes: a shard with at most so many bytes of vectors is searched by an exact scan in memory, a larger one
+            by its index; 0 asks the index of every shard.
         preload: open every shard now, and at each refresh before the new snapshot is served.
 
     Raises:
@@ -65,6 +68,7 @@ class ShardedVectorReader:
         manifest_key: str | None = None,
         max_cached_shards: int | None = None,
         max_memory: int = DEFAULT_MEMORY,
+        scan_bytes: int = SCAN_BYTES,
         preload: bool = False,
     ) -> None:
         self._core = ReaderCore(
@@ -75,6 +79,7 @@ class ShardedVectorReader:
             manifest_key=manifest_key,
             max_cached_shards=max_cached_shards,
             max_memory=max_memory,
+            scan_bytes=scan_bytes,
             preload=preload,
         )
 

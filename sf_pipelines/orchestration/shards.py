@@ -55,6 +55,8 @@ def _plan_op(names: SnapshotNames) -> dg.OpDefinition:
     @dg.op(
         name=f"{names.name}_plan_shards",
         out=dg.DynamicOut(dict, io_manager_key=names.io_manager),
+        # Dagster looks this key up for the graph's own output when a run has no other asset, and fails without it.
+        required_resource_keys={"io_manager"},
         description="Which shards this run builds.",
     )
     def plan_shards(context: dg.OpExecutionContext, routed: Reference) -> Iterator[dg.DynamicOutput[Reference]]:

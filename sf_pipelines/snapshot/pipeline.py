@@ -1,6 +1,7 @@
 """The whole build without Dagster."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,9 @@ from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError, Store
 from sf_pipelines.snapshot.gate import Verdict
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+
+# Shards in the making at a time: each holds its rows in memory.
+_WORKERS = 2
 
 _Done = TypeVar("_Done")
 
@@ -121,11 +125,19 @@ def _record_failure(build: Build, scanned: ScanReceipt, error: SfPipelinesError)
 
 
 def _build_shards(build: Build, run_id: str) -> list[ShardReceipt]:
-    shards: list[ShardReceipt] = []
-    for db_id in range(build.config.num_dbs):
-        shards.append(stages.build_shard(build, run_id, db_id))
-        build.report("shards", db_id + 1, build.config.num_dbs, "shards")
-    return shards
+    """All shards, a few at a time: while one is indexed, another is read, uploaded or digested."""
+    shards: dict[int, ShardReceipt] = {}
+    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="sf-pipelines-build") as pool:
+        pending = [pool.submit(stages.build_shard, build, run_id, db_id) for db_id in range(build.config.num_dbs)]
+        try:
+            for done in as_completed(pending):
+                receipt = done.result()
+                shards[receipt.db_id] = receipt
+                build.report("shards", len(shards), len(pending), "shards")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [shards[db_id] for db_id in sorted(shards)]
 
 
 def _result(

@@ -192,7 +192,9 @@ class RangeReceipt(Receipt):
 
     Attributes:
         spans: the range.
-        ref: Arrow file of stored rows; each record batch holds rows of one shard.
+        routed_key: Arrow file of stored rows; each record batch holds rows of one shard. It is sealed by the digests
+            of the shards' rows, not by one of its bytes: nobody reads it whole.
+        routed_size: its bytes.
         parts: what each batch holds.
         shards: rows and digest for each shard that got any.
     """
@@ -200,7 +202,8 @@ class RangeReceipt(Receipt):
     stage: ClassVar[str] = "range"
 
     spans: tuple[Span, ...]
-    ref: Ref
+    routed_key: str
+    routed_size: int
     parts: tuple[RoutedPart, ...]
     shards: tuple[RoutedShard, ...]
 

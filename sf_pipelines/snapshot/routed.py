@@ -57,12 +57,14 @@ def route_range(
                 build.renew(scanned)
         parts, shards = writer.close()
         key = f"{ledger.root}/routed/{part}-{uuid.uuid4().hex[:8]}.arrow"
-        ref = ledger.put_file(writer.path, key, rows=sum(shard.rows for shard in shards))
+        build.store.upload(writer.path, key)
+        size = writer.path.stat().st_size
     receipt = RangeReceipt(
         run_id=scanned.run_id,
         inputs=inputs,
         spans=spans,
-        ref=ref,
+        routed_key=key,
+        routed_size=size,
         parts=parts,
         shards=shards,
         seconds=watch.seconds,
@@ -161,26 +163,27 @@ def read_shard(store: Store, ranges: list[RangeReceipt], db_id: int, expected: R
         mine = [part.batch for part in receipt.parts if part.db_id == db_id]
         if not mine:
             continue
-        for batch in _read_batches(store, receipt.ref, mine):
+        for batch in _read_batches(store, receipt, mine):
             schema = batch.schema
             add_rows(digest, batch)
             batches.append(batch)
     if digest.rows != expected.rows:
         raise CountMismatchError(f"shard {db_id}: {expected.rows} rows were routed, {digest.rows} were found")
     if digest.hexdigest() != expected.digest:
-        keys = ", ".join(receipt.ref.key for receipt in ranges)
+        keys = ", ".join(receipt.routed_key for receipt in ranges)
         raise IntegrityError(f"shard {db_id}: the rows in {keys} are not those that were routed; route again")
     return pa.Table.from_batches(batches, schema)
 
 
-def _read_batches(store: Store, ref: Ref, numbers: list[int]) -> Iterator[pa.RecordBatch]:
-    with store.open_file(ref.key, pinned=ObjectInfo(ref.key, ref.size, None)) as raw:
+def _read_batches(store: Store, receipt: RangeReceipt, numbers: list[int]) -> Iterator[pa.RecordBatch]:
+    info = ObjectInfo(receipt.routed_key, receipt.routed_size, None)
+    with store.open_file(info.key, pinned=info) as raw:
         try:
             reader = pa_ipc.open_file(pa.PythonFile(raw, mode="r"))
             for number in numbers:
                 yield reader.get_batch(number)
         except pa.ArrowInvalid as error:
-            raise IntegrityError(f"{store.url_of(ref.key)} cannot be read: {error}") from error
+            raise IntegrityError(f"{store.url_of(info.key)} cannot be read: {error}") from error
 
 
 def vectors_of(rows: pa.RecordBatch | pa.Table) -> Float32:

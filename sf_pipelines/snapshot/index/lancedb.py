@@ -37,7 +37,7 @@ _HNSW_PARTITION_ROWS = 100_000
 # of 6,250 x 384 takes 0.2 s instead of 0.7 s; a reader that probes 20 partitions then sees all of a shard of 20,000.
 _IVF_PARTITION_ROWS = 1_000
 # Centres need not be perfect: partitions are many and several are searched.
-_IVF_TRAINING: dict[str, Any] = {"max_iterations": 10, "sample_rate": 64}
+_IVF_TRAINING: dict[str, Any] = {"max_iterations": 10}
 
 
 class LanceDBBackend:

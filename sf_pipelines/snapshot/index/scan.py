@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, exact_distances
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
 
 _EPS = float(np.finfo(np.float32).eps)
 # Numbers of one block of candidates: 4 million float64 are 32 MB.
@@ -141,7 +141,15 @@ def first_k(query: Int64, scores: Float64, ranks: Int64, n: int, k: int) -> Sele
 
 def pair_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:
     """Exact distance of each query to the row beside it, both of shape (n, dim)."""
-    return exact_distances(queries, rows[:, None, :], metric)[:, 0]
+    q, r = queries.astype(np.float64), rows.astype(np.float64)
+    if metric is DistanceMetric.L2:
+        q -= r
+        return np.einsum("ij,ij->i", q, q)
+    products = np.einsum("ij,ij->i", q, r)
+    if metric is DistanceMetric.COSINE:
+        norms = np.sqrt(np.einsum("ij,ij->i", q, q)) * np.sqrt(np.einsum("ij,ij->i", r, r))
+        products = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+    return 1.0 - products
 
 
 def id_values(ids: pa.Array | pa.ChunkedArray) -> IdArray:

@@ -19,11 +19,14 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+
+from cachetools import LRUCache
 
 from sf_pipelines.snapshot.errors import (
     DigestMismatchError,
@@ -129,6 +132,31 @@ class ShardCache:
                 total -= sizes.get(name, 0)
 
 
+_Stamps = dict[str, tuple[int, int, int]]
+
+
+class _HashedCopies:
+    """Copies that this process has hashed: their digests, and the stamps that their files had then. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: LRUCache[Path, tuple[dict[str, str], _Stamps]] = LRUCache(4096)
+
+    def remember(self, folder: Path, digests: dict[str, str], stamps: _Stamps) -> None:
+        """Notes that a copy's files had these digests while they had these stamps."""
+        with self._lock:
+            self._known[folder] = (digests, stamps)
+
+    def knows(self, folder: Path, digests: dict[str, str]) -> bool:
+        """Whether a copy was hashed to these digests and is untouched since."""
+        with self._lock:
+            known = self._known.get(folder)
+        return known is not None and known[0] == digests and known[1] == _stamps(folder)
+
+
+_hashed = _HashedCopies()
+
+
 class _Entry:
     """One shard's copy."""
 
@@ -151,18 +179,28 @@ class _Entry:
         self._sealed = sealed
 
     def is_right(self) -> bool:
-        """Whether the copy holds exactly the recorded bytes and nothing else."""
-        if not self.folder.is_dir():
-            return False
+        """Whether the copy holds exactly the recorded bytes and nothing else.
+
+        What this process has hashed before is not hashed again as long as the kernel says that nobody has written to
+        the files since: their change time cannot be set.
+        """
         sealed = self._sealed if self._sealed is not None else self._read_sealed()
+        if sealed is None or not self.folder.is_dir():
+            return False
         try:
-            found = {path.relative_to(self.folder).as_posix(): path for path in _files(self.folder)}
-            if sealed is None or found.keys() != sealed.keys():
-                return False
-            return all(_sha256(found[name]) == sealed[name] for name in sealed)
+            return _hashed.knows(self.folder, sealed) or self._rehash(sealed)
         except OSError:
             # Unreadable or vanished: not a copy to rely on; it is fetched again.
             return False
+
+    def _rehash(self, sealed: dict[str, str]) -> bool:
+        before = _stamps(self.folder)
+        if before.keys() != sealed.keys():
+            return False
+        if any(_sha256(self.folder / name) != digest for name, digest in sealed.items()):
+            return False
+        _hashed.remember(self.folder, sealed, before)
+        return True
 
     def fill(self) -> None:
         """Downloads into a folder of its own, checks, and puts that in place of whatever was there."""
@@ -189,7 +227,10 @@ class _Entry:
         # Others may hold a copy that went bad: they have its files open, and find the right ones by name.
         if self.folder.exists():
             self.folder.rename(temporary / "old")
+        stamps = _stamps(temporary / "new")
         (temporary / "new").rename(self.folder)
+        # Hashed while they were written; nobody else knew the temporary folder.
+        _hashed.remember(self.folder, digests, stamps)
 
     def _fetch(self, name: str, folder: Path) -> tuple[str, str]:
         key = f"{self._prefix}/{name}"
@@ -287,6 +328,15 @@ def _last_use(path: Path) -> float:
     with suppress(FileNotFoundError):
         return path.stat().st_mtime
     return 0.0
+
+
+def _stamps(folder: Path) -> _Stamps:
+    """Inode, size and change time of each file of a copy."""
+    out: _Stamps = {}
+    for path in _files(folder):
+        found = path.lstat()
+        out[path.relative_to(folder).as_posix()] = (found.st_ino, found.st_size, found.st_ctime_ns)
+    return out
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _RENEW_SECONDS = 20.0
+# Each open shard keeps its index in memory, and a snapshot may have any number of shards.
+_OPEN_SHARDS = 8
 
 
 class Progress(Protocol):
@@ -94,7 +96,12 @@ class Build:
         if self._reader is None or self._reader[0] != manifest_key:
             self.close()
             reader = ShardedVectorReader(
-                self.config.store, s3=self.config.s3, cache_dir=self.cache_dir, manifest_key=manifest_key, scan_bytes=0
+                self.config.store,
+                s3=self.config.s3,
+                cache_dir=self.cache_dir,
+                manifest_key=manifest_key,
+                max_cached_shards=_OPEN_SHARDS,
+                scan_bytes=0,
             )
             self._reader = (manifest_key, reader)
         return self._reader[1]

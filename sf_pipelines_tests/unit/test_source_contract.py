@@ -129,7 +129,7 @@ def test_duplicates_are_those_after_their_original(
     column = pa.array([str(i) if strings else i for i in values], kind)
     folder: Path = tmp_path_factory.mktemp("duplicates")
     # A huge expected count forces several buckets.
-    finder = DuplicateFinder(folder, 3_000_000, kind)
+    finder = DuplicateFinder(folder, 700_000, kind)
     for start in range(0, len(column), batch):
         part = column[start : start + batch]
         finder.add(part, hash_column(part), np.arange(start, start + len(part)))

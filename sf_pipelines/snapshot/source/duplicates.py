@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sf_pipelines.snapshot.source.hashing import UInt64
 
 # Rows of one bucket: what is held in memory at a time.
-_BUCKET_ROWS = 500_000
+_BUCKET_ROWS = 100_000
 
 
 class DuplicateFinder:

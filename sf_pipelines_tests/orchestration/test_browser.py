@@ -1,0 +1,98 @@
+"""What a user clicks: both ways to build the demo in Dagster's UI, in a real browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+
+from sf_pipelines import ShardedVectorReader
+from sf_pipelines_tests.orchestration.browser import Served, browser, copy_project, serve, wait_for
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+
+PAGES = "locations/__repository__@sf_pipelines"
+ASSETS = {
+    "table",
+    "source_vectors",
+    "training_data",
+    "centroids",
+    "routed_vectors",
+    "shard_indexes",
+    "manifest",
+    "current_pointer",
+}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[WebDriver]:
+    with browser() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def served(chromium: WebDriver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    project = tmp_path_factory.mktemp("project")
+    copy_project(project)
+    with serve(project) as running:
+        yield running
+
+
+def click(driver: WebDriver, label: str) -> None:
+    """Clicks the button with a label as soon as it is there and enabled."""
+
+    def clicked() -> bool:
+        for button in driver.find_elements(By.TAG_NAME, "button"):
+            if button.text.strip().rstrip("…") == label and button.is_displayed() and button.is_enabled():
+                button.click()
+                return True
+        return False
+
+    wait_for(clicked, seconds=60, what=f"the button {label!r} on {driver.current_url}")
+
+
+def show(driver: WebDriver, served: Served, page: str, *texts: str) -> None:
+    """Opens a page and waits until it shows all texts; a picture of it is kept beside the project."""
+    driver.get(f"{served.url}/{page}")
+    try:
+        wait_for(
+            lambda: all(text in driver.find_element(By.TAG_NAME, "body").text for text in texts),
+            seconds=60,
+            what=f"{texts} on {page}; see {served.project}/*.png",
+        )
+    finally:
+        driver.save_screenshot(str(served.project / f"{page.split('?')[0].replace('/', '_')}.png"))
+
+
+@pytest.mark.parametrize("page", ["asset-groups/digits", "jobs/build_digits"])
+def test_materialize_all_builds_the_snapshot_and_moves_the_pointer(
+    chromium: WebDriver, served: Served, page: str
+) -> None:
+    data: Path = served.project / "data"
+    if data.exists():
+        shutil.rmtree(data)
+    before = len(served.runs())
+    show(chromium, served, f"{PAGES}/{page}", *ASSETS)
+
+    click(chromium, "Materialize all")
+    click(chromium, "All")
+    click(chromium, "Launch backfill")
+
+    wait_for(served.published, seconds=400, what=f"the pointer; see {served.project}/server.log")
+    wait_for(lambda: all(run["status"] == "SUCCESS" for run in served.runs()), seconds=60, what="all runs to end well")
+    runs = served.runs()[: len(served.runs()) - before]
+    if page.startswith("jobs"):
+        assert [run["jobName"] for run in runs] == ["build_digits"]
+    with ShardedVectorReader(str(data / "digits/snapshot")) as reader:
+        assert reader.snapshot_info().run_id == served.published()
+
+
+def test_partitions_and_checks_are_shown(chromium: WebDriver, served: Served) -> None:
+    if served.published() is None:
+        pytest.fail("nothing was built by the tests before")
+    show(chromium, served, "assets/digits/shard_indexes?view=partitions", "00000", "00003", "Materialized (4)")
+    checks = ("manifest_custom_fields", "shard_coverage", "search_round_trip", "recall", "shard_balance", "Succeeded")
+    show(chromium, served, "assets/digits/manifest?view=checks", *checks, "Execute all")
+    show(chromium, served, "assets/digits/manifest", "num_probes", "recall_curve")

@@ -63,7 +63,7 @@ def show(driver: WebDriver, served: Served, page: str, *texts: str) -> None:
             what=f"{texts} on {page}; see {served.project}/*.png",
         )
     finally:
-        driver.save_screenshot(str(served.project / f"{page.split('?')[0].replace('/', '_')}.png"))
+        driver.save_screenshot(str(served.project / f"{page.split('?', maxsplit=1)[0].replace('/', '_')}.png"))
 
 
 @pytest.mark.parametrize("page", ["asset-groups/digits", "jobs/build_digits"])

@@ -56,8 +56,8 @@ def exact_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> 
             continue
         dots = np.matmul(r, q[part, :, None])[:, :, 0]
         if metric is DistanceMetric.COSINE:
-            squares = np.einsum("ijk,ijk->ij", r, r)
-            norms = np.sqrt(squares) * np.linalg.norm(q[part], axis=1)[:, None]
+            squares = np.einsum("ij,ij->i", q[part], q[part])[:, None] * np.einsum("ijk,ijk->ij", r, r)
+            norms = np.sqrt(squares)
             dots = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
         out[part] = 1.0 - dots
     return out

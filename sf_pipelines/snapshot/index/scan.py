@@ -147,7 +147,8 @@ def pair_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> F
         return np.einsum("ij,ij->i", q, q)
     products = np.einsum("ij,ij->i", q, r)
     if metric is DistanceMetric.COSINE:
-        norms = np.sqrt(np.einsum("ij,ij->i", q, q)) * np.sqrt(np.einsum("ij,ij->i", r, r))
+        # The root of the product, not the product of the roots: a vector is then at exactly 0 from itself.
+        norms = np.sqrt(np.einsum("ij,ij->i", q, q) * np.einsum("ij,ij->i", r, r))
         products = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
     return 1.0 - products
 

@@ -19,9 +19,10 @@ from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, ShardRow, VectorMeta
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_name
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, exact_distances
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.tables import exact_distances
 
 
 def clustered(rows: int, dim: int = 8, *, centres: int = 4, seed: int = 0) -> Float32:

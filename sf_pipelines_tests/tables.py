@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.metric import DistanceMetric
 
 
 def clustered(rows: int, dim: int, *, seed: int = 0, clusters: int = 20) -> NDArray[np.float32]:
@@ -17,6 +18,20 @@ def clustered(rows: int, dim: int, *, seed: int = 0, clusters: int = 20) -> NDAr
     centres = rng.standard_normal((clusters, dim))
     noise = 0.5 * rng.standard_normal((rows, dim))
     return (centres[rng.integers(0, clusters, rows)] + noise).astype(np.float32)
+
+
+def exact_distances(
+    queries: NDArray[np.float32], rows: NDArray[np.float32], metric: DistanceMetric
+) -> NDArray[np.float64]:
+    """The definition, in float64, without any of the package's code: shape (queries, rows)."""
+    q, r = queries.astype(np.float64), rows.astype(np.float64)
+    if metric is DistanceMetric.L2:
+        return np.square(q[:, None, :] - r[None, :, :]).sum(axis=2)
+    products = q @ r.T
+    if metric is DistanceMetric.COSINE:
+        lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(r, axis=1)[None, :]
+        products = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
+    return 1.0 - products
 
 
 def vector_table(vectors: NDArray[np.float32], ids: Any = None, **columns: Any) -> pa.Table:

@@ -25,7 +25,7 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, halves, id_array, recall_by_id, recall_per_query
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
-from sf_pipelines.snapshot.metric import exact_distances
+from sf_pipelines.snapshot.metric import pair_distances
 from sf_pipelines.snapshot.model import Model
 from sf_pipelines.snapshot.reader.state import load_state
 from sf_pipelines.snapshot.receipts import (
@@ -200,7 +200,7 @@ def _round_trip(judged: Judged) -> Finding:
             continue
         rows = judged.ledger.get_table(shard.witnesses)
         vectors, payloads = vectors_of(rows), rows.column("payload").to_pylist()
-        own = np.diagonal(exact_distances(vectors, vectors, metric))
+        own = pair_distances(vectors, vectors, metric)
         answers = reader.batch_search(vectors, top_k=k, num_probes=1)
         for place, (row_id, answer) in enumerate(zip(rows.column("id").to_pylist(), answers, strict=True)):
             searched += 1

@@ -28,11 +28,10 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.manifest.record import read_record
-from sf_pipelines.snapshot.metric import exact_distances
 from sf_pipelines.snapshot.receipts import Ledger, SampleReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
-from sf_pipelines_tests.tables import clustered, small_config, vector_table, write_source
+from sf_pipelines_tests.tables import clustered, exact_distances, small_config, vector_table, write_source
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -14,22 +14,12 @@ from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, Integrity
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.lancedb import LanceDBBackend, LanceDBShard
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, exact_distances
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines_tests.snapshots import clustered, table_of
+from sf_pipelines_tests.tables import exact_distances
 
 SIZES = (1, 2, 17, 256, 3000)
 DIM = 8
-
-
-def brute_force(queries: Float32, rows: Float32, metric: DistanceMetric) -> np.ndarray:
-    """Written out once more, so that nothing under test is trusted."""
-    q, r = queries.astype(np.float64)[:, None, :], rows.astype(np.float64)[None, :, :]
-    if metric is DistanceMetric.L2:
-        return ((q - r) ** 2).sum(axis=2)
-    dots = (q * r).sum(axis=2)
-    if metric is DistanceMetric.COSINE:
-        dots = dots / np.sqrt((q * q).sum(axis=2) * (r * r).sum(axis=2))
-    return 1.0 - dots
 
 
 def make(
@@ -51,12 +41,12 @@ def make(
 @pytest.mark.parametrize("metric", DistanceMetric)
 @pytest.mark.parametrize("family", IndexFamily)
 @pytest.mark.parametrize("size", SIZES)
-def test_scores_are_those_of_brute_force(
+def test_scores_are_those_of_exact_distances(
     tmp_path: Path, size: int, family: IndexFamily, metric: DistanceMetric
 ) -> None:
     vectors, queries = clustered(size, DIM, seed=1), clustered(9, DIM, seed=2)
     shard = make(tmp_path, vectors, family=family, metric=metric)
-    truth = brute_force(queries, vectors, metric)
+    truth = exact_distances(queries, vectors, metric)
     hits = shard.search(queries, 10)
     k = min(10, size)
     assert hits.counts.tolist() == [k] * 9
@@ -99,7 +89,7 @@ def test_equal_vectors_come_back_full_and_with_the_right_score(
     hits = make(tmp_path, vectors, family=family, metric=metric).search(vectors[:2], 10)
     assert hits.counts.tolist() == [10, 10]
     assert all(len(set(row.tolist())) == 10 for row in hits.ids)
-    np.testing.assert_allclose(hits.scores, brute_force(vectors[:2], vectors[:10], metric), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(hits.scores, exact_distances(vectors[:2], vectors[:10], metric), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", DistanceMetric)
@@ -107,9 +97,9 @@ def test_a_scan_tells_apart_what_float32_products_cannot(tmp_path: Path, metric:
     rng = np.random.default_rng(3)
     vectors = (1000 + rng.standard_normal((400, DIM)) * 0.01).astype(np.float32)
     queries = (1000 + rng.standard_normal((20, DIM)) * 0.01).astype(np.float32)
-    truth = np.argsort(brute_force(queries, vectors, metric), axis=1, kind="stable")[:, :5]
+    truth = np.argsort(exact_distances(queries, vectors, metric), axis=1, kind="stable")[:, :5]
     shard = make(tmp_path, vectors, metric=metric, scan_bytes=1 << 30)
-    scores = np.take_along_axis(brute_force(queries, vectors, metric), truth, axis=1)
+    scores = np.take_along_axis(exact_distances(queries, vectors, metric), truth, axis=1)
     np.testing.assert_allclose(shard.search(queries, 5).scores, scores, rtol=1e-9, atol=1e-12)
 
 
@@ -183,7 +173,7 @@ def test_foreign_shards_are_searched_in_the_declared_metric(tmp_path: Path, stat
         table.add(table_of(list(range(rows, rows + 5)), extra))
         vectors = np.concatenate([vectors, extra])
     shard = LanceDBBackend().open(tmp_path, metric=metric, dim=DIM, scan_bytes=0)
-    truth = brute_force(queries, vectors, metric)
+    truth = exact_distances(queries, vectors, metric)
     hits = shard.search(queries, 5)
     assert hits.ids.tolist() == np.argsort(truth, axis=1)[:, :5].tolist()
     np.testing.assert_allclose(hits.scores, np.sort(truth, axis=1)[:, :5], rtol=1e-6, atol=1e-6)
@@ -279,7 +269,11 @@ def test_the_family_follows_the_largest_shard() -> None:
     assert backend_named("lancedb").directory == "vector_index.lance"
 
 
-def test_exact_distances_agree_with_brute_force() -> None:
-    queries, rows = clustered(4, DIM), clustered(50, DIM, seed=8)
-    for metric in DistanceMetric:
-        np.testing.assert_allclose(exact_distances(queries, rows, metric), brute_force(queries, rows, metric))
+@pytest.mark.parametrize("metric", DistanceMetric)
+def test_pair_distances_are_the_definition(metric: DistanceMetric) -> None:
+    queries, rows = clustered(40, DIM), clustered(40, DIM, seed=8)
+    np.testing.assert_allclose(
+        pair_distances(queries, rows, metric), np.diagonal(exact_distances(queries, rows, metric))
+    )
+    if metric is not DistanceMetric.DOT_PRODUCT:
+        assert pair_distances(rows, rows, metric).tolist() == [0.0] * 40

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError
 from sf_pipelines.snapshot.index.protocol import SCAN_BYTES, BuildReport, IdArray, IdType, IndexFamily, ShardHits
-from sf_pipelines.snapshot.index.scan import MemoryScan, first_k, id_ranks, id_values, pair_distances
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+from sf_pipelines.snapshot.index.scan import MemoryScan, first_k, id_ranks, id_values
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 
 if TYPE_CHECKING:
     from lancedb.index import HnswFlat, HnswSq, IvfFlat, IvfSq

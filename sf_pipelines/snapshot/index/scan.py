@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
 
 _EPS = float(np.finfo(np.float32).eps)
 # Numbers of one block of candidates: 4 million float64 are 32 MB.
@@ -137,20 +137,6 @@ def first_k(query: Int64, scores: Float64, ranks: Int64, n: int, k: int) -> Sele
     slot = np.arange(len(order)) - starts[grouped]
     keep = slot < k
     return Selection(order[keep], grouped[keep], slot[keep], (n, k))
-
-
-def pair_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:
-    """Exact distance of each query to the row beside it, both of shape (n, dim)."""
-    q, r = queries.astype(np.float64), rows.astype(np.float64)
-    if metric is DistanceMetric.L2:
-        q -= r
-        return np.einsum("ij,ij->i", q, q)
-    products = np.einsum("ij,ij->i", q, r)
-    if metric is DistanceMetric.COSINE:
-        # The root of the product, not the product of the roots: a vector is then at exactly 0 from itself.
-        norms = np.sqrt(np.einsum("ij,ij->i", q, q) * np.einsum("ij,ij->i", r, r))
-        products = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-    return 1.0 - products
 
 
 def id_values(ids: pa.Array | pa.ChunkedArray) -> IdArray:

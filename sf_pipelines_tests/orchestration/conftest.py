@@ -8,7 +8,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
-from sf_pipelines.defs.digits_source.table import digits_table
+from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
 from sf_pipelines.snapshot.config import WriteConfig
 

@@ -1,6 +1,7 @@
 """The graph on a real Dagster instance: one run, one shard alone, the gate, several snapshots."""
 
 import json
+import os
 from pathlib import Path
 
 import dagster as dg
@@ -8,11 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import ShardedVectorReader
-from sf_pipelines.defs.digits_source.table import digits_table
+from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
 from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import IndexBuildError
 from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines.snapshot.receipts import ShardReceipt
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures, launch, make_config, run_job
 
 NOUNS = (
@@ -184,6 +189,67 @@ def test_one_shard_is_rebuilt_alone(config: WriteConfig, instance: dg.DagsterIns
     assert published is not None
     with ShardedVectorReader(config.store) as reader:
         assert attempts[1] in str(reader.shard_details()[1].db_url)
+
+
+def test_one_shard_of_a_published_snapshot_is_rebuilt_alone(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    assert run_job(config, instance).success
+    before = pointer(config)
+    assert before is not None
+
+    result = launch(config, instance, "shard_indexes", partition="00001")
+
+    assert result.success, failures(result)
+    assert pointer(config) == before
+
+    rest = launch(config, instance, "manifest", "current_pointer")
+
+    assert rest.success, failures(rest)
+    after = pointer(config)
+    assert after is not None
+    assert after["run_id"] != before["run_id"]
+    with ShardedVectorReader(config.store) as reader:
+        assert sum(shard.vector_count for shard in reader.shard_details()) == ROWS
+    again = run_job(config, instance)
+    assert again.success, failures(again)
+    assert pointer(config) == after
+
+
+def reexecutable_job() -> dg.JobDefinition:
+    """The job of the snapshot below the folder that the environment names."""
+    return build_snapshot_defs(make_config(Path(os.environ["SF_PIPELINES_TEST_ROOT"]))).resolve_job_def("build_tiny")
+
+
+def test_reexecution_from_failure_builds_only_the_failed_shard(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_PIPELINES_TEST_ROOT", str(tmp_path))
+    built: list[int] = []
+    broken = {1}
+    build_shard = stages.build_shard
+
+    def fragile(build: Build, run_id: str, db_id: int, *, rebuild: bool = False) -> ShardReceipt:
+        if db_id in broken:
+            raise IndexBuildError("shard 1 is broken today")
+        built.append(db_id)
+        return build_shard(build, run_id, db_id, rebuild=rebuild)
+
+    monkeypatch.setattr(stages, "build_shard", fragile)
+    in_process = {"execution": {"config": {"in_process": {}}}}
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
+        job = dg.reconstructable(reexecutable_job)
+        tags = dict(reexecutable_job().tags)
+        with dg.execute_job(job, instance, run_config=in_process, tags=tags) as failed:
+            assert not failed.success
+        done = instance.get_materialized_partitions(dg.AssetKey(["tiny", "shard_indexes"]))
+        assert (built, done) == ([0, 2], {"00000", "00002"})
+        broken.clear()
+
+        options = dg.ReexecutionOptions.from_failure(failed.run_id, instance)
+        with dg.execute_job(job, instance, run_config=in_process, reexecution_options=options) as repaired:
+            assert repaired.success
+        assert built == [0, 2, 1]
+    assert pointer(make_config(tmp_path)) is not None
 
 
 @pytest.mark.parametrize("noun", NOUNS)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sf_pipelines import ShardedVectorReader
-from sf_pipelines.defs.digits_source.table import TABLE, project_root
+from sf_pipelines.defs.digits_source.rows import TABLE, project_root
 
 _SEARCHES = 5
 _TOP_K = 5
@@ -107,11 +107,15 @@ def measured_recall(reader: ShardedVectorReader, pixels: np.ndarray, picks: np.n
     unit = pixels.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     distances = 1.0 - unit[picks] @ unit.T
-    # A tie at the last place has several true answers: whatever is as near as the last one counts.
-    last = np.sort(distances, axis=1)[:, _TOP_K - 1] + 1e-9
-    answers = reader.batch_search(pixels[picks], top_k=_TOP_K)
-    found = [sum(hit.score <= limit for hit in answer.results) for answer, limit in zip(answers, last, strict=True)]
-    return float(np.mean(found)) / _TOP_K
+    # The nearest row is the query itself and does not count. A tie at the last place has several true answers:
+    # whatever is as near as the last one counts.
+    last = np.sort(distances, axis=1)[:, _TOP_K] + 1e-9
+    answers = reader.batch_search(pixels[picks], top_k=_TOP_K + 1)
+    found = [
+        sum(hit.score <= limit for hit in answer.results if hit.id != pick)
+        for pick, answer, limit in zip(picks, answers, last, strict=True)
+    ]
+    return float(np.minimum(found, _TOP_K).mean()) / _TOP_K
 
 
 def _settings() -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""The rows of the demo's source and the file that holds them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TABLE = Path("data/digits/source/digits.parquet")
+
+
+def digits_table() -> pa.Table:
+    """The digits: id (int64), label (int64), pixels (64 float32 between 0 and 16)."""
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    pixels = np.ascontiguousarray(values, dtype=np.float32)
+    return pa.table(
+        {
+            "id": pa.array(np.arange(len(pixels), dtype=np.int64)),
+            "label": pa.array(np.asarray(labels, dtype=np.int64)),
+            "pixels": pa.FixedSizeListArray.from_arrays(pa.array(pixels.ravel()), pixels.shape[1]),
+        }
+    )
+
+
+def write_table(table: pa.Table, path: Path) -> bool:
+    """Writes a table unless the file holds it already, so that an unchanged source keeps its version.
+
+    Returns:
+        Whether the file was written.
+    """
+    if path.exists() and pq.read_table(path).equals(table):
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+    return True
+
+
+def project_root() -> Path:
+    """The folder that ``data/`` lies in: the root of the repository."""
+    return Path(__file__).parents[3]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
+import pyarrow as pa
 
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.manifest import record
@@ -121,9 +122,13 @@ class Build:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder that is gone afterwards."""
+    """A folder for one piece of work, gone afterwards; so is the memory that Arrow's allocator kept for reuse.
+
+    What comes next is another library with its own allocator: without this, their leftovers add up.
+    """
     with tempfile.TemporaryDirectory(prefix="sf_pipelines-build-") as folder:
         yield Path(folder)
+    pa.default_memory_pool().release_unused()
 
 
 class Stopwatch:

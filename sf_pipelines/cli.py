@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -55,7 +56,7 @@ def build(
         if not result.published:
             out.print(f"Nothing is new: {result.run_id} stays current. (--force builds again.)", highlight=False)
             return
-        out.print(f"Published {result.run_id} (seq {result.seq}) at {settings.store}", highlight=False)
+        out.print(f"Published {result.run_id} (seq {result.seq}) at {escape(settings.store)}", highlight=False)
         seconds = sum(result.durations.values())
         facts = {
             "rows": f"{result.rows} in {len(result.shards)} shards, {result.rejected} rejected",
@@ -67,7 +68,7 @@ def build(
         _print_facts(out, facts)
         for verdict in result.verdicts:
             if not verdict.passed:
-                out.print(f"  [yellow]warning[/] {verdict.name}: {verdict.message}", highlight=False)
+                out.print(f"  [yellow]warning[/] {verdict.name}: {escape(verdict.message)}", highlight=False)
 
 
 @app.command()
@@ -95,7 +96,7 @@ def search(
     table = Table("rank", "id", "score", "payload")
     for rank, hit in enumerate(answer.results, start=1):
         payload = "" if hit.payload is None else json.dumps(hit.payload, ensure_ascii=False)
-        table.add_row(str(rank), str(hit.id), f"{hit.score:.6f}", payload)
+        table.add_row(str(rank), escape(str(hit.id)), f"{hit.score:.6f}", escape(payload))
     Console().print(table, f"{answer.num_shards_queried} shards, {answer.latency_ms:.1f} ms", highlight=False)
 
 
@@ -115,7 +116,7 @@ def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -
     _print_facts(out, named)
     table = Table("shard", "vectors", "address")
     for shard in shards:
-        table.add_row(str(shard.db_id), str(shard.vector_count), shard.db_url or "(empty)")
+        table.add_row(str(shard.db_id), str(shard.vector_count), escape(shard.db_url or "(empty)"))
     out.print(table, highlight=False)
 
 
@@ -146,7 +147,8 @@ def history(
         return
     table = Table("", "built", "run")
     for entry in entries:
-        table.add_row("current" if entry.is_current else "", f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z", entry.run_id)
+        built = f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z"
+        table.add_row("current" if entry.is_current else "", built, escape(entry.run_id))
     Console().print(table if entries else "nothing was published yet", highlight=False)
 
 
@@ -180,7 +182,7 @@ def verify(
         }
         _print_facts(out, facts)
         for fault in found.faults:
-            out.print(f"[red]fault[/] {fault}", highlight=False, soft_wrap=True)
+            out.print(f"[red]fault[/] {escape(fault)}", highlight=False, soft_wrap=True)
         out.print("[green]all is well[/]" if found.passed else f"[red]{len(found.faults)} faults[/]")
     if not found.passed:
         raise typer.Exit(1)
@@ -189,7 +191,7 @@ def verify(
 def _print_facts(out: Console, facts: dict[str, str]) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        out.print(f"  {name:<{width}}  {value}", highlight=False, soft_wrap=True)
+        out.print(f"  {name:<{width}}  {escape(value)}", highlight=False, soft_wrap=True)
 
 
 def _s3(endpoint_url: str | None) -> S3Options | None:
@@ -201,7 +203,7 @@ def _read_config(path: Path) -> WriteConfig:
         fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds no fields; write WriteConfig's fields as YAML, such as name: products")
@@ -216,6 +218,8 @@ def _read_query(text: str) -> list[float]:
             text = Path(text[1:]).read_text(encoding="utf-8")
         except OSError as error:
             raise QueryError(f"query file {text[1:]} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise QueryError(f"query file {text[1:]} is no text: {error}") from error
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

@@ -117,7 +117,7 @@ def shard_metadata(receipt: ShardReceipt) -> Metadata:
         "bytes": receipt.bytes,
         "objects": len(receipt.objects),
         "attempt": receipt.attempt,
-        "db_url": receipt.db_url or "(empty shard)",
+        "shard": receipt.db_key or "(empty shard)",
     }
 
 

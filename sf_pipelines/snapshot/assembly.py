@@ -16,6 +16,7 @@ from sf_pipelines.snapshot.receipts import (
     CurvePoint,
     Ledger,
     ManifestReceipt,
+    Ref,
     RouteReceipt,
     SampleReceipt,
     ScanReceipt,
@@ -57,21 +58,27 @@ def assemble_manifest(
     truth = Truth.of(merged, queries.num_rows)
 
     draft = _manifest(build, scanned, sampled, trained, routed, shards, created_at)
-    key, _ = _stage(ledger, draft)
+    drafted = _stage(ledger, draft)
     tuning, judging = halves(queries.num_rows, disjoint=sampled.disjoint)
     measured = measure_curve(
-        build, key, queries.take(pa.array(tuning)), truth.select(tuning), [shard.rows for shard in shards]
+        build,
+        drafted.key,
+        queries.take(pa.array(tuning)),
+        truth.select(tuning),
+        [shard.rows for shard in shards],
+        census=not sampled.disjoint,
     )
     gate, wanted = build.config.recall_gate, build.config.vector_spec.sharding.num_probes
     num_probes = choose_probes(wanted, measured, gate.min_recall, len(judging))
     curve = [point for point, _ in measured]
-    final_key, digest = _stage(ledger, _tuned(draft, num_probes, curve, gate))
-    build.store.delete(key)
+    final = _stage(ledger, _tuned(draft, num_probes, curve, gate))
+    build.store.delete(drafted.key)
     return ManifestReceipt(
         run_id=scanned.run_id,
         inputs=inputs,
-        manifest_key=final_key,
-        manifest_digest=digest,
+        manifest_key=final.key,
+        manifest_digest=final.sha256,
+        manifest_size=final.size,
         manifest_created_at=created_at,
         gate_key=build.config.gate_key(),
         num_probes=num_probes,
@@ -124,14 +131,16 @@ def _manifest(
         key_encoding="raw",
         sharding=ShardingRecord(),
         custom={"vector": vector, "sf_pipelines": extras.model_dump(mode="json")},
-        shards=tuple(_shard_row(shard) for shard in shards if shard.db_url is not None),
+        shards=tuple(
+            _shard_row(shard, build.store.url_of(shard.db_key)) for shard in shards if shard.db_key is not None
+        ),
     )
 
 
-def _shard_row(shard: ShardReceipt) -> ShardRow:
+def _shard_row(shard: ShardReceipt, db_url: str) -> ShardRow:
     return ShardRow(
         db_id=shard.db_id,
-        db_url=shard.db_url,
+        db_url=db_url,
         attempt=shard.attempt,
         row_count=shard.rows,
         db_bytes=shard.bytes,
@@ -157,17 +166,17 @@ def _tuned(manifest: Manifest, num_probes: int, curve: list[CurvePoint], gate: R
     return manifest.model_copy(update={"custom": custom})
 
 
-def _stage(ledger: Ledger, manifest: Manifest) -> tuple[str, str]:
-    """Stores a manifest's bytes under ``staging/``; key and SHA-256."""
+def _stage(ledger: Ledger, manifest: Manifest) -> Ref:
+    """Stores a manifest's bytes under ``staging/``."""
     data = encode_manifest(manifest)
     digest = hashlib.sha256(data).hexdigest()
     key = f"{ledger.root}/manifest-{digest[:32]}"
     ledger.store.put(key, data, content_type="application/x-sqlite3")
-    return key, digest
+    return Ref(key=key, size=len(data), sha256=digest)
 
 
 def measure_curve(
-    build: Build, manifest_key: str, queries: pa.Table, truth: Truth, rows_by_shard: list[int]
+    build: Build, manifest_key: str, queries: pa.Table, truth: Truth, rows_by_shard: list[int], *, census: bool
 ) -> list[tuple[CurvePoint, RecallEstimate]]:
     """Recall of the queries at every number of probes; each shard's index is searched once for all of them.
 
@@ -177,6 +186,7 @@ def measure_curve(
         queries: table (id, vector) of n sample queries.
         truth: of these queries.
         rows_by_shard: rows of each shard.
+        census: whether the queries are all rows there are.
     """
     reader, k = build.reader(manifest_key), build.config.recall_gate.k
     vectors, ids = vectors_of(queries), id_array(queries)
@@ -184,7 +194,7 @@ def measure_curve(
     covered = np.cumsum(np.asarray(rows_by_shard)[order], axis=1).mean(axis=0) / max(1, sum(rows_by_shard))
     out: list[tuple[CurvePoint, RecallEstimate]] = []
     for probes, answers in enumerate(reader.probe_curve(vectors, k + 1), start=1):
-        estimate = RecallEstimate.of(recall_per_query(answers.ids, answers.scores, ids, truth))
+        estimate = RecallEstimate.of(recall_per_query(answers.ids, answers.scores, ids, truth), census=census)
         point = CurvePoint(
             num_probes=probes,
             recall=estimate.mean,

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 import pyarrow as pa
 
-from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.config import WriteConfig, digest_json
+from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.manifest import record
-from sf_pipelines.snapshot.receipts import Ledger, Ref, ScanReceipt, get_verified
+from sf_pipelines.snapshot.receipts import Ledger, PromoteReceipt, Ref, ScanReceipt, get_verified
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
+from sf_pipelines.snapshot.source.files import SourceListing
 from sf_pipelines.snapshot.store import Store
 
 if TYPE_CHECKING:
@@ -64,11 +66,26 @@ class Build:
         """Receipts of a run."""
         return Ledger(self.store, run_id)
 
+    def key_of(self, listing: SourceListing) -> str:
+        """The build key: digest of the source's version and of the config fields that change bytes."""
+        return digest_json({"source": listing.model_dump(mode="json"), "config": self.config.build_fields()})
+
     def scanned(self, run_id: str) -> ScanReceipt:
-        """The newest scan of a run; renews the build's lease."""
-        receipt = self.ledger(run_id).need(ScanReceipt)
-        if not receipt.published:
-            self.renew(receipt)
+        """The newest scan of a run; renews the build's lease.
+
+        Raises:
+            ConfigError: the run was begun with another configuration.
+        """
+        ledger = self.ledger(run_id)
+        receipt = ledger.need(ScanReceipt)
+        if receipt.build_key != self.key_of(receipt.listing):
+            raise ConfigError(
+                f"run {run_id} was begun with another configuration than snapshot {self.config.name!r} has now; scan "
+                "again (in Dagster: materialize source_vectors and what follows)"
+            )
+        if ledger.find(PromoteReceipt) is not None:
+            return receipt.model_copy(update={"published": True})
+        self.renew(receipt)
         return receipt
 
     def renew(self, scanned: ScanReceipt) -> None:

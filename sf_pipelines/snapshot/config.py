@@ -95,12 +95,14 @@ class RecallGate(ConfigModel):
     Attributes:
         k: neighbours asked for.
         min_recall: the lower confidence bound (one-sided, 95 %) of recall@k must reach this.
-        query_rows: rows drawn as sample queries; half of them tune ``num_probes``, the other half judges.
+        query_rows: rows drawn as sample queries; half of them tune ``num_probes``, the other half judges. Below 200 a
+            sample proves little. In a table of fewer than 400 rows every row is a query: recall is then counted, not
+            estimated.
     """
 
     k: Annotated[int, Field(gt=0, le=1000)] = 10
     min_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
-    query_rows: Annotated[int, Field(ge=4, le=10_000)] = 500
+    query_rows: Annotated[int, Field(ge=200, le=10_000)] = 500
 
 
 class WriteConfig(ConfigModel):

@@ -40,7 +40,7 @@ def id_array(table: pa.Table) -> NDArray[Any]:
 
 
 def halves(queries: int, *, disjoint: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the sample queries that tune and of those that judge; both are all where rows are too few."""
+    """Positions of the sample queries that tune and of those that judge; both are all rows of a small table."""
     everything = np.arange(queries)
     return (everything[0::2], everything[1::2]) if disjoint else (everything, everything)
 
@@ -155,9 +155,14 @@ class RecallEstimate:
     queries: int
 
     @classmethod
-    def of(cls, recalls: Float64) -> "RecallEstimate":
-        """From each query's recall; needs at least one."""
-        deviation = float(recalls.std(ddof=1)) if len(recalls) > 1 else 0.0
+    def of(cls, recalls: Float64, *, census: bool = False) -> "RecallEstimate":
+        """From each query's recall; needs at least one.
+
+        Args:
+            recalls: shape (n,).
+            census: whether the queries are all rows there are: the mean is then no estimate and has no error.
+        """
+        deviation = 0.0 if census or len(recalls) < 2 else float(recalls.std(ddof=1))
         return cls(float(recalls.mean()), deviation, len(recalls))
 
     @property
@@ -169,6 +174,11 @@ class RecallEstimate:
     def lower(self) -> float:
         """Lower confidence bound of the mean."""
         return self.mean - (quantile(self.queries - 1) * self.error if self.queries > 1 else 0.0)
+
+    @property
+    def upper(self) -> float:
+        """Upper confidence bound of the mean."""
+        return 2 * self.mean - self.lower
 
     def lower_of_another(self, queries: int) -> float:
         """What the ``lower`` bound of another sample of ``queries`` queries will reach, by the same confidence.

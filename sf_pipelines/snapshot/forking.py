@@ -78,7 +78,7 @@ class _Fork:
     def commit(self, receipt: ReceiptType, part: str = "", **changes: object) -> ReceiptType:
         """Writes a receipt as one of the new run."""
         fresh = {"run_id": self.run_id, "write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "reason": ""}
-        return self._ledger.commit(receipt.model_copy(update=fresh | changes), part)
+        return self._ledger.commit(receipt.model_copy(update=fresh | changes), part, number=0)
 
     def copy_ref(self, ref: Ref) -> Ref:
         """Copies one object that a receipt refers to."""
@@ -98,7 +98,6 @@ class _Fork:
             shard,
             part,
             db_key=db_key,
-            db_url=self._store.url_of(db_key),
             etags=tuple(etags),
             truth=None if shard.truth is None else self.copy_ref(shard.truth),
             witnesses=None if shard.witnesses is None else self.copy_ref(shard.witnesses),

@@ -36,6 +36,7 @@ from sf_pipelines.snapshot.receipts import (
     RouteReceipt,
     SampleReceipt,
     ShardReceipt,
+    TrainReceipt,
 )
 from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.sealing import changed_objects
@@ -234,7 +235,9 @@ def _recall(judged: Judged) -> Finding:
     truth = Truth.of(table, sampled.query_rows).select(rows)
     reader = judged.build.reader(receipt.manifest_key)
     answers = reader.search_arrays(vectors_of(queries), gate.k + 1, num_probes=receipt.num_probes)
-    estimate = RecallEstimate.of(recall_per_query(answers.ids, answers.scores, id_array(queries), truth))
+    estimate = RecallEstimate.of(
+        recall_per_query(answers.ids, answers.scores, id_array(queries), truth), census=not sampled.disjoint
+    )
     passed = estimate.lower >= gate.min_recall
     figures: Figures = {
         "recall": estimate.mean,
@@ -381,6 +384,25 @@ def require_passed(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
             failed.append(f"{name}: {verdict.message}")
     if failed:
         raise GateFailedError(f"run {run_id} may not be published. {'; '.join(failed)}")
+
+
+def require_whole(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
+    """Asks the store whether everything that the manifest names is still what the checks have seen.
+
+    Between the gate and this call may lie days.
+
+    Raises:
+        IntegrityError: naming the objects that are gone or changed.
+    """
+    ledger = build.ledger(run_id)
+    faults: list[str] = []
+    for key in receipt.shards:
+        faults.extend(changed_objects(build.store, ledger.read(ShardReceipt, key)))
+    routing = ledger.need(TrainReceipt).ref
+    if not build.store.exists(routing.key) or build.store.sha256(routing.key) != routing.sha256:
+        faults.append(f"{build.store.url_of(routing.key)} is missing or was changed")
+    if faults:
+        raise IntegrityError(f"run {run_id} is not published: {'; '.join(faults[:5])}; build again")
 
 
 def _folder(receipt: ManifestReceipt, name: str) -> str:

@@ -16,12 +16,17 @@ import pyarrow.ipc as pa_ipc
 from pydantic import Field, ValidationError
 
 from sf_pipelines.snapshot.config import digest_json
-from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ReceiptMissingError
+from sf_pipelines.snapshot.errors import (
+    DigestMismatchError,
+    IntegrityError,
+    ObjectMissingError,
+    ReceiptMissingError,
+)
 from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.model import Model
 from sf_pipelines.snapshot.source.contract import IdType
 from sf_pipelines.snapshot.source.files import SourceListing, Span
-from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 STAGING = "staging"
 
@@ -64,6 +69,10 @@ class Receipt(Model):
     seconds: float = 0.0
     key: str = ""
     reason: str = ""
+
+    def refs(self) -> tuple[Ref, ...]:
+        """Objects that later stages read; without them the receipt is of no use."""
+        return ()
 
     @property
     def digest(self) -> str:
@@ -128,6 +137,10 @@ class SampleReceipt(Receipt):
     queries: Ref
     disjoint: bool
 
+    def refs(self) -> tuple[Ref, ...]:
+        """Reject table and samples."""
+        return self.rejects, self.training, self.queries
+
     @property
     def rows_kept(self) -> int:
         """Rows that go into the snapshot."""
@@ -169,6 +182,10 @@ class TrainReceipt(Receipt):
     distinct: int
     rounds: int
     kept: bool = False
+
+    def refs(self) -> tuple[Ref, ...]:
+        """The centroids."""
+        return (self.ref,)
 
 
 class RoutedShard(Model):
@@ -235,7 +252,6 @@ class ShardReceipt(Receipt):
     Attributes:
         db_id: shard.
         db_key: the shard's directory below the root; None for an empty shard.
-        db_url: its address.
         attempt: number of this attempt.
         rows: rows in the index.
         indexed_rows: rows that the trained index covers.
@@ -251,7 +267,6 @@ class ShardReceipt(Receipt):
 
     db_id: int
     db_key: str | None
-    db_url: str | None
     attempt: int
     rows: int
     indexed_rows: int
@@ -290,6 +305,7 @@ class ManifestReceipt(Receipt):
     Attributes:
         manifest_key: its bytes under ``staging/``.
         manifest_digest: SHA-256 of them.
+        manifest_size: how many they are.
         manifest_created_at: the manifest's own date, part of its published name.
         gate_key: gate that it was assembled for.
         num_probes: default of readers.
@@ -303,6 +319,7 @@ class ManifestReceipt(Receipt):
 
     manifest_key: str
     manifest_digest: str
+    manifest_size: int
     manifest_created_at: datetime
     gate_key: str
     num_probes: int
@@ -310,6 +327,10 @@ class ManifestReceipt(Receipt):
     rows: int
     shards: tuple[str, ...]
     truth: Ref
+
+    def refs(self) -> tuple[Ref, ...]:
+        """Manifest and truth."""
+        return Ref(key=self.manifest_key, size=self.manifest_size, sha256=self.manifest_digest), self.truth
 
 
 class PromoteReceipt(Receipt):
@@ -353,10 +374,29 @@ class Ledger:
                 return receipt
         return None
 
+    def find_whole(self, kind: type[ReceiptType], *, inputs: str, published: bool) -> ReceiptType | None:
+        """The newest receipt with these inputs whose objects are still what it says.
+
+        Args:
+            kind: of the stage.
+            inputs: digest of what the stage would work from.
+            published: the run is published; then nobody works on with its intermediate objects.
+        """
+        receipt = self.find(kind, inputs=inputs)
+        if receipt is None or published or all(self._is_whole(ref) for ref in receipt.refs()):
+            return receipt
+        return None
+
+    def _is_whole(self, ref: Ref) -> bool:
+        try:
+            return self.store.head(ref.key).size == ref.size and self.store.sha256(ref.key) == ref.sha256
+        except ObjectMissingError:
+            return False
+
     def find_parts(self, kind: type[ReceiptType], *, inputs: str) -> dict[str, ReceiptType]:
         """The newest receipt with these inputs of every part of a stage."""
         newest: dict[str, ReceiptType] = {}
-        for info in sorted(self.store.objects(self._folder(kind, "")), key=lambda info: info.key, reverse=True):
+        for info in sorted(self.store.objects(self._folder(kind, "")), key=_number_in, reverse=True):
             part = info.key.split("/")[-2]
             if part not in newest:
                 receipt = self.read(kind, info.key)
@@ -392,9 +432,14 @@ class Ledger:
         numbers = self._numbers(kind, part)
         return numbers[-1] + 1 if numbers else 0
 
-    def commit(self, receipt: ReceiptType, part: str = "") -> ReceiptType:
-        """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result."""
-        number = self.next_number(type(receipt), part)
+    def commit(self, receipt: ReceiptType, part: str = "", *, number: int) -> ReceiptType:
+        """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result.
+
+        Args:
+            receipt: of the work.
+            part: of the stage.
+            number: what ``next_number`` gave before the work began: of several who did the same work, one wins.
+        """
         while True:
             key = self._key(type(receipt), part, number)
             data = receipt.model_dump_json(exclude={"key", "reason"}).encode()
@@ -407,7 +452,7 @@ class Ledger:
 
     def _numbers(self, kind: type[Receipt], part: str) -> list[int]:
         folder = self._folder(kind, part)
-        return sorted(int(info.key[len(folder) + 1 : -5]) for info in self.store.objects(folder))
+        return sorted(_number_in(info) for info in self.store.objects(folder))
 
     def _key(self, kind: type[Receipt], part: str, number: int) -> str:
         return f"{self._folder(kind, part)}/{number:04d}.json"
@@ -445,6 +490,10 @@ class Ledger:
         """
         with pa_ipc.open_file(pa.BufferReader(get_verified(self.store, ref))) as reader:
             return reader.read_all()
+
+
+def _number_in(info: ObjectInfo) -> int:
+    return int(info.key.rsplit("/", 1)[-1].removesuffix(".json"))
 
 
 def get_verified(store: Store, ref: Ref) -> bytes:

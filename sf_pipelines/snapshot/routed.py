@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError
+from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, SourceChangedError
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.receipts import RangeReceipt, Ref, RoutedPart, RoutedShard, SampleReceipt, ScanReceipt
 from sf_pipelines.snapshot.routing.protocol import Int32, Routing
@@ -40,6 +40,7 @@ def route_range(
 ) -> RangeReceipt:
     """Reads one input range and stores its rows sorted by shard."""
     config, ledger, watch = build.config, build.ledger(scanned.run_id), Stopwatch()
+    number = ledger.next_number(RangeReceipt, part)
     contract = RowContract(config, scanned.listing.arrow_schema)
     source = Store.open(scanned.listing.root, config.s3)
     rejected = RejectedRows(build.store, sampled.rejects)
@@ -69,7 +70,7 @@ def route_range(
         shards=shards,
         seconds=watch.seconds,
     )
-    return ledger.commit(receipt, part)
+    return ledger.commit(receipt, part, number=number)
 
 
 class RejectedRows:
@@ -171,7 +172,9 @@ def read_shard(store: Store, ranges: list[RangeReceipt], db_id: int, expected: R
         raise CountMismatchError(f"shard {db_id}: {expected.rows} rows were routed, {digest.rows} were found")
     if digest.hexdigest() != expected.digest:
         keys = ", ".join(receipt.routed_key for receipt in ranges)
-        raise IntegrityError(f"shard {db_id}: the rows in {keys} are not those that were routed; route again")
+        raise IntegrityError(
+            f"shard {db_id}: the rows in {keys} are not those that were routed; build again with force"
+        )
     return pa.Table.from_batches(batches, schema)
 
 
@@ -182,8 +185,11 @@ def _read_batches(store: Store, receipt: RangeReceipt, numbers: list[int]) -> It
             reader = pa_ipc.open_file(pa.PythonFile(raw, mode="r"))
             for number in numbers:
                 yield reader.get_batch(number)
-        except pa.ArrowInvalid as error:
-            raise IntegrityError(f"{store.url_of(info.key)} cannot be read: {error}") from error
+        except (pa.ArrowException, SourceChangedError) as error:
+            # Not a source file: what this build itself wrote is gone or damaged.
+            raise IntegrityError(
+                f"the routed rows in {store.url_of(info.key)} cannot be read: {error}; route again, or build with force"
+            ) from error
 
 
 def vectors_of(rows: pa.RecordBatch | pa.Table) -> Float32:

@@ -48,13 +48,12 @@ def changed_objects(store: Store, receipt: ShardReceipt) -> list[str]:
 
 
 def seal_shard(
-    build: Build, ledger: Ledger, routed: RouteReceipt, shard: RoutedShard, rows: pa.Table | None
+    build: Build, ledger: Ledger, routed: RouteReceipt, shard: RoutedShard, rows: pa.Table | None, attempt: int
 ) -> ShardReceipt:
     """Builds the index from its rows, uploads it, and re-opens what was uploaded to count and digest it."""
     watch = Stopwatch()
     part = f"db={shard.db_id:05d}"
-    attempt = ledger.next_number(ShardReceipt, part)
-    made: dict[str, Any] = {"db_key": None, "db_url": None, "indexed_rows": 0}
+    made: dict[str, Any] = {"db_key": None, "indexed_rows": 0}
     if rows is not None:
         token = uuid.uuid4().hex
         db_key = f"shards/run_id={ledger.run_id}/{part}/attempt={attempt:02d}-{token[:8]}"
@@ -63,7 +62,6 @@ def seal_shard(
         truth, witnesses = _evidence(build, ledger, rows, part)
         made = {
             "db_key": db_key,
-            "db_url": build.store.url_of(db_key),
             "indexed_rows": indexed,
             "objects": objects,
             "etags": etags,

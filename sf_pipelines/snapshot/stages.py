@@ -15,12 +15,19 @@ import numpy as np
 from sf_pipelines.snapshot import gate as gating
 from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
 from sf_pipelines.snapshot.build import Build, Stopwatch
-from sf_pipelines.snapshot.config import digest_json
-from sf_pipelines.snapshot.errors import ConfigError, CountMismatchError, DataContractError, SourceEmptyError
+from sf_pipelines.snapshot.errors import (
+    ConfigError,
+    CountMismatchError,
+    DataContractError,
+    IntegrityError,
+    ObjectMissingError,
+    SourceEmptyError,
+)
 from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
 from sf_pipelines.snapshot.index.protocol import choose_family
 from sf_pipelines.snapshot.manifest import publish, record
+from sf_pipelines.snapshot.reader.state import load_pointed
 from sf_pipelines.snapshot.receipts import (
     STAGING,
     Ledger,
@@ -39,7 +46,7 @@ from sf_pipelines.snapshot.routed import read_shard, route_range, vectors_of
 from sf_pipelines.snapshot.routing.cluster import train_centroids
 from sf_pipelines.snapshot.sealing import is_intact, seal_shard
 from sf_pipelines.snapshot.source.contract import RowContract
-from sf_pipelines.snapshot.source.files import pin, plan_ranges
+from sf_pipelines.snapshot.source.files import SourceListing, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.validation import validate_and_sample
@@ -81,37 +88,67 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
     contract = RowContract(config, listing.arrow_schema)
     if config.num_dbs > listing.rows:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
-    build_key = digest_json({"source": listing.model_dump(mode="json"), "config": config.build_fields()})
-    view = publish.read_pointer(build.store)
+    _check_store_is_outside(build, listing)
+    build_key, view = build.key_of(listing), publish.read_pointer(build.store)
+    published = None if force else _published_run(build, view, build_key)
+    if published is not None:
+        return published
     base: dict[str, Any] = {
         "base_fingerprint": view.fingerprint,
         "base_run_id": view.pointer.run_id if view.pointer else None,
         "base_seq": view.seq,
+        "gate_key": config.gate_key(),
     }
-    if view.pointer and not force and (view.pointer.build_key, view.pointer.gate_key) == (build_key, config.gate_key()):
-        published = build.ledger(view.pointer.run_id).find(ScanReceipt, inputs=build_key)
-        if published is not None:
-            reason = f"nothing is new: {view.pointer.run_id} is published and was built from this source and config"
-            return published.model_copy(update={"published": True, "reason": reason})
-    unfinished = _unfinished_run(build.store, build_key)
-    receipt = unfinished or ScanReceipt(
-        run_id=new_run_id(build_key),
-        inputs=build_key,
-        build_key=build_key,
-        gate_key=config.gate_key(),
-        listing=listing,
-        id_type=contract.id_type,
-        record_key="",
-        **base,
-    )
+    unfinished = None if force else _unfinished_run(build.store, build_key)
     if unfinished is None:
-        key = record.start_record(build.store, receipt.run_id)
-        receipt = receipt.model_copy(update={"record_key": key})
-    elif all(getattr(unfinished, name) == value for name, value in base.items()):
-        return unfinished.model_copy(update={"reason": f"goes on with the unfinished build {unfinished.run_id}"})
-    # A run that is taken up again goes out from the pointer as it is now.
-    fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "gate_key": config.gate_key(), **base}
-    return build.ledger(receipt.run_id).commit(receipt.model_copy(update=fresh))
+        run_id = new_run_id(build_key)
+        receipt = ScanReceipt(
+            run_id=run_id,
+            inputs=build_key,
+            build_key=build_key,
+            listing=listing,
+            id_type=contract.id_type,
+            record_key=record.start_record(build.store, run_id),
+            **base,
+        )
+        return build.ledger(run_id).commit(receipt, number=0)
+    if not build.store.exists(unfinished.record_key):
+        base["record_key"] = record.start_record(build.store, unfinished.run_id)
+    reason = f"goes on with the unfinished build {unfinished.run_id}"
+    if any(getattr(unfinished, name) != value for name, value in base.items()):
+        # A run that is taken up again goes out from the pointer as it is now.
+        fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), **base}
+        ledger = build.ledger(unfinished.run_id)
+        number = ledger.next_number(ScanReceipt)
+        unfinished = ledger.commit(unfinished.model_copy(update=fresh), number=number)
+    return unfinished.model_copy(update={"reason": reason})
+
+
+def _check_store_is_outside(build: Build, listing: SourceListing) -> None:
+    """What a build writes must not become source of the next one."""
+    store = build.store.url + "/"
+    inside = [file.key for file in listing.files if f"{listing.root}/{file.key}".startswith(store)]
+    recursive = "**" in build.config.source or listing.root.rstrip("/").endswith(build.config.source.rstrip("/"))
+    if inside or (recursive and store.startswith(listing.root.rstrip("/") + "/")):
+        raise ConfigError(
+            f"WriteConfig.store: {build.config.store!r} lies in the source {build.config.source!r}; the next build "
+            "would read what this one writes: use another folder"
+        )
+
+
+def _published_run(build: Build, view: publish.PointerView, build_key: str) -> ScanReceipt | None:
+    """The scan of the published run, if it is of this source and config, and manifest and routing can be read."""
+    pointer = view.pointer
+    if pointer is None or (pointer.build_key, pointer.gate_key) != (build_key, build.config.gate_key()):
+        return None
+    receipt = build.ledger(pointer.run_id).find(ScanReceipt, inputs=build_key)
+    try:
+        load_pointed(build.store, pointer)
+    except (IntegrityError, ObjectMissingError):
+        # Damaged beyond what building single shards anew can heal.
+        return None
+    reason = f"nothing is new: {pointer.run_id} is published and was built from this source and config"
+    return receipt.model_copy(update={"published": True, "reason": reason}) if receipt else None
 
 
 def _unfinished_run(store: Store, build_key: str) -> ScanReceipt | None:
@@ -140,11 +177,12 @@ def sample(build: Build, run_id: str) -> SampleReceipt:
         SourceChangedError: a file changed since the scan.
     """
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    receipt = ledger.find(SampleReceipt, inputs=scanned.build_key)
+    number = ledger.next_number(SampleReceipt)
+    receipt = ledger.find_whole(SampleReceipt, inputs=scanned.build_key, published=scanned.published)
     if receipt is not None:
         receipt = receipt.model_copy(update={"reason": "this source was validated and sampled before"})
     else:
-        receipt = ledger.commit(validate_and_sample(build, scanned, ledger))
+        receipt = ledger.commit(validate_and_sample(build, scanned, ledger), number=number)
     _check_rejects(build, receipt)
     return receipt
 
@@ -178,7 +216,8 @@ def train(build: Build, run_id: str) -> TrainReceipt:
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled = ledger.need(SampleReceipt)
     inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
-    found = ledger.find(TrainReceipt, inputs=inputs)
+    number = ledger.next_number(TrainReceipt)
+    found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
     if found is not None:
         return found.model_copy(update={"reason": "these centroids were trained before"})
     spec, watch = build.config.vector_spec, Stopwatch()
@@ -205,7 +244,7 @@ def train(build: Build, run_id: str) -> TrainReceipt:
         rounds=trained.rounds,
         seconds=watch.seconds,
     )
-    return ledger.commit(receipt)
+    return ledger.commit(receipt, number=number)
 
 
 # 4. route
@@ -221,16 +260,19 @@ def route(build: Build, run_id: str) -> RouteReceipt:
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled, trained = ledger.need(SampleReceipt), ledger.need(TrainReceipt)
     inputs = inputs_of(build_key=scanned.build_key, rejects=sampled.rejects.sha256, routing=trained.ref.sha256)
+    number = ledger.next_number(RouteReceipt)
     found = ledger.find(RouteReceipt, inputs=inputs)
-    if found is not None:
+    if found is not None and (scanned.published or all(_is_routed(ledger, key) for key in found.ranges)):
         return found.model_copy(update={"reason": "these rows were routed before"})
     watch, routing = Stopwatch(), build.routing(trained.ref)
     spans = plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
     ranges: list[RangeReceipt] = []
-    for number, span in enumerate(spans):
-        part = f"range-{number:05d}"
+    for place, span in enumerate(spans):
+        part = f"range-{place:05d}"
         receipt = ledger.find(RangeReceipt, part, inputs=inputs)
-        ranges.append(receipt or route_range(build, scanned, sampled, routing, span, part, inputs))
+        if receipt is None or not _is_routed(ledger, receipt.key):
+            receipt = route_range(build, scanned, sampled, routing, span, part, inputs)
+        ranges.append(receipt)
     shards = _sum_shards(ranges, build.config.num_dbs)
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
@@ -245,7 +287,16 @@ def route(build: Build, run_id: str) -> RouteReceipt:
         index_family=choose_family(build.config.vector_spec.index_type, max(shard.rows for shard in shards)).value,
         seconds=watch.seconds,
     )
-    return ledger.commit(receipt)
+    return ledger.commit(receipt, number=number)
+
+
+def _is_routed(ledger: Ledger, key: str) -> bool:
+    """Whether a range's routed file is there; its rows are checked by whoever reads them."""
+    receipt = ledger.read(RangeReceipt, key)
+    try:
+        return ledger.store.head(receipt.routed_key).size == receipt.routed_size
+    except ObjectMissingError:
+        return False
 
 
 def _sum_shards(ranges: list[RangeReceipt], num_dbs: int) -> tuple[RoutedShard, ...]:
@@ -282,12 +333,13 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     ledger = build.ledger(run_id)
     routed = ledger.need(RouteReceipt)
     shard, part = routed.shards[db_id], f"db={db_id:05d}"
+    attempt = ledger.next_number(ShardReceipt, part)
     found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
     if found is not None and not rebuild and is_intact(build.store, found):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
     ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
-    return ledger.commit(seal_shard(build, ledger, routed, shard, rows), part)
+    return ledger.commit(seal_shard(build, ledger, routed, shard, rows, attempt), part, number=attempt)
 
 
 # 6. assemble
@@ -310,9 +362,11 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
         queries=sampled.queries.sha256,
         routing=trained.ref.sha256,
         gate_key=build.config.gate_key(),
+        root=build.store.url,
         shards=[(shard.db_id, shard.digest) for shard in shards],
     )
-    found = ledger.find(ManifestReceipt, inputs=inputs)
+    number = ledger.next_number(ManifestReceipt)
+    found = ledger.find_whole(ManifestReceipt, inputs=inputs, published=scanned.published)
     if found is not None:
         return found.model_copy(update={"reason": "this manifest was assembled before"})
     if ledger.find(PromoteReceipt) is not None:
@@ -323,7 +377,7 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
             f"build {run_id}: {rows} rows in shards and {sampled.rejected} rejected do not make the "
             f"{sampled.rows_in} read"
         )
-    return ledger.commit(assemble_manifest(build, scanned, sampled, trained, routed, shards, inputs))
+    return ledger.commit(assemble_manifest(build, scanned, sampled, trained, routed, shards, inputs), number=number)
 
 
 # 7. gate
@@ -363,7 +417,7 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
         GateMissingError: a required check has not been run on this manifest.
         GateFailedError: a required check has failed.
         PublishConflictError: the pointer moved since the scan.
-        DigestMismatchError: the staged manifest changed.
+        IntegrityError: the staged manifest, a shard or the centroids are no longer what the checks have seen.
     """
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     manifest = ledger.need(ManifestReceipt)
@@ -371,8 +425,10 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
     found = ledger.find(PromoteReceipt, inputs=inputs)
     if found is not None:
         reason = f"run {run_id} was published before; nothing is new"
-        return found.model_copy(update={"published": False, "reason": reason})
+        ref = build.store.url_of(found.manifest_key)
+        return found.model_copy(update={"published": False, "reason": reason, "manifest_ref": ref})
     gating.require_passed(build, run_id, manifest)
+    gating.require_whole(build, run_id, manifest)
     data = gating.staged_manifest(build.store, manifest)
     pointer, before = publish.publish(
         build.store,
@@ -393,4 +449,4 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
         seq=pointer.seq or 0,
     )
     record.finish(build.store, scanned.record_key, "succeeded", manifest_ref=pointer.manifest_ref)
-    return ledger.commit(receipt)
+    return ledger.commit(receipt, number=ledger.next_number(PromoteReceipt))

@@ -150,6 +150,14 @@ class Store:
         except ObjectMissingError:
             return None
 
+    def exists(self, key: str) -> bool:
+        """Whether there is an object."""
+        try:
+            self.head(key)
+        except ObjectMissingError:
+            return False
+        return True
+
     def head(self, key: str) -> ObjectInfo:
         """Size and version without the bytes."""
         with self._translated("look at", key):

@@ -18,6 +18,9 @@ from sf_pipelines.snapshot.source.hashing import hash_column
 from sf_pipelines.snapshot.source.sampling import SmallestHashSample
 from sf_pipelines.snapshot.store import Store
 
+# Half of them judge; with fewer than 100 a lucky sample passes too easily.
+_FEWEST_QUERIES = 200
+
 
 def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> SampleReceipt:
     """Streams the whole source once; see ``stages.sample``."""
@@ -26,7 +29,7 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     training_rows = config.vector_spec.sharding.training_rows or max(256 * config.num_dbs, 10_000)
     query_rows = config.recall_gate.query_rows
     id_type = contract.stored_schema.field("id").type
-    drawn = SmallestHashSample(training_rows + query_rows, config.vector_spec.dim, id_type)
+    drawn = SmallestHashSample(max(training_rows + query_rows, 2 * _FEWEST_QUERIES), config.vector_spec.dim, id_type)
     with scratch() as folder:
         path = folder / "rejects.parquet"
         reasons = _first_pass(build, scanned, contract, drawn, folder, path)
@@ -35,8 +38,8 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     ids, vectors = drawn.take()
     kept = scanned.rows - reasons.total()
     queries = min(query_rows, kept // 2, kept - config.num_dbs)
-    # A table of a few rows cannot spare any: then all rows are queries and training at once.
-    disjoint = queries >= 2
+    # A small table cannot spare enough to prove anything: then all rows are queries and training at once.
+    disjoint = queries >= _FEWEST_QUERIES
     first = queries if disjoint else 0
     return SampleReceipt(
         run_id=ledger.run_id,
@@ -46,7 +49,7 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
         reject_reasons=dict(reasons),
         rejects=rejects,
         training=_put_vectors(ledger, "training", ids[first : first + training_rows], vectors[first:]),
-        queries=_put_vectors(ledger, "queries", ids[: queries if disjoint else query_rows], vectors),
+        queries=_put_vectors(ledger, "queries", ids[: queries if disjoint else len(ids)], vectors),
         disjoint=disjoint,
         seconds=watch.seconds,
     )

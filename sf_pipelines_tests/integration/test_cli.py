@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sf_pipelines.cli import app
-from sf_pipelines_tests.tables import vector_table, write_source
+from sf_pipelines_tests.tables import clustered, vector_table, write_source
 
 RUNNER = CliRunner()
 
@@ -121,6 +121,16 @@ def test_wrong_fields_are_named(config: Path) -> None:
     flat = " ".join(text.split())
     assert "WriteConfig.num_dbs: should be greater than 0 (got 0)" in flat
     assert "WriteConfig.colour: unknown field (got 'red')" in flat
+
+
+def test_what_is_stored_is_shown_as_it_is(config: Path, tmp_path: Path) -> None:
+    rows = vector_table(clustered(60, 16), title=["see [red]this[/red] [/b] [x"] * 60)
+    pq.write_table(rows, tmp_path / "source.parquet")
+    assert run("build", str(config))[0] == 0
+    vector = json.dumps(rows["vector"][0].as_py())
+    code, text = run("search", str(tmp_path / "store"), vector)
+    assert code == 0
+    assert "see [red]this[/red] [/b] [x" in text
 
 
 def test_help_names_every_command() -> None:

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
@@ -14,7 +16,7 @@ from sf_pipelines.snapshot.errors import (
     SourceSchemaError,
 )
 from sf_pipelines.snapshot.source.files import Span, find_files, pin, plan_ranges, read_span
-from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store import PinnedFile, Store
 
 COLUMNS = ("id", "vector")
 
@@ -69,7 +71,10 @@ def test_a_folder_is_all_its_tables_and_no_marker_files(lake: Path) -> None:
     ("pattern", "keys"),
     [
         ("a/*.parquet", ["1.parquet"]),
-        ("**/*.parquet", ["_temporary/x.parquet", "a/1.parquet", "a/deep/2.parquet"]),
+        ("**/*.parquet", ["a/1.parquet", "a/deep/2.parquet"]),
+        ("**/_temporary/*.parquet", ["_temporary/x.parquet"]),
+        ("**/_*/*.parquet", ["_temporary/x.parquet"]),
+        ("_temporary/*.parquet", ["x.parquet"]),
         ("a/**/[12].parquet", ["1.parquet", "deep/2.parquet"]),
         ("?.feather", ["b.feather"]),
         ("a/[!1].parquet", None),
@@ -145,3 +150,179 @@ def test_ranges_cover_every_unit_once(lake: Path, target: int) -> None:
     for spans in plan_ranges(listing.files, target):
         rows = sum(sum(listing.files[s.file].unit_rows[s.first_unit : s.last_unit]) for s in spans)
         assert rows <= max(target, 5)
+
+
+def found_keys(source: str, options: S3Options | None = None) -> list[str]:
+    return [info.key for info in find_files(source, options)[1]]
+
+
+@pytest.fixture
+def spark(tmp_path: Path) -> Path:
+    """Two tables as folders, beside a file of the same kind of name."""
+    root = tmp_path / "spark"
+    for name, start in (("x.parquet", 0), ("y.PARQUET", 4)):
+        (root / name).mkdir(parents=True)
+        pq.write_table(table(start, 4), root / name / "part-0.parquet")
+        (root / name / "_SUCCESS").write_bytes(b"")
+        (root / name / ".part-0.parquet.crc").write_bytes(b"crc")
+        (root / name / "notes.txt").write_text("not a table")
+    pq.write_table(table(8, 4), root / "z.parquet")
+    pq.write_table(table(8, 4), root / ".hidden.parquet")
+    return root
+
+
+def test_a_folder_may_be_named_like_a_file(spark: Path) -> None:
+    assert read_ids(pin(str(spark / "x.parquet"), None, COLUMNS), 10) == [0, 1, 2, 3]
+    assert found_keys(f"{spark}/*.parquet") == ["x.parquet/part-0.parquet", "z.parquet"]
+    assert found_keys(str(spark)) == ["x.parquet/part-0.parquet", "y.PARQUET/part-0.parquet", "z.parquet"]
+    assert found_keys(f"{spark}/.*.parquet") == [".hidden.parquet"]
+
+
+def test_folders_on_s3_may_be_named_like_files_and_have_markers(
+    spark: Path, moto_options: S3Options, bucket: str
+) -> None:
+    assert moto_options.secret_access_key is not None
+    client = boto3.client(
+        "s3",
+        endpoint_url=moto_options.endpoint_url,
+        region_name=moto_options.region,
+        aws_access_key_id=moto_options.access_key_id,
+        aws_secret_access_key=moto_options.secret_access_key.get_secret_value(),
+    )
+    for marker in ("spark/", "spark/x.parquet/", "spark/none.parquet/"):
+        client.put_object(Bucket=bucket, Key=marker, Body=b"")
+    client.close()
+    store = Store.open(f"s3://{bucket}/spark", moto_options)
+    store.upload(spark / "x.parquet" / "part-0.parquet", "x.parquet/part-0.parquet")
+    store.upload(spark / "z.parquet", "datafile")
+    for source in ("spark", "spark/", "spark/*.parquet", "spark/**"):
+        expected = ["datafile"] * (source == "spark/**") + ["x.parquet/part-0.parquet"]
+        assert found_keys(f"s3://{bucket}/{source}", moto_options) == expected
+    assert found_keys(f"s3://{bucket}/spark/x.parquet", moto_options) == ["part-0.parquet"]
+    assert found_keys(f"s3://{bucket}/spark/datafile", moto_options) == ["datafile"]
+    assert found_keys(f"s3://{bucket}", moto_options) == ["spark/x.parquet/part-0.parquet"]
+    with pytest.raises(SourceNotFoundError, match=r"none\.parquet"):
+        find_files(f"s3://{bucket}/spark/none.parquet", moto_options)
+
+
+@pytest.mark.parametrize("name", ["part[1].parquet", "datafile", "DATA.PARQUET", "a b%20*.parquet"])
+def test_a_file_is_found_by_its_literal_name(tmp_path: Path, name: str) -> None:
+    pq.write_table(table(0, 3), tmp_path / name)
+    assert read_ids(pin(str(tmp_path / name), None, COLUMNS), 10) == [0, 1, 2]
+    assert read_ids(pin((tmp_path / name).as_uri(), None, COLUMNS), 10) == [0, 1, 2]
+
+
+def test_brackets_are_a_pattern_where_no_such_file_is(tmp_path: Path) -> None:
+    for name in ("part1.parquet", "part2.parquet"):
+        pq.write_table(table(0, 3), tmp_path / name)
+    assert found_keys(f"{tmp_path}/part[1].parquet") == ["part1.parquet"]
+
+
+def test_suffixes_are_known_in_any_case(tmp_path: Path) -> None:
+    pq.write_table(table(0, 3), tmp_path / "DATA.PARQUET")
+    assert found_keys(str(tmp_path)) == ["DATA.PARQUET"]
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd"])
+def test_damaged_parquet_pages_name_the_file(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "bad.parquet"
+    pq.write_table(table(0, 5000), path, compression=compression, use_dictionary=False)
+    start = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start + 60 : start + 2000] = b"\xff" * 1940
+    path.write_bytes(data)
+    listing = pin(str(path), None, COLUMNS)
+    with pytest.raises(SourceSchemaError, match=r"bad\.parquet cannot be read"):
+        read_ids(listing, 10_000)
+
+
+def test_a_damaged_parquet_footer_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.parquet"
+    pq.write_table(table(0, 50), path)
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[-8:-4], "little")
+    data[-8 - length : -8] = b"\xff" * length
+    path.write_bytes(data)
+    with pytest.raises(SourceSchemaError, match=r"bad\.parquet cannot be read"):
+        pin(str(path), None, COLUMNS)
+
+
+def test_a_damaged_arrow_body_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.arrow"
+    feather.write_feather(table(0, 5000), str(path), compression="zstd")
+    data = path.read_bytes()
+    frame = data.index(b"\x28\xb5\x2f\xfd")  # how a zstd frame begins
+    path.write_bytes(data[: frame + 12] + b"\xff" * 500 + data[frame + 512 :])
+    with pytest.raises(SourceSchemaError, match=r"bad\.arrow cannot be read"):
+        read_ids(pin(str(path), None, COLUMNS), 10_000)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_an_empty_file_is_called_empty(lake: Path, size: int) -> None:
+    (lake / "bad.parquet").write_bytes(b"x" * size)
+    expected = r"bad\.parquet is empty \(0 bytes\)" if size == 0 else r"bad\.parquet is neither"
+    with pytest.raises(SourceSchemaError, match=expected):
+        pin(str(lake), None, COLUMNS)
+
+
+def test_a_repeated_column_is_named(tmp_path: Path) -> None:
+    rows = table(0, 3).rename_columns(["id", "vector", "id"])
+    with pa_ipc.new_file(str(tmp_path / "twice.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    with pytest.raises(SourceSchemaError, match=r"twice\.arrow has more than one column id"):
+        pin(str(tmp_path), None, COLUMNS)
+    assert pin(str(tmp_path), None, ("vector",)).rows == 3
+
+
+def test_names_and_nullability_of_inner_fields_may_differ(tmp_path: Path) -> None:
+    plain = pa.schema(
+        [
+            ("id", pa.int64()),
+            ("vector", pa.list_(pa.float32(), 2)),
+            ("tags", pa.struct([("names", pa.list_(pa.string()))])),
+        ]
+    )
+    strict_names = pa.list_(pa.field("element", pa.string(), nullable=False))
+    strict = pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            ("vector", pa.list_(pa.field("element", pa.float32(), nullable=False), 2)),
+            ("tags", pa.struct([pa.field("names", strict_names, nullable=False)])),
+        ]
+    )
+    rows = {"id": [1, 2], "vector": [[1, 2], [3, 4]], "tags": [{"names": ["a"]}, {"names": []}]}
+    for name, schema in (("1.arrow", strict), ("2.arrow", plain)):
+        with pa_ipc.new_file(str(tmp_path / name), schema) as writer:
+            writer.write_table(pa.table(rows, schema=schema))
+    pq.write_table(pa.table(rows, schema=strict), tmp_path / "3.parquet")
+    listing = pin(str(tmp_path), None, tuple(plain.names))
+    assert listing.arrow_schema == plain
+    assert listing.columns["vector"] == "fixed_size_list<item: float>[2]"
+    store = Store.open(listing.root)
+    for number, file in enumerate(listing.files):
+        for batch in read_span(store, file, Span(file=number, first_unit=0, last_unit=1), tuple(plain.names), 10):
+            assert batch.rows.schema == plain
+            assert batch.rows.to_pydict() == rows
+    wider = pa.table({"id": [1], "vector": pa.array([[1.0, 2.0]], pa.list_(pa.float64(), 2)), "tags": [None]})
+    pq.write_table(wider, tmp_path / "4.parquet")
+    with pytest.raises(SourceSchemaError, match="all files need the same column types"):
+        pin(str(tmp_path), None, ("id", "vector"))
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "lz4"])
+def test_a_scan_of_arrow_files_leaves_the_vectors_alone(
+    tmp_path: Path, compression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "big.arrow"
+    rows = table(0, 4000, dim=64)
+    feather.write_feather(rows, str(path), chunksize=1000, compression=compression)
+    whole, sizes = PinnedFile.read, list[int]()
+
+    def counted(self: PinnedFile, size: int | None = -1) -> bytes:
+        data = whole(self, size)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(PinnedFile, "read", counted)
+    assert pin(str(path), None, COLUMNS).files[0].unit_rows == (1000,) * 4
+    assert sum(sizes) < path.stat().st_size / 5

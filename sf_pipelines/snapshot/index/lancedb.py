@@ -161,7 +161,7 @@ class LanceDBShard:
         for start in range(0, len(queries), _BATCH):
             part = self._query_batch(queries[start : start + _BATCH], k, columns, declared=declared)
             whose = pa.array(part["query_index"].to_numpy().astype(np.int64) + start)
-            parts.append(part.set_column(part.column_names.index("query_index"), "query_index", whose))
+            parts.append(part.set_column(0, "query_index", whose))
         return pa.concat_tables(parts)
 
     def _query_batch(self, queries: Float32, k: int, columns: list[str], *, declared: bool) -> pa.Table:
@@ -175,7 +175,8 @@ class LanceDBShard:
         if "query_index" not in found.column_names:
             # A batch of one comes back as a single query.
             found = found.append_column("query_index", pa.array(np.zeros(found.num_rows, dtype=np.int32)))
-        return found
+        # The library orders the columns of a batch and of a single query differently.
+        return found.select(["query_index", "_rowid", *columns])
 
     def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
         """Payload of each row, parsed; text that is no JSON object gives None."""

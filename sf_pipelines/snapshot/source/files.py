@@ -3,8 +3,10 @@
 import base64
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
@@ -12,9 +14,12 @@ import pyarrow.parquet as pq
 
 from sf_pipelines.snapshot.errors import (
     ObjectMissingError,
+    SfPipelinesError,
     SourceEmptyError,
     SourceNotFoundError,
     SourceSchemaError,
+    StoreDeniedError,
+    StoreError,
 )
 from sf_pipelines.snapshot.model import Model
 from sf_pipelines.snapshot.store import Credentials, ObjectInfo, PinnedFile, Store
@@ -100,40 +105,104 @@ class SourceBatch:
 def find_files(source: str, s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
     """The store and the files that a path, folder or glob stands for, in key order.
 
+    A source that exists under its literal name is that file or folder, even if the name has glob characters. Files
+    below a folder that a glob matches are taken, too: many writers make ``x.parquet`` a folder.
+
     Raises:
         SourceNotFoundError: nothing matches.
+        StoreDeniedError: nothing was found, and looking for it was refused.
     """
     scheme, place = source.split("://", 1) if "://" in source else ("", str(Path(source).expanduser().absolute()))
-    lead = f"{scheme}://" if scheme else ""
-    pieces = place.split("/")
-    fixed = next((n for n, piece in enumerate(pieces) if re.search(r"[*?\[]", piece)), len(pieces))
-    try:
-        if fixed < len(pieces):
-            store = Store.open(lead + "/".join(pieces[:fixed]), s3)
-            pattern = re.compile(_glob_regex("/".join(pieces[fixed:])))
-            found = [info for info in store.objects() if pattern.fullmatch(info.key)]
-        else:
-            store, found = _one_file_or_folder(lead, pieces, s3)
-    except ObjectMissingError as error:
-        raise SourceNotFoundError(f"source {source!r} does not exist ({error})") from error
-    if not found:
-        raise SourceNotFoundError(f"source {source!r} matches no file; expected {', '.join(_SUFFIXES)}")
-    return store, sorted(found, key=lambda info: info.key)
+    if scheme == "file":
+        scheme, place = "", unquote(place)
+    lead, pieces = f"{scheme}://" if scheme else "", place.rstrip("/").split("/")
+    looks = [_folder]
+    if len(pieces) > 1:
+        looks.insert(0 if _is_table(pieces[-1]) else 1, _one_file)
+    if any(map(_is_pattern, pieces)):
+        looks.append(_glob)
+    problem: StoreError | None = None
+    for look in looks:
+        try:
+            store, found = look(lead, pieces, s3)
+        except (ObjectMissingError, StoreDeniedError) as error:
+            # A refusal says more than that something else is missing.
+            problem = problem if isinstance(problem, StoreDeniedError) else error
+            continue
+        if found:
+            return store, sorted(found, key=lambda info: info.key)
+    if isinstance(problem, StoreDeniedError):
+        raise problem
+    raise SourceNotFoundError(
+        f"source {source!r} does not exist or matches no file; expected {', '.join(_SUFFIXES)}"
+    ) from problem
 
 
-def _one_file_or_folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
-    folder, name = "/".join(pieces[:-1]), pieces[-1]
-    if name.endswith(_SUFFIXES):
-        store = Store.open(lead + folder, s3)
-        return store, [store.head(name)]
-    store = Store.open(lead + "/".join(pieces), s3)
-    # Writers of tables leave markers such as _SUCCESS and hidden files beside the data.
+def _one_file(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+    store = _open(lead, pieces[:-1], s3)
+    return store, [store.head(pieces[-1])]
+
+
+def _folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+    store = _open(lead, pieces, s3)
+    found = [info for info in store.objects() if _is_table(info.key) and not _is_hidden(info.key, [])]
+    return store, _without_markers(store, found)
+
+
+def _glob(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+    fixed = next(n for n, piece in enumerate(pieces) if _is_pattern(piece))
+    store = _open(lead, pieces[:fixed], s3)
+    pattern = re.compile(_glob_regex("/".join(pieces[fixed:])))
+    named = [re.compile(_glob_regex(piece)) for piece in pieces[fixed:] if piece.startswith(("_", "."))]
     found = [
         info
         for info in store.objects()
-        if info.key.endswith(_SUFFIXES) and not any(part.startswith(("_", ".")) for part in info.key.split("/"))
+        if (pattern.fullmatch(info.key) or (_is_table(info.key) and _is_below(info.key, pattern)))
+        and not _is_hidden(info.key, named)
     ]
-    return store, found
+    return store, _without_markers(store, found)
+
+
+def _open(lead: str, pieces: list[str], s3: Credentials | None) -> Store:
+    return Store.open(lead + ("/".join(pieces) or ("" if lead else "/")), s3)
+
+
+def _is_pattern(piece: str) -> bool:
+    return re.search(r"[*?\[]", piece) is not None
+
+
+def _is_table(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES)
+
+
+def _is_hidden(key: str, named: list[re.Pattern[str]]) -> bool:
+    """Writers of tables leave markers such as _SUCCESS and hidden files beside the data.
+
+    Args:
+        key: of a file.
+        named: patterns of the names that the source asks for although they look hidden.
+    """
+    return any(
+        part.startswith(("_", ".")) and not any(pattern.fullmatch(part) for pattern in named) for part in key.split("/")
+    )
+
+
+def _is_below(key: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a folder that the file is in matches."""
+    return any(pattern.fullmatch(key[: slash.start()]) for slash in re.finditer("/", key))
+
+
+def _without_markers(store: Store, found: list[ObjectInfo]) -> list[ObjectInfo]:
+    """Leaves out S3's empty objects ``folder/``: they are listed as ``folder``, but there is no such object."""
+    return [info for info in found if info.size or (info.key and _exists(store, info.key))]
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.head(key)
+    except ObjectMissingError:
+        return False
+    return True
 
 
 def _glob_regex(pattern: str) -> str:
@@ -167,19 +236,21 @@ def pin(source: str, s3: Credentials | None, columns: tuple[str, ...]) -> Source
     Raises:
         SourceNotFoundError: nothing matches.
         SourceEmptyError: no rows at all.
-        SourceSchemaError: a file is of another format, lacks a column, or has another type than the first file.
+        SourceSchemaError: a file is empty, damaged, of another format, lacks a column, has it twice, or has another
+            type than the first file.
     """
     store, found = find_files(source, s3)
     files: list[SourceFile] = []
     schema: pa.Schema | None = None
     first_row = 0
     for info in found:
+        where = store.url_of(info.key)
         with store.open_file(info.key, pinned=info) as raw:
-            its_schema, unit_rows = _footer(raw, store.url_of(info.key))
-        its_schema = _narrow(its_schema, columns, store.url_of(info.key))
+            its_schema, unit_rows = _footer(raw, where)
+        its_schema = _narrow(its_schema, columns, where)
         if schema is not None and its_schema != schema:
             raise SourceSchemaError(
-                f"{store.url_of(info.key)} has {_spell(its_schema)}, but {store.url_of(found[0].key)} has "
+                f"{where} has {_spell(its_schema)}, but {store.url_of(found[0].key)} has "
                 f"{_spell(schema)}; all files need the same column types"
             )
         schema = its_schema
@@ -201,7 +272,25 @@ def _narrow(schema: pa.Schema, columns: tuple[str, ...], where: str) -> pa.Schem
     missing = [name for name in columns if name not in schema.names]
     if missing:
         raise SourceSchemaError(f"{where} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
-    return pa.schema([pa.field(name, schema.field(name).type) for name in columns])
+    repeated = [name for name in columns if schema.names.count(name) > 1]
+    if repeated:
+        raise SourceSchemaError(
+            f"{where} has more than one column {', '.join(repeated)}; rename or drop all but one of the same name"
+        )
+    return pa.schema([pa.field(name, _uniform(schema.field(name).type)) for name in columns])
+
+
+def _uniform(kind: pa.DataType) -> pa.DataType:
+    """The type without what writers differ in: names of list items, and whether inner values may be null."""
+    if pa.types.is_list(kind):
+        return pa.list_(_uniform(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_uniform(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_uniform(kind.value_type), kind.list_size)
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, _uniform(field.type)) for field in kind])
+    return kind
 
 
 def _spell(schema: pa.Schema) -> str:
@@ -209,21 +298,46 @@ def _spell(schema: pa.Schema) -> str:
 
 
 def _footer(raw: PinnedFile, where: str) -> tuple[pa.Schema, list[int]]:
+    if raw.size() == 0:
+        raise SourceSchemaError(f"{where} is empty (0 bytes); write it again or remove it")
     magic = raw.read(6)
     raw.seek(0)
-    try:
+    with _decoding(where):
         if magic.startswith(b"PAR1"):
             metadata = pq.ParquetFile(raw).metadata
             return metadata.schema.to_arrow_schema(), [
                 metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)
             ]
         if magic == b"ARROW1":
-            reader = pa_ipc.open_file(pa.PythonFile(raw, mode="r"))
-            # An Arrow file's footer does not tell rows, so its batches are read once here.
-            return reader.schema, [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
-    except pa.ArrowInvalid as error:
-        raise SourceSchemaError(f"{where} cannot be read: {error}") from error
+            return _arrow_footer(raw)
     raise SourceSchemaError(f"{where} is neither Parquet nor an Arrow IPC file (it begins with {magic!r})")
+
+
+def _arrow_footer(raw: PinnedFile) -> tuple[pa.Schema, list[int]]:
+    """Schema and rows of each batch; only the batches tell their rows, so the smallest column of each is read."""
+    file = pa.PythonFile(raw, mode="r")
+    schema = pa_ipc.open_file(file).schema
+    smallest = sorted(range(len(schema.names)), key=lambda n: _weight(schema.field(n).type))[:1]
+    reader = pa_ipc.open_file(file, options=pa_ipc.IpcReadOptions(included_fields=smallest))
+    return schema, [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
+
+
+def _weight(kind: pa.DataType) -> int:
+    """Rank of a type by the bits of a value: fixed widths, then strings and the like, then nested types."""
+    if pa.types.is_primitive(kind):
+        return kind.bit_width
+    return 2000 if pa.types.is_nested(kind) else 1000
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """Names the file in Arrow's errors; damaged bytes show as OSError, too. Errors of the store pass."""
+    try:
+        yield
+    except SfPipelinesError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise SourceSchemaError(f"{where} cannot be read: {error}") from error
 
 
 def read_span(
@@ -237,13 +351,10 @@ def read_span(
     """
     info = ObjectInfo(file.key, file.size, file.etag)
     file_row = sum(file.unit_rows[: span.first_unit])
-    with store.open_file(file.key, pinned=info) as raw:
-        try:
-            for batch in _batches(raw, span, columns, batch_rows):
-                yield SourceBatch(batch, file.first_row + file_row, file.key, file_row)
-                file_row += batch.num_rows
-        except pa.ArrowInvalid as error:
-            raise SourceSchemaError(f"{store.url_of(file.key)} cannot be read: {error}") from error
+    with store.open_file(file.key, pinned=info) as raw, _decoding(store.url_of(file.key)):
+        for batch in _batches(raw, span, columns, batch_rows):
+            yield SourceBatch(_conform(batch, columns), file.first_row + file_row, file.key, file_row)
+            file_row += batch.num_rows
 
 
 def _batches(raw: PinnedFile, span: Span, columns: tuple[str, ...], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -258,6 +369,15 @@ def _batches(raw: PinnedFile, span: Span, columns: tuple[str, ...], batch_rows: 
         batch = reader.get_batch(unit).select(list(columns))
         for start in range(0, batch.num_rows, batch_rows):
             yield batch.slice(start, batch_rows)
+
+
+def _conform(batch: pa.RecordBatch, columns: tuple[str, ...]) -> pa.RecordBatch:
+    """The batch with the types that ``pin`` promises."""
+    schema = pa.schema([pa.field(name, _uniform(batch.schema.field(name).type)) for name in columns])
+    arrays = [batch.column(name) for name in columns]
+    # A cast of inner nullability copies nothing.
+    same = [array if array.type == kind else array.cast(kind) for array, kind in zip(arrays, schema.types, strict=True)]
+    return pa.RecordBatch.from_arrays(same, schema=schema)
 
 
 def plan_ranges(files: tuple[SourceFile, ...], target_rows: int) -> list[tuple[Span, ...]]:

@@ -33,7 +33,7 @@ def make_config(root: Path, **changes: Any) -> WriteConfig:
         "num_dbs": 3,
         "payload_cols": ["label"],
         "vector_spec": {"dim": 64, "vector_col": "pixels", "metric": "cosine"},
-        "recall_gate": {"k": 5, "min_recall": 0.8, "query_rows": 60},
+        "recall_gate": {"k": 5, "min_recall": 0.8, "query_rows": 200},
     }
     return WriteConfig(**{**fields, **changes})
 

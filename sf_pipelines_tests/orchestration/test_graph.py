@@ -124,7 +124,7 @@ def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
     before = pointer(config)
     strict = make_config(
         tmp_path,
-        recall_gate={"k": 5, "min_recall": 1.0, "query_rows": 60},
+        recall_gate={"k": 5, "min_recall": 1.0, "query_rows": 200},
         vector_spec={"dim": 64, "vector_col": "pixels", "metric": "cosine", "sharding": {"num_probes": 1}},
     )
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sf_pipelines import S3Options, ShardedVectorReader, WriteConfig, build_snapshot
+from sf_pipelines import S3Options, ShardedVectorReader, build_snapshot
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import (
@@ -31,6 +31,7 @@ from sf_pipelines.snapshot.manifest.record import read_record
 from sf_pipelines.snapshot.receipts import Ledger, SampleReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.tables import clustered, exact_distances, small_config, vector_table, write_source
 
 
@@ -134,22 +135,9 @@ def test_a_gate_that_cannot_be_met_publishes_nothing(tmp_path: Path) -> None:
     assert {shard.reason for shard in result.shards} == {"this shard was built and sealed before"}
 
 
-def staged(config: WriteConfig, cache: Path) -> tuple[Build, str]:
-    """A build that only lacks its gate."""
-    build = Build(config, cache_dir=cache)
-    run_id = stages.scan(build).run_id
-    stages.sample(build, run_id)
-    stages.train(build, run_id)
-    stages.route(build, run_id)
-    for db_id in range(config.num_dbs):
-        stages.build_shard(build, run_id, db_id)
-    stages.assemble(build, run_id)
-    return build, run_id
-
-
 def test_promote_alone_asks_the_store_for_every_verdict(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet")
-    build, run_id = staged(small_config(tmp_path), tmp_path / "cache")
+    build, run_id = assembled(small_config(tmp_path), tmp_path / "cache")
     with build:
         with pytest.raises(GateMissingError, match="manifest_custom_fields has no verdict"):
             stages.promote(build, run_id)
@@ -165,7 +153,7 @@ def test_promote_alone_asks_the_store_for_every_verdict(tmp_path: Path) -> None:
 
 def test_a_verdict_under_another_gate_does_not_count(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet")
-    build, run_id = staged(small_config(tmp_path, recall_gate={"min_recall": 0.5}), tmp_path / "cache")
+    build, run_id = assembled(small_config(tmp_path, recall_gate={"min_recall": 0.5}), tmp_path / "cache")
     stages.gate(build, run_id)
     build.close()
     with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as stricter, pytest.raises(GateMissingError):
@@ -177,7 +165,7 @@ def test_a_shard_object_touched_after_the_build_fails_the_gate(tmp_path: Path, h
     write_source(tmp_path / "source.parquet")
     good = build_snapshot(small_config(tmp_path), cache_dir=tmp_path / "cache")
     write_source(tmp_path / "source.parquet", seed=9)
-    build, run_id = staged(small_config(tmp_path), tmp_path / "cache")
+    build, run_id = assembled(small_config(tmp_path), tmp_path / "cache")
     shard = Ledger(build.store, run_id).need(ShardReceipt, "db=00001")
     name = f"{shard.db_key}/{next(item.path for item in shard.objects if '/data/' in item.path)}"
     path = tmp_path / "store" / name
@@ -206,7 +194,7 @@ def test_a_shard_object_touched_after_the_build_fails_the_gate(tmp_path: Path, h
 
 def test_a_staged_manifest_that_changes_is_not_published(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet")
-    build, run_id = staged(small_config(tmp_path), tmp_path / "cache")
+    build, run_id = assembled(small_config(tmp_path), tmp_path / "cache")
     with build:
         stages.gate(build, run_id)
         (path,) = (tmp_path / "store" / "staging" / f"run_id={run_id}").glob("manifest-*")
@@ -276,7 +264,7 @@ def test_one_shard_of_a_published_run_can_be_built_anew(tmp_path: Path) -> None:
 
 def test_a_slow_older_build_does_not_overwrite_a_newer_one(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet")
-    slow, slow_run = staged(small_config(tmp_path), tmp_path / "cache")
+    slow, slow_run = assembled(small_config(tmp_path), tmp_path / "cache")
     write_source(tmp_path / "source.parquet", seed=2)
     quick = build_snapshot(small_config(tmp_path), cache_dir=tmp_path / "cache")
     with slow:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sf_pipelines import ShardedVectorReader, VectorSpec, WriteConfig, build_snapshot
+from sf_pipelines import ShardedVectorReader, VectorSpec, build_snapshot
 from sf_pipelines.snapshot import sealing, stages
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import ConfigError, IntegrityError
@@ -17,25 +17,8 @@ from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.receipts import Ledger, SampleReceipt, ShardReceipt, TrainReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines_tests.builds import assembled, routed
 from sf_pipelines_tests.tables import clustered, small_config, vector_table, write_source
-
-
-def routed(build: Build) -> str:
-    """Runs a build up to its routed rows; run id."""
-    run_id = stages.scan(build).run_id
-    for stage in (stages.sample, stages.train, stages.route):
-        stage(build, run_id)
-    return run_id
-
-
-def assembled(config: WriteConfig, cache: Path) -> tuple[Build, str]:
-    """A build that only lacks its gate."""
-    build = Build(config, cache_dir=cache)
-    run_id = routed(build)
-    for db_id in range(config.num_dbs):
-        stages.build_shard(build, run_id, db_id)
-    stages.assemble(build, run_id)
-    return build, run_id
 
 
 @pytest.mark.parametrize(

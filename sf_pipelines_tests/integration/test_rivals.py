@@ -14,19 +14,14 @@ from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import PublishConflictError
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.tables import small_config, write_source
 
 
 def gated(config: WriteConfig, cache: Path) -> str:
     """Builds up to the gate; run id."""
-    with Build(config, cache_dir=cache) as build:
-        run_id = stages.scan(build, force=True).run_id
-        stages.sample(build, run_id)
-        stages.train(build, run_id)
-        stages.route(build, run_id)
-        for db_id in range(config.num_dbs):
-            stages.build_shard(build, run_id, db_id)
-        stages.assemble(build, run_id)
+    build, run_id = assembled(config, cache, force=True)
+    with build:
         assert all(verdict.passed for verdict in stages.gate(build, run_id))
     return run_id
 

@@ -14,6 +14,11 @@ IndexType = Literal["auto", "flat", "ivf_flat", "ivf_sq", "hnsw", "hnsw_flat"]
 # Columns of the stored index that no user column may shadow.
 RESERVED_COLUMNS = frozenset({"id", "vector", "payload", "_distance", "_rowid", "query_index"})
 
+# Index libraries name their own columns so: _rowid, _rowaddr, _rowoffset, _row_created_at_version, ...
+_RESERVED_PREFIX = "_row"
+
+ColumnName = Annotated[str, Field(min_length=1)]
+
 # Raise when the same config and source must give other bytes than before.
 BUILD_VERSION = 1
 
@@ -81,7 +86,7 @@ class VectorSpec(ConfigModel):
     """
 
     dim: Annotated[int, Field(gt=0, le=65_536)]
-    vector_col: str = "vector"
+    vector_col: ColumnName = "vector"
     metric: DistanceMetric = DistanceMetric.COSINE
     backend: Literal["lancedb"] = "lancedb"
     index_type: IndexType = "auto"
@@ -114,8 +119,10 @@ class WriteConfig(ConfigModel):
         store: root of the snapshot: ``s3://bucket/prefix`` or a folder.
         num_dbs: number of shards.
         id_col: unique int64 or string id of a row.
-        payload_cols: columns that a search returns with each hit, as JSON values.
-        filter_cols: columns stored beside the vector with their type.
+        payload_cols: columns that a search returns with each hit, as JSON values. JSON has no NaN and no infinity:
+            these become null.
+        filter_cols: columns stored beside the vector with their type (float16 as float32). A name has no dot and does
+            not begin with ``_row``.
         vector_spec: the vector and its index.
         recall_gate: what must be proven before publishing.
         max_reject_fraction: rejected rows beyond this share stop the build.
@@ -128,9 +135,9 @@ class WriteConfig(ConfigModel):
     source: Annotated[str, Field(min_length=1)]
     store: Annotated[str, Field(min_length=1)]
     num_dbs: Annotated[int, Field(gt=0, le=100_000)]
-    id_col: Annotated[str, Field(min_length=1)] = "id"
-    payload_cols: tuple[str, ...] = ()
-    filter_cols: tuple[str, ...] = ()
+    id_col: ColumnName = "id"
+    payload_cols: tuple[ColumnName, ...] = ()
+    filter_cols: tuple[ColumnName, ...] = ()
     vector_spec: VectorSpec
     recall_gate: RecallGate = RecallGate()
     max_reject_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -159,7 +166,14 @@ class WriteConfig(ConfigModel):
                 raise ValueError(f"{field} names {', '.join(repeated)} more than once")
             if self.vector_spec.vector_col in columns:
                 raise ValueError(f"{field} names the vector column {self.vector_spec.vector_col!r}")
-        clash = sorted(RESERVED_COLUMNS.intersection(self.filter_cols))
+        dotted = sorted(name for name in self.filter_cols if "." in name)
+        if dotted:
+            raise ValueError(
+                f"filter_cols: {', '.join(dotted)} has a dot, which means a nested field; rename the column"
+            )
+        clash = sorted(
+            name for name in self.filter_cols if name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIX)
+        )
         if clash:
             raise ValueError(f"filter_cols: {', '.join(clash)} is a name that the index itself uses; rename the column")
         probes = self.vector_spec.sharding.num_probes

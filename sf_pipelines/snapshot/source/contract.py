@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import SourceSchemaError
-from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.source.files import SourceBatch
 
 IdType = Literal["int64", "string"]
@@ -192,6 +192,11 @@ class RowContract:
         if self._config.vector_spec.metric.normalises:
             small = finite & (squares < _SMALLEST_SQUARE)
             faults.append((small, RejectReason.ZERO_NORM, "a vector without length has no direction under cosine"))
+        elif self._config.vector_spec.metric is DistanceMetric.DOT_PRODUCT:
+            # LanceDB finds no partition for the rows of a shard whose vectors are all like that; zeros it accepts.
+            small = (squares > 0) & (squares < _SMALLEST_SQUARE)
+            detail = "squared norm below 1e-36 underflows float32 under dot_product; scale the vectors up or use zeros"
+            faults.append((small, RejectReason.OUT_OF_RANGE, detail))
         for mask, reason, detail in faults:
             rows = where[mask]
             fresh = rows[reasons[rows] == ""]
@@ -227,9 +232,21 @@ def _without_dictionaries(rows: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries, large strings and float16 at any depth: what the index and JSON can take."""
     if pa.types.is_dictionary(kind):
         return _plain_type(kind.value_type)
-    return pa.string() if pa.types.is_large_string(kind) else kind
+    # polars refuses a slice of a fixed-size list that has nulls; in JSON the two are the same.
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if pa.types.is_struct(kind):
+        return pa.struct([_plain_field(kind.field(n)) for n in range(kind.num_fields)])
+    return {pa.float16(): pa.float32(), pa.large_string(): pa.string()}.get(kind, kind)
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_plain_type(field.type))
 
 
 def _id_type(field: pa.Field) -> IdType:
@@ -263,19 +280,20 @@ def _is_scalar(kind: pa.DataType) -> bool:
         pa.types.is_date,
         pa.types.is_timestamp,
     )
-    return any(test(kind) for test in tests)
+    return any(test(_plain_type(kind)) for test in tests)
 
 
 def _is_json(kind: pa.DataType) -> bool:
     if any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
-        return _is_json(_plain_type(kind.value_type))
+        return _is_json(kind.value_type)
     if pa.types.is_struct(kind):
-        return all(_is_json(_plain_type(kind.field(n).type)) for n in range(kind.num_fields))
+        return all(_is_json(kind.field(n).type) for n in range(kind.num_fields))
+    # Arrow cannot unpack a dictionary of lists or structs.
     return _is_scalar(kind)
 
 
 def _require(field: pa.Field, option: str, allowed: Any) -> None:
-    if not allowed(_plain_type(field.type)):
+    if not allowed(field.type):
         raise SourceSchemaError(
             f"{option} names {field.name!r}, which is {field.type}; that type cannot be stored there"
         )

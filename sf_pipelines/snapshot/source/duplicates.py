@@ -9,44 +9,97 @@ import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.source.hashing import UInt64
+from sf_pipelines.snapshot.source.hashing import UInt64, hash_column, mix
 
-# Rows of one bucket: what is held in memory at a time.
+# Rows that a bucket should have: about what is held in memory at a time.
 _BUCKET_ROWS = 100_000
+
+# Buckets of one split, each an open file: systems allow a process about a thousand of these.
+_MOST_BUCKETS = 256
 
 
 class DuplicateFinder:
-    """Collects (id, position) pairs; of equal ids the one with the first position is the original."""
+    """Collects (id, position) pairs; of equal ids the one with the first position is the original.
+
+    Ids are split by hash over at most 256 buckets, and a bucket that grew too large once more when it is read. So
+    memory stays the same up to some 6.5 billion rows; only rows with one and the same id always stay together.
+    """
 
     def __init__(self, folder: Path, expected_rows: int, id_type: pa.DataType) -> None:
+        self._folder = folder
         self._schema = pa.schema([pa.field("id", id_type), pa.field("row", pa.int64())])
-        self._paths = [folder / f"ids-{n:04d}.arrow" for n in range(1 + expected_rows // _BUCKET_ROWS)]
-        self._writers = [pa_ipc.new_stream(str(path), self._schema) for path in self._paths]
+        self._buckets = _Buckets(folder, "ids", expected_rows, self._schema)
 
     def add(self, ids: pa.Array, hashes: UInt64, rows: NDArray[np.int64]) -> None:
         """Adds rows by id, the id's hash, and position in the source."""
-        batch = pa.record_batch([ids, pa.array(rows)], schema=self._schema)
-        if len(self._writers) == 1:
-            self._writers[0].write_batch(batch)
-            return
+        self._buckets.add(pa.record_batch([ids, pa.array(rows)], schema=self._schema), hashes)
+
+    def repeats(self) -> Iterator[pa.Table]:
+        """Ends the collection and yields, bucket by bucket, the (id, row) pairs that came after their original."""
+        for path, rows in self._buckets.close():
+            # Buckets of one split differ in size by chance: only one that is far too large is worth another split.
+            if rows <= 2 * _BUCKET_ROWS:
+                yield self._repeats_in(path)
+                continue
+            for part, _ in self._split(path, rows):
+                yield self._repeats_in(part)
+
+    def _split(self, path: Path, rows: int) -> list[tuple[Path, int]]:
+        parts = _Buckets(self._folder, path.stem, rows, self._schema)
+        for table in _pieces(path):
+            batch = table.combine_chunks().to_batches()[0]
+            # Mixed again: within a bucket the hashes themselves agree in their remainder.
+            parts.add(batch, mix(hash_column(batch.column("id"))))
+        path.unlink()
+        return parts.close()
+
+    def _repeats_in(self, path: Path) -> pa.Table:
+        import polars as pl
+
+        with pa_ipc.open_stream(str(path)) as reader:
+            table = reader.read_all()
+        path.unlink()
+        frame = cast("pl.DataFrame", pl.from_arrow(table)).sort("row")
+        return frame.filter(~pl.col("id").is_first_distinct()).to_arrow().cast(self._schema)
+
+
+class _Buckets:
+    """Files of (id, position) pairs, filled side by side; equal hashes share a file."""
+
+    def __init__(self, folder: Path, stem: str, expected_rows: int, schema: pa.Schema) -> None:
+        count = min(_MOST_BUCKETS, 1 + expected_rows // _BUCKET_ROWS)
+        self._paths = [folder / f"{stem}-{n:03d}.arrow" for n in range(count)]
+        self._writers = [pa_ipc.new_stream(str(path), schema) for path in self._paths]
+        self._rows = np.zeros(count, dtype=np.int64)
+
+    def add(self, batch: pa.RecordBatch, hashes: UInt64) -> None:
         buckets = (hashes % np.uint64(len(self._writers))).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
         batch = batch.take(pa.array(order))
         edges = np.searchsorted(buckets[order], np.arange(len(self._writers) + 1))
-        for bucket, writer in enumerate(self._writers):
+        self._rows += np.diff(edges)
+        for bucket in np.flatnonzero(np.diff(edges)).tolist():
             start, end = int(edges[bucket]), int(edges[bucket + 1])
-            if end > start:
-                writer.write_batch(batch.slice(start, end - start))
+            self._writers[bucket].write_batch(batch.slice(start, end - start))
 
-    def repeats(self) -> Iterator[pa.Table]:
-        """Ends the collection and yields, bucket by bucket, the (id, row) pairs that came after their original."""
-        import polars as pl
-
+    def close(self) -> list[tuple[Path, int]]:
+        """Each file and its rows."""
         for writer in self._writers:
             writer.close()
-        for path in self._paths:
-            with pa_ipc.open_stream(str(path)) as reader:
-                table = reader.read_all()
-            frame = cast("pl.DataFrame", pl.from_arrow(table)).sort("row")
-            yield frame.filter(~pl.col("id").is_first_distinct()).to_arrow().cast(self._schema)
-            path.unlink()
+        self._writers.clear()
+        return list(zip(self._paths, self._rows.tolist(), strict=True))
+
+
+def _pieces(path: Path) -> Iterator[pa.Table]:
+    """A bucket's rows, about ``_BUCKET_ROWS`` at a time: its own batches are far too small to be split again."""
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    with pa_ipc.open_stream(str(path)) as reader:
+        for batch in reader:
+            held.append(batch)
+            rows += len(batch)
+            if rows >= _BUCKET_ROWS:
+                yield pa.Table.from_batches(held)
+                held, rows = [], 0
+    if held:
+        yield pa.Table.from_batches(held)

@@ -4,6 +4,7 @@ A hash is 64 bits, made by the SplitMix64 finaliser (Steele, Lea and Flood, Fast
 generators, 2014). It decides samples and tells changed rows from unchanged ones; objects are sealed by SHA-256.
 """
 
+import hashlib
 from typing import cast
 
 import numpy as np
@@ -18,6 +19,9 @@ UInt64 = NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+
+# Bytes of the longest string that is hashed together with the others of its batch.
+_LONGEST_TOGETHER = 256
 
 
 def mix(values: UInt64) -> UInt64:
@@ -53,10 +57,13 @@ def _hash_strings(column: pa.LargeStringArray) -> UInt64:
     data = np.frombuffer(data_buffer, dtype=np.uint8) if data_buffer else np.zeros(0, dtype=np.uint8)
     lengths = np.diff(offsets)
     hashes = mix(lengths.astype(np.uint64))
+    long = np.flatnonzero(lengths > _LONGEST_TOGETHER)
+    if len(long):
+        hashes[long] = mix(hashes[long] ^ _hash_long(data, offsets[long], lengths[long]))
     lanes = np.arange(8)
-    active = np.flatnonzero(lengths > 0)
+    active = np.flatnonzero((lengths > 0) & (lengths <= _LONGEST_TOGETHER))
     start = 0
-    # One round for each eight bytes of the longest string, over all rows that are that long at once.
+    # One round for each eight bytes of the longest of these strings, over all rows that are that long at once.
     while len(active):
         places = start + lanes[None, :]
         inside = places < lengths[active][:, None]
@@ -65,6 +72,16 @@ def _hash_strings(column: pa.LargeStringArray) -> UInt64:
         start += 8
         active = active[lengths[active] > start]
     return hashes
+
+
+def _hash_long(data: NDArray[np.uint8], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> UInt64:
+    # Row by row: each outweighs the call, and rounds over all of them would be as many as the longest needs.
+    ends = offsets + lengths
+    digests = [
+        hashlib.blake2b(data[start:end].data, digest_size=8).digest()
+        for start, end in zip(offsets.tolist(), ends.tolist(), strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def hash_vectors(vectors: Float32) -> UInt64:

@@ -11,7 +11,7 @@ export DAGSTER_HOME := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev snapshot ui test lint types walls fast-tests test-all chromium bench clean
+.PHONY: help install install-dev snapshot ui test lint types walls fast-tests test-all test-rest chromium bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,8 +55,11 @@ walls: install-dev
 fast-tests: install-dev
 	$(BIN)/python -m pytest -m "not slow and not browser" -n $(PYTEST_JOBS)
 
-test-all: test chromium  ## test, then the long fault runs and the browser
-	$(BIN)/python -m pytest -m "slow or browser"
+test-all: test test-rest  ## test, then the long fault runs and the browser
+
+test-rest: install-dev chromium
+	$(BIN)/python -m pytest -m "slow and not browser" -n $(PYTEST_JOBS)
+	$(BIN)/python -m pytest -m browser
 
 # As root on Debian the browser is installed; elsewhere the browser tests say that they are skipped.
 chromium:

@@ -130,7 +130,7 @@ def _manifest(
         shard_prefix="shards",
         key_encoding="raw",
         sharding=ShardingRecord(),
-        custom={"vector": vector, "sf_pipelines": extras.model_dump(mode="json")},
+        custom={"vector": vector, "sf_pipelines": extras.to_custom()},
         shards=tuple(
             _shard_row(shard, build.store.url_of(shard.db_key)) for shard in shards if shard.db_key is not None
         ),

@@ -134,9 +134,9 @@ def _build_shards(build: Build, run_id: str) -> list[ShardReceipt]:
                 receipt = done.result()
                 shards[receipt.db_id] = receipt
                 build.report("shards", len(shards), len(pending), "shards")
-        except BaseException:
+        finally:
+            # After a failure, shards that nobody has begun yet are left; after a success there are none.
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return [shards[db_id] for db_id in sorted(shards)]
 
 

@@ -7,7 +7,7 @@ and bytes, steps, rows and texts are bounded.
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,7 +206,8 @@ def _read_tables(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _open(data: bytes) -> sqlite3.Connection:
     database = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(database.close)
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_MANIFEST_BYTES)
         database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         database.deserialize(data)
@@ -216,9 +217,7 @@ def _open(data: bytes) -> sqlite3.Connection:
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
             database.execute(f"PRAGMA {pragma}")
         database.set_authorizer(_authorize)
-    except BaseException:
-        database.close()
-        raise
+        on_failure.pop_all()
     return database
 
 
@@ -281,6 +280,7 @@ class _Budget:
         self.left = size
 
     def spend(self, values: tuple[Any, ...]) -> None:
+        """Counts the text of a row; raises ``ManifestError`` when there is more than the file can hold."""
         self.left -= sum(len(value) for value in values if isinstance(value, str | bytes))
         if self.left < 0:
             raise ManifestError("its rows hold more text than the file has bytes")

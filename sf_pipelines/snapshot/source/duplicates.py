@@ -73,6 +73,7 @@ class _Buckets:
         self._rows = np.zeros(count, dtype=np.int64)
 
     def add(self, batch: pa.RecordBatch, hashes: UInt64) -> None:
+        """Spreads pairs over the files by their hashes."""
         buckets = (hashes % np.uint64(len(self._writers))).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
         batch = batch.take(pa.array(order))

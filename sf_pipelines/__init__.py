@@ -8,28 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot import errors
-    from sf_pipelines.snapshot.config import (
-        ClusterSharding,
-        IndexParams,
-        RecallGate,
-        S3Options,
-        VectorSpec,
-        WriteConfig,
-    )
+    from sf_pipelines.snapshot.config import IndexParams, KeyValueSpec, RecallGate, S3Options, VectorSpec, WriteConfig
     from sf_pipelines.snapshot.metric import DistanceMetric
     from sf_pipelines.snapshot.pipeline import BuildResult, build_snapshot
     from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
     from sf_pipelines.snapshot.reader.types import SearchResult, VectorSearchResponse
+    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+    from sf_pipelines.snapshot.sharding import (
+        CelSharding,
+        ClusterSharding,
+        ExplicitSharding,
+        HashSharding,
+        LshSharding,
+    )
 
 _HOMES = {
     "BuildResult": "sf_pipelines.snapshot.pipeline",
-    "ClusterSharding": "sf_pipelines.snapshot.config",
+    "CelSharding": "sf_pipelines.snapshot.sharding",
+    "ClusterSharding": "sf_pipelines.snapshot.sharding",
     "DistanceMetric": "sf_pipelines.snapshot.metric",
+    "ExplicitSharding": "sf_pipelines.snapshot.sharding",
+    "HashSharding": "sf_pipelines.snapshot.sharding",
     "IndexParams": "sf_pipelines.snapshot.config",
+    "KeyValueSpec": "sf_pipelines.snapshot.config",
+    "LshSharding": "sf_pipelines.snapshot.sharding",
     "RecallGate": "sf_pipelines.snapshot.config",
     "S3Options": "sf_pipelines.snapshot.config",
     "SearchResult": "sf_pipelines.snapshot.reader.types",
     "ShardedVectorReader": "sf_pipelines.snapshot.reader.sync",
+    "UnifiedShardedReader": "sf_pipelines.snapshot.reader.unified",
     "VectorSearchResponse": "sf_pipelines.snapshot.reader.types",
     "VectorSpec": "sf_pipelines.snapshot.config",
     "WriteConfig": "sf_pipelines.snapshot.config",
@@ -38,13 +45,19 @@ _HOMES = {
 
 __all__ = [
     "BuildResult",
+    "CelSharding",
     "ClusterSharding",
     "DistanceMetric",
+    "ExplicitSharding",
+    "HashSharding",
     "IndexParams",
+    "KeyValueSpec",
+    "LshSharding",
     "RecallGate",
     "S3Options",
     "SearchResult",
     "ShardedVectorReader",
+    "UnifiedShardedReader",
     "VectorSearchResponse",
     "VectorSpec",
     "WriteConfig",

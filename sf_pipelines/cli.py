@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -16,6 +16,10 @@ from rich.table import Table
 
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, QueryError, SfPipelinesError
+
+if TYPE_CHECKING:
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
 
 app = typer.Typer(
     name="sf-pipelines",
@@ -30,6 +34,12 @@ Endpoint = Annotated[
     str | None, typer.Option("--endpoint-url", help="S3 server other than AWS. Credentials come from AWS_* variables.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Context = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--context", help="name=value of the row, where an expression names the shard; once for each of its columns."
+    ),
+]
 
 _STAGES = {
     "sample": "validate and sample",
@@ -79,16 +89,21 @@ def search(
     ],
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="Neighbours wanted.")] = 10,
     num_probes: Annotated[int | None, typer.Option(help="Shards to ask; default: as the snapshot was tuned.")] = None,
+    shard: Annotated[list[int] | None, typer.Option(help="Ask this shard; may be said several times.")] = None,
+    context: Context = None,
     endpoint_url: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the nearest rows of a vector."""
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-
     with _typed_errors():
         vector = _read_query(query)
-        with ShardedVectorReader(store, s3=_s3(endpoint_url)) as reader:
-            answer = reader.search(vector, top_k, num_probes=num_probes)
+        with _reader(store, endpoint_url) as reader:
+            given: dict[str, Any] = {"shard_ids": shard or None, "routing_context": _context(reader, context)}
+            # A snapshot with keys is not sharded by vector: its reader has no such option.
+            if num_probes is not None:
+                _check_probes(reader)
+                given["num_probes"] = num_probes
+            answer = reader.search(vector, top_k, **given)
     if as_json:
         rows = [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in answer.results]
         typer.echo(json.dumps(rows, ensure_ascii=False))
@@ -101,13 +116,43 @@ def search(
 
 
 @app.command()
+def get(
+    store: Store,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys to look up.", show_default=False)],
+    context: Context = None,
+    hexadecimal: Annotated[bool, typer.Option("--hex", help="The keys are hexadecimal digits of bytes.")] = False,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look up the values of keys. Exit code 1 when one of them is not there.
+
+    Values are shown as text; those that are none as 0x and their hexadecimal digits.
+    """
+    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+
+    with _typed_errors(), UnifiedShardedReader(store, s3=_s3(endpoint_url)) as reader:
+        whole = reader.snapshot_info().key_encoding in {"u64be", "u32be"}
+        typed = [_key(text, whole=whole, hexadecimal=hexadecimal) for text in keys]
+        found = reader.multi_get(typed, routing_context=_context(reader, context))
+    shown = {text: _text_of(found[key]) for text, key in zip(keys, typed, strict=True)}
+    if as_json:
+        typer.echo(json.dumps(shown, ensure_ascii=False))
+    else:
+        table = Table("key", "value")
+        for text, value in shown.items():
+            table.add_row(escape(text), "[dim](not there)[/]" if value is None else escape(value))
+        Console().print(table, highlight=False)
+    if None in found.values():
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
     """Show the current snapshot and its shards."""
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-
-    with _typed_errors(), ShardedVectorReader(store, s3=_s3(endpoint_url)) as reader:
+    with _typed_errors(), _reader(store, endpoint_url) as reader:
         facts, shards = reader.snapshot_info(), reader.shard_details()
-    named = {name: str(getattr(facts, name)) for name in facts.__dataclass_fields__}
+    values = {name: getattr(facts, name) for name in facts.__dataclass_fields__}
+    named = {name: str(value) for name, value in values.items() if value is not None and value != {}}
     if as_json:
         rows = [{name: getattr(shard, name) for name in shard.__dataclass_fields__} for shard in shards]
         typer.echo(json.dumps({**named, "shards": rows}))
@@ -186,6 +231,66 @@ def verify(
         out.print("[green]all is well[/]" if found.passed else f"[red]{len(found.faults)} faults[/]")
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _reader(store: str, endpoint_url: str | None) -> "ShardedVectorReader | UnifiedShardedReader":
+    from sf_pipelines.snapshot.reader.opening import open_reader
+
+    return open_reader(store, s3=_s3(endpoint_url))
+
+
+def _check_probes(reader: "ShardedVectorReader | UnifiedShardedReader") -> None:
+    strategy = reader.snapshot_info().sharding
+    if strategy not in {"cluster", "lsh"}:
+        raise QueryError(f"--num-probes is for snapshots sharded by vector; this one is sharded by {strategy}")
+
+
+def _context(reader: "ShardedVectorReader | UnifiedShardedReader", pairs: list[str] | None) -> dict[str, Any] | None:
+    """The routing context, each value with the type that its column has."""
+    if not pairs:
+        return None
+    kinds = reader.snapshot_info().cel_columns
+    context: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, text = pair.partition("=")
+        if not found:
+            raise QueryError(f"--context {pair!r} is not name=value")
+        context[name] = _typed(name, text, kinds.get(name, "string"))
+    return context
+
+
+def _typed(name: str, text: str, kind: str) -> Any:
+    if kind == "bytes":
+        return text.encode()
+    if kind == "bool":
+        if text not in {"true", "false"}:
+            raise QueryError(f"--context {name} is a bool: true or false (got {text!r})")
+        return text == "true"
+    if kind in {"int", "uint", "double"}:
+        try:
+            return float(text) if kind == "double" else int(text)
+        except ValueError as error:
+            raise QueryError(f"--context {name} is a number of type {kind} (got {text!r})") from error
+    return text
+
+
+def _key(text: str, *, whole: bool, hexadecimal: bool) -> int | str | bytes:
+    if not (whole or hexadecimal):
+        return text
+    try:
+        return bytes.fromhex(text) if hexadecimal else int(text)
+    except ValueError as error:
+        kind = "hexadecimal digits" if hexadecimal else "a whole number, which keys of this snapshot are"
+        raise QueryError(f"key {text!r} is not {kind}") from error
+
+
+def _text_of(value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return f"0x{value.hex()}"
 
 
 def _print_facts(out: Console, facts: dict[str, str]) -> None:

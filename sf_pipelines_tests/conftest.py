@@ -1,10 +1,13 @@
 """Fixtures that every kind of test shares."""
 
+import threading
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import boto3
 import pytest
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
 
@@ -14,6 +17,7 @@ from sf_pipelines.snapshot.config import S3Options
 @pytest.fixture(scope="session")
 def moto_options() -> Iterator[S3Options]:
     """Credentials of an S3 server of this test session."""
+    _make_puts_atomic()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -24,6 +28,17 @@ def moto_options() -> Iterator[S3Options]:
         secret_access_key=SecretStr("test"),
     )
     server.stop()
+
+
+def _make_puts_atomic() -> None:
+    """S3 compares a condition and writes in one step; moto's threads can get in between."""
+    put_object, one_at_a_time = S3Response.put_object, threading.Lock()
+
+    def atomic(self: S3Response) -> Any:
+        with one_at_a_time:
+            return put_object(self)
+
+    S3Response.put_object = atomic
 
 
 def make_bucket(options: S3Options, name: str) -> None:

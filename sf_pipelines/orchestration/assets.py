@@ -45,16 +45,17 @@ class _Step:
     description: str
 
 
-_STEPS = (
-    _Step(
-        "training_data",
-        "source_vectors",
-        stages.sample,
-        described.sample_metadata,
-        {"arrow"},
-        "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
-    ),
-    _Step(
+_SAMPLE = _Step(
+    "training_data",
+    "source_vectors",
+    stages.sample,
+    described.sample_metadata,
+    {"arrow"},
+    "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
+)
+# What a strategy trains; the graph of one that trains nothing has no such asset.
+_TRAINED = {
+    "cluster": _Step(
         "centroids",
         "training_data",
         stages.train,
@@ -62,24 +63,38 @@ _STEPS = (
         {"scikitlearn"},
         "One k-means centre a shard: they say which shard holds which vector.",
     ),
-    _Step(
+    "lsh": _Step(
+        "hyperplanes",
+        "training_data",
+        stages.train,
+        described.train_metadata,
+        {"numpy"},
+        "Hyperplanes that cut the training data into balanced cells: they say which shard holds which vector.",
+    ),
+}
+_PROMOTE = _Step(
+    "current_pointer",
+    "manifest",
+    stages.promote,
+    described.promote_metadata,
+    {"json"},
+    "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the verdicts "
+    "are read from the store, so launching this asset alone publishes nothing that has not passed.",
+)
+
+
+def _steps(strategy: str) -> list[_Step]:
+    """The stages of a snapshot that each go on from one asset before them."""
+    trained = _TRAINED.get(strategy)
+    route = _Step(
         "routed_vectors",
-        "centroids",
+        trained.noun if trained else _SAMPLE.noun,
         stages.route,
         described.route_metadata,
         {"arrow"},
         "Every row sent to its shard, with a digest of each shard's rows.",
-    ),
-    _Step(
-        "current_pointer",
-        "manifest",
-        stages.promote,
-        described.promote_metadata,
-        {"json"},
-        "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the "
-        "verdicts are read from the store, so launching this asset alone publishes nothing that has not passed.",
-    ),
-)
+    )
+    return [_SAMPLE, *([trained] if trained else []), route, _PROMOTE]
 
 
 def common_settings(names: SnapshotNames, noun: str) -> dict[str, Any]:
@@ -92,11 +107,19 @@ def common_settings(names: SnapshotNames, noun: str) -> dict[str, Any]:
     }
 
 
-def build_assets(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) -> list[dg.AssetsDefinition]:
-    """All assets except the partitioned ``shard_indexes``."""
+def build_assets(
+    names: SnapshotNames, strategy: str, source_assets: Sequence[dg.AssetKey]
+) -> list[dg.AssetsDefinition]:
+    """All assets except the partitioned ``shard_indexes``.
+
+    Args:
+        names: of the snapshot.
+        strategy: how it is sharded, which decides whether there is something to train.
+        source_assets: keys of the assets that write the source.
+    """
     return [
         _source_vectors(names, source_assets),
-        *(_step_asset(names, step) for step in _STEPS),
+        *(_step_asset(names, step) for step in _steps(strategy)),
         _manifest(names),
     ]
 

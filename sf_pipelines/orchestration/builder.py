@@ -37,7 +37,7 @@ def build_snapshot_defs(
     """
     names = SnapshotNames.of(config)
     upstream = [dg.AssetKey.from_coercible(_key(item)) for item in source_assets]
-    assets = [*build_assets(names, upstream), build_shard_indexes(names, backfill)]
+    assets = [*build_assets(names, config.sharding.strategy, upstream), build_shard_indexes(names, config, backfill)]
     snapshot = snapshot_resource(config, s3)
     own = [key for asset in assets for key in asset.keys]
     job = dg.define_asset_job(

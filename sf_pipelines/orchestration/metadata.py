@@ -87,11 +87,9 @@ def train_metadata(receipt: TrainReceipt) -> Metadata:
     """The routing artifact."""
     return {
         "shape": " x ".join(str(size) for size in receipt.shape),
-        "inertia": receipt.inertia,
-        "distinct_centroids": receipt.distinct,
-        "rounds": receipt.rounds,
+        **receipt.figures,
         "kept_from_current_snapshot": receipt.kept,
-        "centroids": receipt.ref.key,
+        receipt.artifact: receipt.ref.key,
     }
 
 

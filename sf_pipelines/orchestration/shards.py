@@ -15,7 +15,7 @@ from sf_pipelines.orchestration.metadata import reference, shard_metadata
 from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.config import digest_json
+from sf_pipelines.snapshot.config import WriteConfig, digest_json
 
 BackfillMode = Literal["single_run", "run_per_shard"]
 
@@ -26,11 +26,12 @@ _DESCRIPTION = (
 )
 
 
-def build_shard_indexes(names: SnapshotNames, backfill: BackfillMode) -> dg.AssetsDefinition:
+def build_shard_indexes(names: SnapshotNames, config: WriteConfig, backfill: BackfillMode) -> dg.AssetsDefinition:
     """The asset, partitioned by shard.
 
     Args:
         names: of the snapshot.
+        config: of the snapshot.
         backfill: whether a backfill of several shards is one run or one run a shard.
     """
     plan, build_one, collect = _plan_op(names), _build_op(names), _collect_op(names)
@@ -42,13 +43,19 @@ def build_shard_indexes(names: SnapshotNames, backfill: BackfillMode) -> dg.Asse
         **settings,
         ins={"routed": dg.AssetIn(names.asset("routed_vectors"))},
         partitions_def=names.partitions,
-        kinds={"lancedb"},
+        kinds=_kinds(config),
         description=_DESCRIPTION,
     )
     def shard_indexes(routed: Reference) -> Reference:
         return collect(plan(routed).map(build_one).collect())
 
     return shard_indexes
+
+
+def _kinds(config: WriteConfig) -> set[str]:
+    """What a shard is made of; Dagster wants letters, digits and underscores."""
+    vectors = config.vector_spec.backend.replace("-", "_")
+    return {vectors} if config.key_value is None else {vectors, "sqlite"}
 
 
 def _plan_op(names: SnapshotNames) -> dg.OpDefinition:

@@ -2,27 +2,19 @@
 
 import hashlib
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from sf_pipelines.snapshot.build import Build, Stopwatch
-from sf_pipelines.snapshot.config import RecallGate
+from sf_pipelines.snapshot.config import RecallGate, WriteConfig
 from sf_pipelines.snapshot.errors import ReceiptMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, halves, id_array, merge_truth, recall_per_query
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardingRecord, ShardRow, SnapshotExtras
-from sf_pipelines.snapshot.receipts import (
-    CurvePoint,
-    Ledger,
-    ManifestReceipt,
-    Ref,
-    RouteReceipt,
-    SampleReceipt,
-    ScanReceipt,
-    ShardReceipt,
-    TrainReceipt,
-)
+from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, Ref, RouteReceipt, RunReceipts, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
 
 
@@ -41,23 +33,16 @@ def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
     return [found[part] for part in parts]
 
 
-def assemble_manifest(
-    build: Build,
-    scanned: ScanReceipt,
-    sampled: SampleReceipt,
-    trained: TrainReceipt,
-    routed: RouteReceipt,
-    shards: list[ShardReceipt],
-    inputs: str,
-) -> ManifestReceipt:
+def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt], inputs: str) -> ManifestReceipt:
     """Stages a manifest over all shards to measure with, then the one with the chosen number of probes."""
-    watch, ledger, created_at = Stopwatch(), build.ledger(scanned.run_id), datetime.now(UTC)
+    run_id, sampled = run.scanned.run_id, run.sampled
+    watch, ledger, created_at = Stopwatch(), build.ledger(run_id), datetime.now(UTC)
     queries = ledger.get_table(sampled.queries)
     parts = [ledger.get_table(shard.truth) for shard in shards if shard.truth is not None]
     merged = merge_truth(parts, queries.column("id").combine_chunks(), build.config.recall_gate.k)
     truth = Truth.of(merged, queries.num_rows)
 
-    draft = _manifest(build, scanned, sampled, trained, routed, shards, created_at)
+    draft = _manifest(build, run, shards, created_at)
     drafted = _stage(ledger, draft)
     tuning, judging = halves(queries.num_rows, disjoint=sampled.disjoint)
     measured = measure_curve(
@@ -68,13 +53,13 @@ def assemble_manifest(
         [shard.rows for shard in shards],
         census=not sampled.disjoint,
     )
-    gate, wanted = build.config.recall_gate, build.config.vector_spec.sharding.num_probes
+    gate, wanted = build.config.recall_gate, build.config.num_probes
     num_probes = choose_probes(wanted, measured, gate.min_recall, len(judging))
     curve = [point for point, _ in measured]
     final = _stage(ledger, _tuned(draft, num_probes, curve, gate))
     build.store.delete(drafted.key)
     return ManifestReceipt(
-        run_id=scanned.run_id,
+        run_id=run_id,
         inputs=inputs,
         manifest_key=final.key,
         manifest_digest=final.sha256,
@@ -90,51 +75,62 @@ def assemble_manifest(
     )
 
 
-def _manifest(
-    build: Build,
-    scanned: ScanReceipt,
-    sampled: SampleReceipt,
-    trained: TrainReceipt,
-    routed: RouteReceipt,
-    shards: list[ShardReceipt],
-    created_at: datetime,
-) -> Manifest:
+def _manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt], created_at: datetime) -> Manifest:
     """The manifest as the format wants it, asking all shards; our extras beside."""
-    spec, rows = build.config.vector_spec, sum(shard.rows for shard in shards)
+    config, scanned = build.config, run.scanned
+    rows = sum(shard.rows for shard in shards)
     extras = SnapshotExtras(
         build_key=scanned.build_key,
-        gate_key=build.config.gate_key(),
-        index_family=routed.index_family,
+        gate_key=config.gate_key(),
+        index_family=run.routed.index_family,
         id_type=scanned.id_type,
+        backend=config.vector_spec.backend,
+        vector_type=config.vector_spec.vector_type,
+        filter_columns=scanned.filter_columns,
+        key_type=scanned.key_type,
+        value_format=None if config.key_value is None else config.key_value.value_format,
         row_count=rows,
-        rejected=sampled.rejected,
-        routing_sha256=trained.ref.sha256,
+        rejected=run.sampled.rejected,
+        routing_sha256=run.trained.ref.sha256 if run.trained else None,
     )
-    vector = {
-        "dim": spec.dim,
-        "metric": spec.metric.value,
-        "index_type": routed.index_family,
-        "quantization": None,
-        "total_vectors": rows,
-        "num_probes": len(shards),
-        "centroids_ref": build.store.url_of(trained.ref.key),
-        **build.routing(trained.ref).describe(),
-    }
+    described = build.routing(run.trained).describe()
+    if run.trained is not None:
+        described[f"{run.trained.artifact}_ref"] = build.store.url_of(run.trained.ref.key)
+    vector, keyed = _vector_fields(config, run.routed.index_family), {}
+    if config.key_value is None:
+        vector |= {"total_vectors": rows, "num_probes": config.num_dbs, **described}
+    else:
+        keyed = {
+            "key_col": config.key_value.key_col,
+            "key_encoding": scanned.key_encoding,
+            "sharding": ShardingRecord(strategy=described.pop("sharding_strategy"), **described),
+        }
     return Manifest(
         run_id=scanned.run_id,
         created_at=created_at,
-        num_dbs=build.config.num_dbs,
+        num_dbs=config.num_dbs,
         s3_prefix=build.store.url,
-        key_col="_vector_id",
-        db_path_template="db={db_id:05d}",
-        shard_prefix="shards",
-        key_encoding="raw",
-        sharding=ShardingRecord(),
         custom={"vector": vector, "sf_pipelines": extras.to_custom()},
         shards=tuple(
             _shard_row(shard, build.store.url_of(shard.db_key)) for shard in shards if shard.db_key is not None
         ),
+        **keyed,
     )
+
+
+def _vector_fields(config: WriteConfig, index_family: str) -> dict[str, Any]:
+    """What both kinds of snapshots say of their vectors, and what only unified ones do."""
+    spec = config.vector_spec
+    fields = {
+        "dim": spec.dim,
+        "metric": spec.metric.value,
+        "index_type": index_family,
+        "quantization": spec.quantization,
+    }
+    if config.key_value is None:
+        return fields
+    kv_backend = "sqlite-vec" if spec.backend == "sqlite-vec" else "sqlite"
+    return fields | {"unified": True, "backend": spec.backend, "kv_backend": kv_backend}
 
 
 def _shard_row(shard: ShardReceipt, db_url: str) -> ShardRow:
@@ -143,7 +139,9 @@ def _shard_row(shard: ShardReceipt, db_url: str) -> ShardRow:
         db_url=db_url,
         attempt=shard.attempt,
         row_count=shard.rows,
-        db_bytes=shard.bytes,
+        db_bytes=shard.db_bytes,
+        min_key=shard.min_key,
+        max_key=shard.max_key,
         checkpoint_id=shard.checkpoint_id,
         writer_info={
             "stage_id": None,
@@ -157,7 +155,8 @@ def _shard_row(shard: ShardReceipt, db_url: str) -> ShardRow:
 
 def _tuned(manifest: Manifest, num_probes: int, curve: list[CurvePoint], gate: RecallGate) -> Manifest:
     custom = {name: dict(value) for name, value in manifest.custom.items()}
-    custom["vector"]["num_probes"] = num_probes
+    if "num_probes" in custom["vector"]:
+        custom["vector"]["num_probes"] = num_probes
     custom["sf_pipelines"]["recall"] = {
         "k": gate.k,
         "min_recall": gate.min_recall,
@@ -180,6 +179,8 @@ def measure_curve(
 ) -> list[tuple[CurvePoint, RecallEstimate]]:
     """Recall of the queries at every number of probes; each shard's index is searched once for all of them.
 
+    Where a query is not routed by its vector there is one number only: its own shard, or all shards.
+
     Args:
         build: what is built.
         manifest_key: a staged manifest.
@@ -189,11 +190,14 @@ def measure_curve(
         census: whether the queries are all rows there are.
     """
     reader, k = build.reader(manifest_key), build.config.recall_gate.k
-    vectors, ids = vectors_of(queries), id_array(queries)
-    order = reader.route_batch(vectors)
+    vectors, ids, homes = vectors_of(queries), id_array(queries), build.homes(queries)
+    order = reader.route_batch(vectors, homes=homes)
     covered = np.cumsum(np.asarray(rows_by_shard)[order], axis=1).mean(axis=0) / max(1, sum(rows_by_shard))
+    answered = list(reader.probe_curve(vectors, k + 1, homes=homes))
+    # One point over several shards: there is no order among them, all are always asked.
+    fewest = order.shape[1] - len(answered) + 1
     out: list[tuple[CurvePoint, RecallEstimate]] = []
-    for probes, answers in enumerate(reader.probe_curve(vectors, k + 1), start=1):
+    for probes, answers in enumerate(answered, start=fewest):
         estimate = RecallEstimate.of(recall_per_query(answers.ids, answers.scores, ids, truth), census=census)
         point = CurvePoint(
             num_probes=probes,
@@ -218,4 +222,4 @@ def choose_probes(
     for point, estimate in curve:
         if estimate.lower_of_another(judging) >= min_recall:
             return point.num_probes
-    return len(curve)
+    return curve[-1][0].num_probes

@@ -14,14 +14,26 @@ import pyarrow as pa
 
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
 from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.ledger import Ledger, get_verified
 from sf_pipelines.snapshot.manifest import record
-from sf_pipelines.snapshot.receipts import Ledger, PromoteReceipt, Ref, ScanReceipt, get_verified
-from sf_pipelines.snapshot.routing.cluster import ClusterRouting
+from sf_pipelines.snapshot.receipts import (
+    PromoteReceipt,
+    RouteReceipt,
+    RunReceipts,
+    SampleReceipt,
+    ScanReceipt,
+    TrainReceipt,
+)
+from sf_pipelines.snapshot.routing import needs_training, routing_for
+from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting
+from sf_pipelines.snapshot.sharding import CelSharding, ExplicitSharding
+from sf_pipelines.snapshot.source.contract import SHARD_COLUMN, RowContract
 from sf_pipelines.snapshot.source.files import SourceListing
 from sf_pipelines.snapshot.store import Store
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
 
 
 _RENEW_SECONDS = 20.0
@@ -55,7 +67,7 @@ class Build:
         self._progress: Progress = progress or silent
         self.cache_dir = cache_dir
         self._renewed: dict[str, float] = {}
-        self._reader: tuple[str, ShardedVectorReader] | None = None
+        self._reader: tuple[str, ShardedVectorReader | UnifiedShardedReader] | None = None
 
     @cached_property
     def store(self) -> Store:
@@ -95,25 +107,73 @@ class Build:
             record.renew(self.store, scanned.record_key)
             self._renewed[scanned.record_key] = now
 
-    def routing(self, ref: Ref) -> ClusterRouting:
-        """The routing that a run trained."""
-        centroids = np.load(io.BytesIO(get_verified(self.store, ref)), allow_pickle=False)
-        return ClusterRouting(centroids, self.config.vector_spec.metric)
+    def routing(self, trained: TrainReceipt | None) -> Routing:
+        """How rows find their shard: by what was trained, or by the configuration alone."""
+        config = self.config
+        matrix = None
+        if trained is not None:
+            matrix = np.load(io.BytesIO(get_verified(self.store, trained.ref)), allow_pickle=False)
+        return routing_for(config.sharding, num_dbs=config.num_dbs, metric=config.vector_spec.metric, matrix=matrix)
+
+    def trained(self, run_id: str) -> TrainReceipt | None:
+        """The receipt of what a run trained; None for strategies that train nothing.
+
+        Raises:
+            ReceiptMissingError: it has not been trained yet.
+        """
+        return self.ledger(run_id).need(TrainReceipt) if needs_training(self.config.sharding) else None
+
+    def receipts(self, run_id: str) -> RunReceipts:
+        """What a run did up to its routed rows; renews the build's lease.
+
+        Raises:
+            ReceiptMissingError: a stage has not run yet.
+            ConfigError: the run was begun with another configuration.
+        """
+        ledger = self.ledger(run_id)
+        return RunReceipts(
+            scanned=self.scanned(run_id),
+            sampled=ledger.need(SampleReceipt),
+            trained=self.trained(run_id),
+            routed=ledger.need(RouteReceipt),
+        )
+
+    def contract(self, schema: pa.Schema) -> RowContract:
+        """The data contract for a source of this schema.
+
+        Raises:
+            SourceSchemaError: a column's type cannot be used.
+            ConfigError: the vector function or the sharding expression cannot be used.
+        """
+        if needs_training(self.config.sharding):
+            return RowContract(self.config, schema)
+        routing = self.routing(None)
+        if not isinstance(routing, RowRouting):
+            raise TypeError(f"{routing.strategy} is trained on nothing and routes no rows")
+        return RowContract(self.config, schema, routing)
+
+    def homes(self, rows: pa.Table) -> Int32 | None:
+        """Shards that sampled rows lie in, where a query must say so itself; None where it is routed or asks all."""
+        if isinstance(self.config.sharding, ExplicitSharding | CelSharding):
+            return rows.column(SHARD_COLUMN).to_numpy()
+        return None
 
     def report(self, stage: str, done: int, total: int | None, unit: str = "rows") -> None:
         """Tells the watcher how far a stage is."""
         self._progress(stage, done, total, unit)
 
-    def reader(self, manifest_key: str) -> "ShardedVectorReader":
+    def reader(self, manifest_key: str) -> "ShardedVectorReader | UnifiedShardedReader":
         """A reader of one manifest, kept open for the next caller.
 
         It asks the index of every shard: what is proven must hold where shards are too large to be scanned, too.
         """
         from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+        from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
 
         if self._reader is None or self._reader[0] != manifest_key:
             self.close()
-            reader = ShardedVectorReader(
+            face = ShardedVectorReader if self.config.key_value is None else UnifiedShardedReader
+            reader = face(
                 self.config.store,
                 s3=self.config.s3,
                 cache_dir=self.cache_dir,

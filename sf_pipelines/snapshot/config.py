@@ -2,22 +2,38 @@
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
+from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.model import ConfigModel
+from sf_pipelines.snapshot.sharding import (
+    CelSharding,
+    ClusterSharding,
+    ColumnName,
+    ExplicitSharding,
+    HashSharding,
+    LshSharding,
+    Sharding,
+)
 
 IndexType = Literal["auto", "flat", "ivf_flat", "ivf_sq", "hnsw", "hnsw_flat"]
 
 # Columns of the stored index that no user column may shadow.
 RESERVED_COLUMNS = frozenset({"id", "vector", "payload", "_distance", "_rowid", "query_index"})
 
-# Index libraries name their own columns so: _rowid, _rowaddr, _rowoffset, _row_created_at_version, ...
-_RESERVED_PREFIX = "_row"
+# Index libraries name their own columns so: _rowid, _rowaddr, _rowoffset, _row_created_at_version, ...; the second
+# is how routed rows carry keys and values.
+_RESERVED_PREFIXES = ("_row", "_kv_")
+# sqlite-vec allows 16 metadata columns, and each filter column needs a second one for its nulls (``…__null``).
+_SQLITE_VEC_FILTERS = 8
+_SQLITE_VEC_NAME = re.compile(r"^(?!.*__null\Z)[a-z][a-z0-9_]*\Z", re.IGNORECASE)
+_SQLITE_VEC_TAKEN = frozenset({"rowid", "embedding", "distance", "k"})
 
-ColumnName = Annotated[str, Field(min_length=1)]
+KeyEncoding = Literal["u64be", "u32be", "utf8", "raw"]
 
 # Raise when the same config and source must give other bytes than before.
 BUILD_VERSION = 1
@@ -41,21 +57,41 @@ class S3Options(ConfigModel):
     session_token: SecretStr | None = None
 
 
-class ClusterSharding(ConfigModel):
-    """Shards are k-means clusters; a query asks the ``num_probes`` shards with the nearest centroids.
+class KeyValueSpec(ConfigModel):
+    """The key and the value of each row, in a snapshot that serves both keys and vectors.
+
+    The vector's id is the key (of bytes, their hex digits), so what a search finds can be fetched.
 
     Attributes:
-        num_probes: shards that a reader asks by default; ``"auto"`` takes the smallest number that meets the gate.
-        training_rows: size of the training sample; None is 256 rows a shard, at least 10,000.
-        seed: of k-means.
-        max_iter: most rounds of k-means.
+        key_col: unique source column: integers, strings or bytes.
+        value_cols: columns that make up the value, as one JSON object.
+        value_col: or one column of bytes or strings that is the value as it is.
+        key_encoding: how keys are stored; ``auto`` is ``u64be`` for integers, ``utf8`` for strings, ``raw`` for bytes.
     """
 
-    strategy: Literal["cluster"] = "cluster"
-    num_probes: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
-    training_rows: Annotated[int, Field(gt=0)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    max_iter: Annotated[int, Field(gt=0)] = 50
+    key_col: ColumnName
+    value_cols: tuple[ColumnName, ...] = ()
+    value_col: ColumnName | None = None
+    key_encoding: KeyEncoding | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_kind_of_value(self) -> Self:
+        if bool(self.value_cols) == (self.value_col is not None):
+            raise ValueError("give either value_cols (one JSON object) or value_col (bytes as they are)")
+        repeated = sorted({name for name in self.value_cols if self.value_cols.count(name) > 1})
+        if repeated:
+            raise ValueError(f"value_cols names {', '.join(repeated)} more than once")
+        return self
+
+    @property
+    def value_format(self) -> Literal["json", "bytes"]:
+        """What a value is: a JSON object of columns, or bytes as given."""
+        return "json" if self.value_cols else "bytes"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Source columns of key and value."""
+        return (self.key_col, *self.value_cols, *([self.value_col] if self.value_col is not None else []))
 
 
 class IndexParams(ConfigModel):
@@ -78,20 +114,64 @@ class VectorSpec(ConfigModel):
     Attributes:
         dim: numbers in a vector.
         vector_col: source column: a fixed-size or variable list of float16, float32 or float64; stored as float32.
+        vector_fn: ``package.module:function`` that makes the vectors instead: it is given a record batch of
+            ``vector_fn_cols`` and returns an array of so many lists of ``dim`` numbers. The same rows must always
+            give the same vectors.
+        vector_fn_cols: source columns that it is given.
+        vector_fn_version: version of what it computes; another one is another build.
         metric: ``cosine``, ``l2`` (squared Euclidean) or ``dot_product``.
-        backend: index library of the shards.
+        backend: index library of the shards: ``lancedb``, or ``sqlite-vec`` (one SQLite file a shard, exact scan;
+            cosine and l2 only).
         index_type: one family for all shards; ``auto`` is ``flat`` for small shards, then ``ivf_sq``, then ``hnsw``.
         index_params: knobs of that family.
-        sharding: which shard a vector belongs to.
+        quantization: ``fp16`` stores vectors as float16; ``i8`` indexes 8-bit numbers and keeps the full vectors for
+            exact scores; None stores float32. LanceDB only.
+        sharding: which shard a vector belongs to; None is HASH by key where there are keys, else CLUSTER.
     """
 
     dim: Annotated[int, Field(gt=0, le=65_536)]
     vector_col: ColumnName = "vector"
+    vector_fn: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    vector_fn_cols: tuple[ColumnName, ...] = ()
+    vector_fn_version: str = "1"
     metric: DistanceMetric = DistanceMetric.COSINE
-    backend: Literal["lancedb"] = "lancedb"
+    backend: Literal["lancedb", "sqlite-vec"] = "lancedb"
     index_type: IndexType = "auto"
     index_params: IndexParams = IndexParams()
-    sharding: ClusterSharding = ClusterSharding()
+    quantization: Literal["fp16", "i8"] | None = None
+    sharding: Sharding | None = None
+
+    @model_validator(mode="after")
+    def _backend_can_do_it(self) -> Self:
+        if (self.vector_fn is None) != (not self.vector_fn_cols):
+            raise ValueError("vector_fn and vector_fn_cols go together: the function and the columns that it is given")
+        if self.quantization == "i8" and self.index_type not in {"auto", "ivf_sq", "hnsw"}:
+            raise ValueError(
+                f"quantization i8 needs an 8-bit index, but index_type is {self.index_type!r}; use auto, ivf_sq or hnsw"
+            )
+        if self.backend != "sqlite-vec":
+            return self
+        if self.metric is DistanceMetric.DOT_PRODUCT:
+            raise ValueError("backend sqlite-vec has no dot_product; use metric cosine or l2, or backend lancedb")
+        if self.quantization is not None:
+            raise ValueError(
+                f"backend sqlite-vec has no quantization {self.quantization!r}; leave it out or use backend lancedb"
+            )
+        if self.index_type not in {"auto", "flat"}:
+            raise ValueError(
+                f"backend sqlite-vec scans and has no index_type {self.index_type!r}; use auto, or backend lancedb"
+            )
+        return self
+
+    @property
+    def vector_type(self) -> Literal["float32", "float16"]:
+        """How a vector is stored."""
+        return "float16" if self.quantization == "fp16" else "float32"
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """Source columns that the vector is made of."""
+        return self.vector_fn_cols if self.vector_fn is not None else (self.vector_col,)
 
 
 class RecallGate(ConfigModel):
@@ -118,11 +198,12 @@ class WriteConfig(ConfigModel):
         source: Parquet or Arrow IPC files: a path, a folder, a glob, or an ``s3://`` address of these.
         store: root of the snapshot: ``s3://bucket/prefix`` or a folder.
         num_dbs: number of shards.
-        id_col: unique int64 or string id of a row.
+        id_col: unique int64 or string id of a row; with ``key_value`` always the key.
         payload_cols: columns that a search returns with each hit, as JSON values. JSON has no NaN and no infinity:
             these become null.
         filter_cols: columns stored beside the vector with their type (float16 as float32). A name has no dot and does
             not begin with ``_row``.
+        key_value: the key and the value of each row, for a unified snapshot; None is vectors only.
         vector_spec: the vector and its index.
         recall_gate: what must be proven before publishing.
         max_reject_fraction: rejected rows beyond this share stop the build.
@@ -138,6 +219,7 @@ class WriteConfig(ConfigModel):
     id_col: ColumnName = "id"
     payload_cols: tuple[ColumnName, ...] = ()
     filter_cols: tuple[ColumnName, ...] = ()
+    key_value: KeyValueSpec | None = None
     vector_spec: VectorSpec
     recall_gate: RecallGate = RecallGate()
     max_reject_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -154,37 +236,142 @@ class WriteConfig(ConfigModel):
             raise ValueError("an s3:// store needs a key prefix after the bucket, as in s3://bucket/products")
         return stripped or "/"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _id_is_the_key(cls, data: Any) -> Any:
+        key_value = data.get("key_value") if isinstance(data, dict) else None
+        if key_value is None:
+            return data
+        key = key_value.get("key_col") if isinstance(key_value, dict) else getattr(key_value, "key_col", None)
+        return data if key is None else {"id_col": key, **data}
+
+    @field_validator("vector_spec")
+    @classmethod
+    def _sharding_has_a_default(cls, spec: VectorSpec, info: ValidationInfo) -> VectorSpec:
+        if spec.sharding is not None:
+            return spec
+        default = ClusterSharding() if info.data.get("key_value") is None else HashSharding()
+        return spec.model_copy(update={"sharding": default})
+
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        special = [self.id_col, self.vector_spec.vector_col]
-        if special[0] == special[1]:
+        spec = self.vector_spec
+        if spec.vector_fn is None and self.id_col == spec.vector_col:
             raise ValueError(f"id_col and vector_spec.vector_col are both {self.id_col!r}")
+        if self.key_value is not None and self.id_col != self.key_value.key_col:
+            raise ValueError(
+                f"id_col is {self.id_col!r}, but in a snapshot with keys the id is the key: leave id_col out, or make "
+                f"it key_value.key_col {self.key_value.key_col!r}"
+            )
         for field in ("payload_cols", "filter_cols"):
             columns: tuple[str, ...] = getattr(self, field)
             repeated = sorted({name for name in columns if columns.count(name) > 1})
             if repeated:
                 raise ValueError(f"{field} names {', '.join(repeated)} more than once")
-            if self.vector_spec.vector_col in columns:
-                raise ValueError(f"{field} names the vector column {self.vector_spec.vector_col!r}")
+            if spec.vector_fn is None and spec.vector_col in columns:
+                raise ValueError(f"{field} names the vector column {spec.vector_col!r}")
+        self._check_filter_names()
+        return self
+
+    def _check_filter_names(self) -> None:
         dotted = sorted(name for name in self.filter_cols if "." in name)
         if dotted:
             raise ValueError(
                 f"filter_cols: {', '.join(dotted)} has a dot, which means a nested field; rename the column"
             )
         clash = sorted(
-            name for name in self.filter_cols if name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIX)
+            name for name in self.filter_cols if name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIXES)
         )
         if clash:
             raise ValueError(f"filter_cols: {', '.join(clash)} is a name that the index itself uses; rename the column")
-        probes = self.vector_spec.sharding.num_probes
-        if probes != "auto" and probes > self.num_dbs:
-            raise ValueError(f"vector_spec.sharding.num_probes {probes} is more than num_dbs {self.num_dbs}")
+        if self.vector_spec.backend != "sqlite-vec":
+            return
+        if len(self.filter_cols) > _SQLITE_VEC_FILTERS:
+            raise ValueError(
+                f"filter_cols names {len(self.filter_cols)} columns; sqlite-vec can store {_SQLITE_VEC_FILTERS}"
+            )
+        lower = [name.lower() for name in self.filter_cols]
+        odd = sorted(
+            name
+            for name in self.filter_cols
+            if not _SQLITE_VEC_NAME.match(name) or name.lower() in _SQLITE_VEC_TAKEN or lower.count(name.lower()) > 1
+        )
+        if odd:
+            raise ValueError(
+                f"filter_cols: {', '.join(odd)} cannot be a column of sqlite-vec: a letter, then letters, digits and "
+                f"underscores, not ending in __null, not {', '.join(sorted(_SQLITE_VEC_TAKEN))}, different whatever "
+                "the case; rename the column"
+            )
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> Self:
+        sharding, where = self.sharding, "vector_spec.sharding"
+        keyed = isinstance(sharding, HashSharding) or (self.key_value is not None and isinstance(sharding, CelSharding))
+        if self.key_value is not None and not keyed:
+            raise ValueError(
+                f"{where} is {sharding.strategy!r}, but rows with keys are sharded by hash or cel, so that a key "
+                "says where it is"
+            )
+        if self.key_value is None and isinstance(sharding, HashSharding):
+            raise ValueError(
+                f"{where} is 'hash', which needs key_value; vectors alone use cluster, lsh, explicit or cel"
+            )
+        if isinstance(sharding, ClusterSharding | LshSharding):
+            probes = sharding.num_probes
+            if probes != "auto" and probes > self.num_dbs:
+                raise ValueError(f"{where}.num_probes {probes} is more than num_dbs {self.num_dbs}")
+        if isinstance(sharding, LshSharding):
+            bits = sharding.num_hash_bits
+            if bits is not None and 2**bits < self.num_dbs:
+                raise ValueError(
+                    f"{where}.num_hash_bits {bits} gives {2**bits} cells, too few for num_dbs {self.num_dbs} shards"
+                )
+        if isinstance(sharding, CelSharding) and sharding.routing_values is not None:
+            values = sharding.routing_values
+            if len(values) != self.num_dbs:
+                raise ValueError(f"{where}.routing_values has {len(values)} values for num_dbs {self.num_dbs} shards")
+            if self.key_value is not None and isinstance(values[0], bytes):
+                raise ValueError(f"{where}.routing_values: with keys the format knows no bytes here; use text")
         return self
 
     @property
+    def sharding(self) -> ClusterSharding | LshSharding | ExplicitSharding | CelSharding | HashSharding:
+        """How rows find their shard, with the default filled in."""
+        sharding = self.vector_spec.sharding
+        if sharding is None:
+            raise ConfigError("WriteConfig.vector_spec was replaced without a sharding; make a new WriteConfig")
+        return sharding
+
+    @property
+    def num_probes(self) -> int | Literal["auto"]:
+        """Shards that a reader asks by default, where the strategy leaves a choice."""
+        sharding = self.sharding
+        return sharding.num_probes if isinstance(sharding, ClusterSharding | LshSharding) else "auto"
+
+    @property
+    def routing_columns(self) -> dict[str, str]:
+        """Source column of each value that decides a row's shard, by the name that the strategy knows it by."""
+        sharding = self.sharding
+        if isinstance(sharding, ExplicitSharding):
+            return {"shard_id": sharding.shard_id_col}
+        if isinstance(sharding, HashSharding):
+            return {"key": self.id_col}
+        if isinstance(sharding, CelSharding):
+            keyed = self.key_value is not None
+            return {name: self.id_col if keyed and name == "key" else name for name in sharding.cel_columns}
+        return {}
+
+    @property
     def row_columns(self) -> tuple[str, ...]:
-        """Source columns that are read, without repeats: id, vector, payload, filters."""
-        names = (self.id_col, self.vector_spec.vector_col, *self.payload_cols, *self.filter_cols)
+        """Source columns that are read, without repeats."""
+        names = (
+            self.id_col,
+            *self.vector_spec.source_columns,
+            *self.payload_cols,
+            *self.filter_cols,
+            *(self.key_value.columns if self.key_value else ()),
+            *self.routing_columns.values(),
+        )
         return tuple(dict.fromkeys(names))
 
     def build_fields(self) -> dict[str, Any]:
@@ -197,6 +384,7 @@ class WriteConfig(ConfigModel):
             "id_col": self.id_col,
             "payload_cols": self.payload_cols,
             "filter_cols": self.filter_cols,
+            "key_value": None if self.key_value is None else self.key_value.model_dump(mode="json"),
             "vector_spec": spec,
             "query_rows": self.recall_gate.query_rows,
             "k": self.recall_gate.k,
@@ -207,7 +395,7 @@ class WriteConfig(ConfigModel):
         return digest_json(
             {
                 "gate": self.recall_gate.model_dump(mode="json"),
-                "num_probes": self.vector_spec.sharding.num_probes,
+                "num_probes": self.num_probes,
                 "max_shard_skew": self.max_shard_skew,
             }
         )

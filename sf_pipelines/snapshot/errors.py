@@ -57,6 +57,12 @@ class SourceChangedError(SourceError):
     retryable = True
 
 
+class VectorFunctionError(SfPipelinesError, RuntimeError):
+    """The user's function that makes vectors failed, or gave something else."""
+
+    kind = "vector_function"
+
+
 class DataContractError(SfPipelinesError, ValueError):
     """More rows were rejected than ``max_reject_fraction`` allows."""
 

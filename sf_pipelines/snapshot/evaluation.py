@@ -15,21 +15,29 @@ TRUTH_FIELDS = ("query", "id", "distance")
 
 # One-sided confidence of every bound.
 CONFIDENCE = 0.95
+# The neighbours of no query.
+NOBODY = ShardHits(
+    rows=np.empty((0, 0), dtype=np.int64),
+    ids=np.empty((0, 0), dtype=np.int64),
+    scores=np.empty((0, 0)),
+    counts=np.empty(0, dtype=np.int64),
+)
 # Two exact scores of one pair may differ by rounding of different summation orders.
 _SCORE_TOLERANCE = 1e-9
 
 
-def truth_table(ids: pa.Array, nearest: ShardHits) -> pa.Table:
+def truth_table(ids: pa.Array, asked: NDArray[np.int64], nearest: ShardHits) -> pa.Table:
     """Neighbours of each query within one shard.
 
     Args:
         ids: of the shard's rows; a hit's ``rows`` are positions in it.
+        asked: number of each query, shape (n,).
         nearest: the true neighbours, every query with equally many.
 
     Returns:
         Columns ``query``, ``id``, ``distance``.
     """
-    query = np.repeat(np.arange(len(nearest.rows), dtype=np.int32), nearest.rows.shape[1])
+    query = np.repeat(asked.astype(np.int32), nearest.rows.shape[1])
     columns = [pa.array(query), ids.take(pa.array(nearest.rows.ravel())), pa.array(nearest.scores.ravel())]
     return pa.table(columns, names=list(TRUTH_FIELDS))
 

@@ -9,17 +9,9 @@ from datetime import UTC, datetime
 
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import DigestMismatchError
+from sf_pipelines.snapshot.ledger import ReceiptType
 from sf_pipelines.snapshot.manifest import publish, record
-from sf_pipelines.snapshot.receipts import (
-    Receipt,
-    ReceiptType,
-    Ref,
-    RouteReceipt,
-    SampleReceipt,
-    ScanReceipt,
-    ShardReceipt,
-    TrainReceipt,
-)
+from sf_pipelines.snapshot.receipts import Receipt, Ref, RunReceipts, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 
 
@@ -30,8 +22,7 @@ def new_run_id(build_key: str) -> str:
 
 def fork_run(
     build: Build,
-    scanned: ScanReceipt,
-    receipts: tuple[SampleReceipt, TrainReceipt, RouteReceipt],
+    run: RunReceipts,
     shards: list[ShardReceipt],
 ) -> str:
     """Copies a published run, with its newest shards, into a run of its own that goes out from the present pointer.
@@ -41,6 +32,7 @@ def fork_run(
     Returns:
         The new run's id.
     """
+    scanned, sampled = run.scanned, run.sampled
     fork = _Fork(build, scanned.run_id, new_run_id(scanned.build_key))
     view = publish.read_pointer(build.store)
     fork.commit(
@@ -51,15 +43,15 @@ def fork_run(
         record_key=record.start_record(build.store, fork.run_id),
         published=False,
     )
-    sampled, trained, routed = receipts
     fork.commit(
         sampled,
         rejects=fork.copy_ref(sampled.rejects),
         training=fork.copy_ref(sampled.training),
         queries=fork.copy_ref(sampled.queries),
     )
-    fork.commit(trained, ref=fork.copy_ref(trained.ref))
-    fork.commit(routed)
+    if run.trained is not None:
+        fork.commit(run.trained, ref=fork.copy_ref(run.trained.ref))
+    fork.commit(run.routed)
     for number, shard in enumerate(shards, start=1):
         fork.copy_shard(shard)
         build.report("fork", number, len(shards), "shards")

@@ -13,6 +13,7 @@ from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError, Store
 from sf_pipelines.snapshot.gate import Verdict
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.routing import needs_training
 
 # Shards in the making at a time: each holds its rows in memory.
 _WORKERS = 2
@@ -106,7 +107,8 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float]) -> Bui
         return done
 
     sampled = timed("sample", lambda: stages.sample(build, run_id))
-    timed("train", lambda: stages.train(build, run_id))
+    if needs_training(build.config.sharding):
+        timed("train", lambda: stages.train(build, run_id))
     timed("route", lambda: stages.route(build, run_id))
     shards = timed("shards", lambda: _build_shards(build, run_id))
     manifest = timed("assemble", lambda: stages.assemble(build, run_id))

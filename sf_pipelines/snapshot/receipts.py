@@ -5,30 +5,21 @@ nothing to do. Receipts are numbered per stage and part and written by condition
 have exactly one winner.
 """
 
-import hashlib
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
-import pyarrow.ipc as pa_ipc
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from sf_pipelines.snapshot.config import digest_json
-from sf_pipelines.snapshot.errors import (
-    DigestMismatchError,
-    IntegrityError,
-    ObjectMissingError,
-    ReceiptMissingError,
-)
+from sf_pipelines.snapshot.config import KeyEncoding, digest_json
 from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.model import Model
-from sf_pipelines.snapshot.source.contract import IdType
+from sf_pipelines.snapshot.source.columns import IdType
 from sf_pipelines.snapshot.source.files import SourceListing, Span
-from sf_pipelines.snapshot.store import ObjectInfo, Store
+from sf_pipelines.snapshot.source.keys import KeyType
 
-STAGING = "staging"
+SQLITE_FILE = "shard.db"
 
 
 class Ref(Model):
@@ -89,6 +80,9 @@ class ScanReceipt(Receipt):
         gate_key: digest of what decides ``num_probes`` and the verdicts.
         listing: pinned files.
         id_type: type of the ids.
+        key_type: type of the keys; None without keys.
+        key_encoding: how keys are stored.
+        filter_columns: filter columns with their stored types.
         base_fingerprint: SHA-256 of the pointer's bytes that this build goes out from, None when there is none.
         base_run_id: run that pointer names.
         base_seq: its sequence number.
@@ -102,6 +96,9 @@ class ScanReceipt(Receipt):
     gate_key: str
     listing: SourceListing
     id_type: IdType
+    key_type: KeyType | None = None
+    key_encoding: KeyEncoding | None = None
+    filter_columns: dict[str, str] = Field(default_factory=dict)
     base_fingerprint: str | None
     base_run_id: str | None
     base_seq: int | None
@@ -166,25 +163,23 @@ class TrainReceipt(Receipt):
     """The routing artifact.
 
     Attributes:
-        ref: the centroids.
-        shape: of the array.
-        inertia: mean squared distance of a training vector to its centre.
-        distinct: different centroids.
-        rounds: k-means rounds.
+        artifact: ``centroids`` or ``hyperplanes``.
+        ref: the matrix.
+        shape: of the matrix.
+        figures: how well it fits the training sample.
         kept: whether it was taken over from the current snapshot.
     """
 
     stage: ClassVar[str] = "train"
 
+    artifact: Literal["centroids", "hyperplanes"]
     ref: Ref
     shape: tuple[int, int]
-    inertia: float
-    distinct: int
-    rounds: int
+    figures: dict[str, float | int]
     kept: bool = False
 
     def refs(self) -> tuple[Ref, ...]:
-        """The centroids."""
+        """The matrix."""
         return (self.ref,)
 
 
@@ -258,6 +253,8 @@ class ShardReceipt(Receipt):
         objects: every object with size and SHA-256.
         etags: the store's version of each object when it was sealed.
         checkpoint_id: opaque id of these bytes.
+        min_key: smallest key, where keys are integers or strings.
+        max_key: largest key.
         rows_digest: digest of the rows, as routed.
         truth: exact nearest rows of each sample query within this shard.
         witnesses: a few rows that must be found again.
@@ -273,6 +270,8 @@ class ShardReceipt(Receipt):
     objects: tuple[ShardObject, ...] = ()
     etags: tuple[str | None, ...] = ()
     checkpoint_id: str | None = None
+    min_key: int | str | None = None
+    max_key: int | str | None = None
     rows_digest: str
     truth: Ref | None = None
     witnesses: Ref | None = None
@@ -281,6 +280,11 @@ class ShardReceipt(Receipt):
     def bytes(self) -> int:
         """Size of the shard."""
         return sum(item.size for item in self.objects)
+
+    @property
+    def db_bytes(self) -> int:
+        """Size that the manifest gives: of the SQLite file where there is one, which readers go by."""
+        return next((item.size for item in self.objects if item.path == SQLITE_FILE), self.bytes)
 
 
 class CurvePoint(Model):
@@ -355,158 +359,26 @@ class PromoteReceipt(Receipt):
     published: bool = True
 
 
-ReceiptType = TypeVar("ReceiptType", bound=Receipt)
+@dataclass(frozen=True)
+class RunReceipts:
+    """What a run did up to its routed rows.
 
-
-class Ledger:
-    """The receipts of one build."""
-
-    def __init__(self, store: Store, run_id: str) -> None:
-        self.store = store
-        self.run_id = run_id
-        self.root = f"{STAGING}/run_id={run_id}"
-
-    def find(self, kind: type[ReceiptType], part: str = "", *, inputs: str | None = None) -> ReceiptType | None:
-        """The newest receipt of a stage (and part), only such with these inputs where they are given."""
-        for number in reversed(self._numbers(kind, part)):
-            receipt = self.read(kind, self._key(kind, part, number))
-            if inputs is None or receipt.inputs == inputs:
-                return receipt
-        return None
-
-    def find_whole(self, kind: type[ReceiptType], *, inputs: str, published: bool) -> ReceiptType | None:
-        """The newest receipt with these inputs whose objects are still what it says.
-
-        Args:
-            kind: of the stage.
-            inputs: digest of what the stage would work from.
-            published: the run is published; then nobody works on with its intermediate objects.
-        """
-        receipt = self.find(kind, inputs=inputs)
-        if receipt is None or published or all(self._is_whole(ref) for ref in receipt.refs()):
-            return receipt
-        return None
-
-    def _is_whole(self, ref: Ref) -> bool:
-        try:
-            return self.store.head(ref.key).size == ref.size and self.store.sha256(ref.key) == ref.sha256
-        except ObjectMissingError:
-            return False
-
-    def find_parts(self, kind: type[ReceiptType], *, inputs: str) -> dict[str, ReceiptType]:
-        """The newest receipt with these inputs of every part of a stage."""
-        newest: dict[str, ReceiptType] = {}
-        for info in sorted(self.store.objects(self._folder(kind, "")), key=_number_in, reverse=True):
-            part = info.key.split("/")[-2]
-            if part not in newest:
-                receipt = self.read(kind, info.key)
-                if receipt.inputs == inputs:
-                    newest[part] = receipt
-        return newest
-
-    def need(self, kind: type[ReceiptType], part: str = "") -> ReceiptType:
-        """The newest receipt of a stage that must have run.
-
-        Raises:
-            ReceiptMissingError: it has not.
-        """
-        receipt = self.find(kind, part)
-        if receipt is None:
-            what = f"{kind.stage} {part}".strip()
-            raise ReceiptMissingError(f"build {self.run_id} has no receipt of stage {what!r} yet; run that stage first")
-        return receipt
-
-    def read(self, kind: type[ReceiptType], key: str) -> ReceiptType:
-        """One receipt.
-
-        Raises:
-            IntegrityError: it cannot be understood.
-        """
-        try:
-            return kind.model_validate_json(self.store.get(key)).model_copy(update={"key": key})
-        except ValidationError as error:
-            raise IntegrityError(f"receipt {self.store.url_of(key)} cannot be understood: {error}") from error
-
-    def next_number(self, kind: type[Receipt], part: str = "") -> int:
-        """Number of the attempt that would come next."""
-        numbers = self._numbers(kind, part)
-        return numbers[-1] + 1 if numbers else 0
-
-    def commit(self, receipt: ReceiptType, part: str = "", *, number: int) -> ReceiptType:
-        """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result.
-
-        Args:
-            receipt: of the work.
-            part: of the stage.
-            number: what ``next_number`` gave before the work began: of several who did the same work, one wins.
-        """
-        while True:
-            key = self._key(type(receipt), part, number)
-            data = receipt.model_dump_json(exclude={"key", "reason"}).encode()
-            if self.store.create(key, data, content_type="application/json"):
-                return receipt.model_copy(update={"key": key})
-            winner = self.read(type(receipt), key)
-            if winner.inputs == receipt.inputs:
-                return winner
-            number += 1
-
-    def _numbers(self, kind: type[Receipt], part: str) -> list[int]:
-        folder = self._folder(kind, part)
-        return sorted(_number_in(info) for info in self.store.objects(folder))
-
-    def _key(self, kind: type[Receipt], part: str, number: int) -> str:
-        return f"{self._folder(kind, part)}/{number:04d}.json"
-
-    def _folder(self, kind: type[Receipt], part: str) -> str:
-        return f"{self.root}/receipts/{kind.stage}" + (f"/{part}" if part else "")
-
-    # Tables that stages hand to each other.
-
-    def put_table(self, name: str, table: pa.Table) -> Ref:
-        """Stores a small table as an Arrow file with a fresh name."""
-        sink = pa.BufferOutputStream()
-        with pa_ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        data = sink.getvalue().to_pybytes()
-        return self.put_bytes(f"{self.root}/{name}-{uuid.uuid4().hex[:8]}.arrow", data, rows=table.num_rows)
-
-    def put_bytes(self, key: str, data: bytes, *, rows: int | None = None) -> Ref:
-        """Stores bytes under a key that nobody else uses."""
-        self.store.put(key, data)
-        return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
-
-    def put_file(self, path: Path, key: str, *, rows: int | None = None) -> Ref:
-        """Uploads a file under a key that nobody else uses."""
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.store.upload(path, key)
-        return Ref(key=key, size=path.stat().st_size, sha256=digest, rows=rows)
-
-    def get_table(self, ref: Ref) -> pa.Table:
-        """Reads a stored table.
-
-        Raises:
-            DigestMismatchError: the bytes are not the ones that were stored.
-        """
-        with pa_ipc.open_file(pa.BufferReader(get_verified(self.store, ref))) as reader:
-            return reader.read_all()
-
-
-def _number_in(info: ObjectInfo) -> int:
-    return int(info.key.rsplit("/", 1)[-1].removesuffix(".json"))
-
-
-def get_verified(store: Store, ref: Ref) -> bytes:
-    """An object's bytes, checked against its reference.
-
-    Raises:
-        DigestMismatchError: they differ.
+    Attributes:
+        scanned: pinned source.
+        sampled: validated rows and samples.
+        trained: routing artifact; None for strategies that train nothing.
+        routed: rows of each shard.
     """
-    data = store.get(ref.key)
-    found = hashlib.sha256(data).hexdigest()
-    if found != ref.sha256:
-        raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
-    return data
+
+    scanned: ScanReceipt
+    sampled: SampleReceipt
+    trained: TrainReceipt | None
+    routed: RouteReceipt
+
+    @property
+    def routing_digest(self) -> str:
+        """Digest of what was trained; empty where the configuration alone decides, which the build key covers."""
+        return self.trained.ref.sha256 if self.trained else ""
 
 
 def inputs_of(**parts: Any) -> str:

@@ -20,7 +20,7 @@ from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
 from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, SourceChangedError
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.receipts import RangeReceipt, Ref, RoutedPart, RoutedShard, SampleReceipt, ScanReceipt
-from sf_pipelines.snapshot.routing.protocol import Int32, Routing
+from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting, VectorRouting
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.files import SourceBatch, Span, read_span
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
@@ -41,7 +41,7 @@ def route_range(
     """Reads one input range and stores its rows sorted by shard."""
     config, ledger, watch = build.config, build.ledger(scanned.run_id), Stopwatch()
     number = ledger.next_number(RangeReceipt, part)
-    contract = RowContract(config, scanned.listing.arrow_schema)
+    contract = build.contract(scanned.listing.arrow_schema)
     source = Store.open(scanned.listing.root, config.s3)
     rejected = RejectedRows(build.store, sampled.rejects)
     with scratch() as folder:
@@ -53,7 +53,7 @@ def route_range(
                 rows = _without(batch, gone)
                 if rows.num_rows:
                     stored, vectors = contract.stored(rows)
-                    writer.add(stored, routing.assign(vectors))
+                    writer.add(stored, _shards_of(routing, contract, rows, vectors))
                 build.report("route", batch.first_row + batch.rows.num_rows, scanned.rows)
                 build.renew(scanned)
         parts, shards = writer.close()
@@ -71,6 +71,19 @@ def route_range(
         seconds=watch.seconds,
     )
     return ledger.commit(receipt, part, number=number)
+
+
+def _shards_of(routing: Routing, contract: RowContract, rows: pa.RecordBatch, vectors: Float32) -> Int32:
+    """Shard of each row, by its vector or by its columns."""
+    if isinstance(routing, VectorRouting):
+        return routing.assign(vectors)
+    if not isinstance(routing, RowRouting):
+        raise TypeError(f"{type(routing).__name__} is routing neither by vector nor by row")
+    placed = routing.place(contract.routing_rows(rows))
+    if placed.faults:
+        row, fault = next(iter(placed.faults.items()))
+        raise SourceChangedError(f"row {contract.ids(rows)[row]} passed the contract, but has no shard now: {fault}")
+    return placed.shards
 
 
 class RejectedRows:
@@ -203,10 +216,12 @@ def vectors_of(rows: pa.RecordBatch | pa.Table) -> Float32:
 
 
 def add_rows(digest: RowSetDigest, batch: pa.RecordBatch) -> None:
-    """Adds stored rows to a digest: id, vector, payload and filter columns."""
+    """Adds stored rows to a digest: id, vector, and all other columns."""
     extras: list[UInt64] = [
-        hash_column(batch.column(field.name).cast(pa.string()))
-        for field in batch.schema
-        if field.name not in {"id", "vector"}
+        hash_column(_hashable(batch.column(field.name))) for field in batch.schema if field.name not in {"id", "vector"}
     ]
     digest.add(hash_column(batch.column("id")), hash_vectors(vectors_of(batch)), extras)
+
+
+def _hashable(column: pa.Array) -> pa.Array:
+    return column if pa.types.is_binary(column.type) else column.cast(pa.string())

@@ -2,23 +2,29 @@
 
 import hashlib
 import uuid
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.errors import CountMismatchError, IndexBuildError
-from sf_pipelines.snapshot.evaluation import truth_table
+from sf_pipelines.snapshot.config import KeyEncoding
+from sf_pipelines.snapshot.errors import CountMismatchError, IndexBuildError, IntegrityError
+from sf_pipelines.snapshot.evaluation import NOBODY, truth_table
 from sf_pipelines.snapshot.index import backend_named
-from sf_pipelines.snapshot.index.protocol import IndexFamily
+from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
+from sf_pipelines.snapshot.index.protocol import BuildReport, IndexFamily
 from sf_pipelines.snapshot.index.scan import MemoryScan
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.reader.cache import ShardCache, shard_digest
-from sf_pipelines.snapshot.receipts import Ledger, Ref, RoutedShard, RouteReceipt, SampleReceipt, ShardReceipt
+from sf_pipelines.snapshot.receipts import RoutedShard, RunReceipts, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.source.hashing import hash_column
+from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
 from sf_pipelines.snapshot.store import Store
 
 # Rows of each shard that the round trip must find again.
@@ -48,7 +54,7 @@ def changed_objects(store: Store, receipt: ShardReceipt) -> list[str]:
 
 
 def seal_shard(
-    build: Build, ledger: Ledger, routed: RouteReceipt, shard: RoutedShard, rows: pa.Table | None, attempt: int
+    build: Build, ledger: Ledger, run: RunReceipts, shard: RoutedShard, rows: pa.Table | None, attempt: int
 ) -> ShardReceipt:
     """Builds the index from its rows, uploads it, and re-opens what was uploaded to count and digest it."""
     watch = Stopwatch()
@@ -57,21 +63,22 @@ def seal_shard(
     if rows is not None:
         token = uuid.uuid4().hex
         db_key = f"shards/run_id={ledger.run_id}/{part}/attempt={attempt:02d}-{token[:8]}"
-        objects, etags = _build_and_upload(build, routed, rows, db_key)
-        indexed = _reopen(build, db_key, objects, expected_rows=shard.rows)
-        truth, witnesses = _evidence(build, ledger, rows, part)
+        objects, etags = _build_and_upload(build, run, rows, db_key)
+        witnesses = _witnesses(rows)
+        indexed = _reopen(build, run, db_key, objects, witnesses, expected_rows=shard.rows)
         made = {
             "db_key": db_key,
             "indexed_rows": indexed,
             "objects": objects,
             "etags": etags,
             "checkpoint_id": token,
-            "truth": truth,
-            "witnesses": witnesses,
+            "truth": ledger.put_table(f"truth/{part}", _truth(build, ledger, run, rows, shard.db_id)),
+            "witnesses": ledger.put_table(f"witnesses/{part}", witnesses),
+            **_key_range(rows),
         }
     return ShardReceipt(
         run_id=ledger.run_id,
-        inputs=routed.inputs,
+        inputs=run.routed.inputs,
         db_id=shard.db_id,
         attempt=attempt,
         rows=shard.rows,
@@ -82,13 +89,10 @@ def seal_shard(
 
 
 def _build_and_upload(
-    build: Build, routed: RouteReceipt, rows: pa.Table, db_key: str
+    build: Build, run: RunReceipts, rows: pa.Table, db_key: str
 ) -> tuple[tuple[ShardObject, ...], tuple[str | None, ...]]:
-    spec = build.config.vector_spec
     with scratch() as folder:
-        report = backend_named(spec.backend).build(
-            rows, folder, family=IndexFamily(routed.index_family), metric=spec.metric, params=spec.index_params
-        )
+        report = _build_in(build, run, rows, folder)
         if report.indexed_rows != rows.num_rows:
             raise IndexBuildError(
                 f"{build.store.url_of(db_key)}: the index covers {report.indexed_rows} of {rows.num_rows} rows"
@@ -103,36 +107,93 @@ def _build_and_upload(
     return tuple(objects), tuple(etags)
 
 
+def _build_in(build: Build, run: RunReceipts, rows: pa.Table, folder: Path) -> BuildReport:
+    """Writes keys and values, where there are any, and the index."""
+    spec, backend = build.config.vector_spec, backend_named(build.config.vector_spec.backend)
+    encoding, place = run.scanned.key_encoding, folder
+    if encoding is not None:
+        write_key_values(folder, encode_keys(_one(rows, KEY_COLUMN), encoding), _one(rows, VALUE_COLUMN))
+        rows, place = rows.drop_columns([KEY_COLUMN, VALUE_COLUMN]), folder / backend.subfolder
+    return backend.build(
+        rows,
+        place,
+        family=IndexFamily(run.routed.index_family),
+        metric=spec.metric,
+        params=spec.index_params,
+        vector_type=spec.vector_type,
+    )
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reopen(build: Build, db_key: str, objects: tuple[ShardObject, ...], *, expected_rows: int) -> int:
-    """Opens a verified copy of what was uploaded; indexed rows."""
-    spec = build.config.vector_spec
-    where = build.store.url_of(db_key)
+def _reopen(
+    build: Build,
+    run: RunReceipts,
+    db_key: str,
+    objects: tuple[ShardObject, ...],
+    witnesses: pa.Table,
+    *,
+    expected_rows: int,
+) -> int:
+    """Opens a verified copy of what was uploaded, counts, and looks some keys up; indexed rows."""
+    spec, backend = build.config.vector_spec, backend_named(build.config.vector_spec.backend)
+    where, encoding = build.store.url_of(db_key), run.scanned.key_encoding
     with ShardCache(build.cache_dir).checkout(build.store, db_key, objects, shard_digest(objects)) as folder:
-        index = backend_named(spec.backend).open(folder, metric=spec.metric, dim=spec.dim)
-        try:
+        place = folder
+        if encoding is not None:
+            _look_up(folder, where, witnesses, encoding, expected_rows)
+            place = folder / backend.subfolder
+        with closing(backend.open(place, metric=spec.metric, dim=spec.dim)) as index:
             if index.rows != expected_rows:
                 raise CountMismatchError(f"{where}: {expected_rows} rows were routed, {index.rows} are stored")
             if index.indexed_rows != expected_rows:
                 raise IndexBuildError(f"{where}: the index covers {index.indexed_rows} of {index.rows} rows")
             return index.indexed_rows
-        finally:
-            index.close()
 
 
-def _evidence(build: Build, ledger: Ledger, rows: pa.Table, part: str) -> tuple[Ref, Ref]:
-    """While the rows are in memory: each sample query's exact neighbours among them, and rows to find again."""
-    sampled = ledger.need(SampleReceipt)
-    queries = vectors_of(ledger.get_table(sampled.queries))
+def _look_up(folder: Path, where: str, witnesses: pa.Table, encoding: KeyEncoding, expected_rows: int) -> None:
+    with closing(KeyValueShard(folder)) as stored:
+        if stored.rows != expected_rows:
+            raise CountMismatchError(f"{where}: {expected_rows} rows were routed, {stored.rows} keys are stored")
+        keys = encode_keys(_one(witnesses, KEY_COLUMN), encoding).to_pylist()
+        values = witnesses.column(VALUE_COLUMN).to_pylist()
+        for key, value, found in zip(keys, values, stored.get_many(keys), strict=True):
+            if found != value:
+                raise IntegrityError(f"{where}: key {key.hex()} has another value than was routed")
+
+
+def _truth(build: Build, ledger: Ledger, run: RunReceipts, rows: pa.Table, db_id: int) -> pa.Table:
+    """While the rows are in memory: the exact neighbours among them of each sample query that may see them."""
+    queries = ledger.get_table(run.sampled.queries)
+    homes = build.homes(queries)
+    asked = np.arange(queries.num_rows) if homes is None else np.flatnonzero(homes == db_id)
     # One more than k: a query's own row is left out when the shards are merged.
     k = build.config.recall_gate.k + 1
-    ids = rows.column("id").combine_chunks()
+    ids = _one(rows, "id")
+    if not len(asked):
+        return truth_table(ids, asked, NOBODY)
     scan = MemoryScan(ids, np.arange(len(ids)), vectors_of(rows), build.config.vector_spec.metric)
-    truth = truth_table(ids, scan.search(queries, k))
-    chosen = np.argsort(hash_column(ids), kind="stable")[:_WITNESSES]
-    witnesses = rows.take(pa.array(chosen)).combine_chunks()
-    return ledger.put_table(f"truth/{part}", truth), ledger.put_table(f"witnesses/{part}", witnesses)
+    return truth_table(ids, asked, scan.search(vectors_of(queries)[asked], k))
+
+
+def _witnesses(rows: pa.Table) -> pa.Table:
+    """Rows that must be found again: always the same ones."""
+    chosen = np.argsort(hash_column(_one(rows, "id")), kind="stable")[:_WITNESSES]
+    return rows.take(pa.array(chosen)).combine_chunks()
+
+
+def _key_range(rows: pa.Table) -> dict[str, int | str]:
+    """Smallest and largest key; the manifest has no way to say bytes."""
+    if KEY_COLUMN not in rows.column_names or pa.types.is_binary(rows.schema.field(KEY_COLUMN).type):
+        return {}
+    ends = pc.call_function("min_max", [rows.column(KEY_COLUMN)])
+    return {"min_key": ends["min"].as_py(), "max_key": ends["max"].as_py()}
+
+
+def _one(rows: pa.Table, name: str) -> pa.Array:
+    """A column in one piece."""
+    column = rows.column(name).combine_chunks()
+    return cast("pa.Array", column)

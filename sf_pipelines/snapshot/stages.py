@@ -15,6 +15,7 @@ import numpy as np
 from sf_pipelines.snapshot import gate as gating
 from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
 from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.checks import staged_manifest
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
@@ -25,12 +26,11 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
-from sf_pipelines.snapshot.index.protocol import choose_family
+from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
+from sf_pipelines.snapshot.ledger import STAGING, Ledger
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.reader.state import load_pointed
 from sf_pipelines.snapshot.receipts import (
-    STAGING,
-    Ledger,
     ManifestReceipt,
     PromoteReceipt,
     RangeReceipt,
@@ -43,9 +43,10 @@ from sf_pipelines.snapshot.receipts import (
     inputs_of,
 )
 from sf_pipelines.snapshot.routed import read_shard, route_range, vectors_of
-from sf_pipelines.snapshot.routing.cluster import train_centroids
+from sf_pipelines.snapshot.routing import needs_training
+from sf_pipelines.snapshot.routing import train as train_routing
 from sf_pipelines.snapshot.sealing import is_intact, seal_shard
-from sf_pipelines.snapshot.source.contract import RowContract
+from sf_pipelines.snapshot.sharding import ClusterSharding
 from sf_pipelines.snapshot.source.files import SourceListing, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.store import Store
@@ -85,8 +86,8 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
     """
     config = build.config
     listing = pin(config.source, config.s3, config.row_columns)
-    contract = RowContract(config, listing.arrow_schema)
-    if config.num_dbs > listing.rows:
+    contract = build.contract(listing.arrow_schema)
+    if isinstance(config.sharding, ClusterSharding) and config.num_dbs > listing.rows:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
@@ -108,6 +109,9 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
             build_key=build_key,
             listing=listing,
             id_type=contract.id_type,
+            key_type=contract.keys.key_type if contract.keys else None,
+            key_encoding=contract.keys.encoding if contract.keys else None,
+            filter_columns=contract.filter_columns,
             record_key=record.start_record(build.store, run_id),
             **base,
         )
@@ -197,7 +201,7 @@ def _check_rejects(build: Build, receipt: SampleReceipt) -> None:
         )
     if receipt.rows_kept == 0:
         raise SourceEmptyError(f"all {receipt.rows_in} rows were rejected ({reasons}); {where}")
-    if receipt.train_rows < build.config.num_dbs:
+    if isinstance(build.config.sharding, ClusterSharding) and receipt.train_rows < build.config.num_dbs:
         raise ConfigError(
             f"WriteConfig.num_dbs: {build.config.num_dbs} shards for {receipt.rows_kept} rows that satisfy the "
             "contract; use fewer shards"
@@ -208,40 +212,38 @@ def _check_rejects(build: Build, receipt: SampleReceipt) -> None:
 
 
 def train(build: Build, run_id: str) -> TrainReceipt:
-    """Trains the centroids on the training sample and stores them where the manifest will point.
+    """Trains centroids or hyperplanes on the training sample and stores them where the manifest will point.
 
     Raises:
-        ConfigError: fewer training vectors than shards.
+        ConfigError: fewer training vectors than shards, or a strategy that trains nothing.
     """
+    config = build.config
+    if not needs_training(config.sharding):
+        raise ConfigError(f"snapshot {config.name!r} is sharded by {config.sharding.strategy}, which trains nothing")
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled = ledger.need(SampleReceipt)
     inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
     number = ledger.next_number(TrainReceipt)
     found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
     if found is not None:
-        return found.model_copy(update={"reason": "these centroids were trained before"})
-    spec, watch = build.config.vector_spec, Stopwatch()
-    trained = train_centroids(
-        vectors_of(ledger.get_table(sampled.training)),
-        num_dbs=build.config.num_dbs,
-        metric=spec.metric,
-        seed=spec.sharding.seed,
-        max_iter=spec.sharding.max_iter,
-    )
+        return found.model_copy(update={"reason": f"these {found.artifact} were trained before"})
+    watch = Stopwatch()
+    vectors = vectors_of(ledger.get_table(sampled.training))
+    trained = train_routing(config.sharding, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
     file = io.BytesIO()
-    np.save(file, trained.centroids, allow_pickle=False)
-    key = f"vector_meta/run_id={run_id}/centroids.npy"
+    np.save(file, trained.matrix, allow_pickle=False)
+    key = f"vector_meta/run_id={run_id}/{trained.kind}.npy"
     if not build.store.create(key, file.getvalue()):
         # Another attempt with other bytes (other library versions) was here; what is stored is never replaced.
-        key = f"vector_meta/run_id={run_id}/centroids-{uuid.uuid4().hex[:8]}.npy"
+        key = f"vector_meta/run_id={run_id}/{trained.kind}-{uuid.uuid4().hex[:8]}.npy"
+    rows, columns = trained.matrix.shape
     receipt = TrainReceipt(
         run_id=run_id,
         inputs=inputs,
+        artifact=trained.kind,
         ref=ledger.put_bytes(key, file.getvalue()),
-        shape=(build.config.num_dbs, spec.dim),
-        inertia=trained.inertia,
-        distinct=trained.distinct,
-        rounds=trained.rounds,
+        shape=(rows, columns),
+        figures=trained.figures,
         seconds=watch.seconds,
     )
     return ledger.commit(receipt, number=number)
@@ -258,13 +260,17 @@ def route(build: Build, run_id: str) -> RouteReceipt:
         CountMismatchError: routed and rejected rows do not add up to the rows of the source.
     """
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    sampled, trained = ledger.need(SampleReceipt), ledger.need(TrainReceipt)
-    inputs = inputs_of(build_key=scanned.build_key, rejects=sampled.rejects.sha256, routing=trained.ref.sha256)
+    sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
+    inputs = inputs_of(
+        build_key=scanned.build_key,
+        rejects=sampled.rejects.sha256,
+        routing=trained.ref.sha256 if trained else "",
+    )
     number = ledger.next_number(RouteReceipt)
     found = ledger.find(RouteReceipt, inputs=inputs)
     if found is not None and (scanned.published or all(_is_routed(ledger, key) for key in found.ranges)):
         return found.model_copy(update={"reason": "these rows were routed before"})
-    watch, routing = Stopwatch(), build.routing(trained.ref)
+    watch, routing = Stopwatch(), build.routing(trained)
     spans = plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
     ranges: list[RangeReceipt] = []
     for place, span in enumerate(spans):
@@ -284,10 +290,19 @@ def route(build: Build, run_id: str) -> RouteReceipt:
         inputs=inputs,
         ranges=tuple(receipt.key for receipt in ranges),
         shards=shards,
-        index_family=choose_family(build.config.vector_spec.index_type, max(shard.rows for shard in shards)).value,
+        index_family=_family(build, shards).value,
         seconds=watch.seconds,
     )
     return ledger.commit(receipt, number=number)
+
+
+def _family(build: Build, shards: tuple[RoutedShard, ...]) -> IndexFamily:
+    """The one family of a snapshot; sqlite-vec has no other than the exact scan."""
+    spec = build.config.vector_spec
+    if spec.backend == "sqlite-vec":
+        return IndexFamily.FLAT
+    largest = max(shard.rows for shard in shards)
+    return choose_family(spec.index_type, largest, eight_bit=spec.quantization == "i8")
 
 
 def _is_routed(ledger: Ledger, key: str) -> bool:
@@ -329,9 +344,8 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     """
     if not 0 <= db_id < build.config.num_dbs:
         raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.num_dbs - 1}")
-    build.scanned(run_id)
-    ledger = build.ledger(run_id)
-    routed = ledger.need(RouteReceipt)
+    run, ledger = build.receipts(run_id), build.ledger(run_id)
+    routed = run.routed
     shard, part = routed.shards[db_id], f"db={db_id:05d}"
     attempt = ledger.next_number(ShardReceipt, part)
     found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
@@ -339,7 +353,7 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
     ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
-    return ledger.commit(seal_shard(build, ledger, routed, shard, rows, attempt), part, number=attempt)
+    return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt), part, number=attempt)
 
 
 # 6. assemble
@@ -355,12 +369,12 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
         ReceiptMissingError: a shard has not been built.
         CountMismatchError: the shards' rows and the rejects do not add up to the rows of the source.
     """
-    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    sampled, trained, routed = ledger.need(SampleReceipt), ledger.need(TrainReceipt), ledger.need(RouteReceipt)
-    shards = shard_receipts(ledger, routed)
+    run, ledger = build.receipts(run_id), build.ledger(run_id)
+    scanned, sampled = run.scanned, run.sampled
+    shards = shard_receipts(ledger, run.routed)
     inputs = inputs_of(
         queries=sampled.queries.sha256,
-        routing=trained.ref.sha256,
+        routing=run.routing_digest,
         gate_key=build.config.gate_key(),
         root=build.store.url,
         shards=[(shard.db_id, shard.digest) for shard in shards],
@@ -370,14 +384,14 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
     if found is not None:
         return found.model_copy(update={"reason": "this manifest was assembled before"})
     if ledger.find(PromoteReceipt) is not None:
-        return assemble(build, fork_run(build, scanned, (sampled, trained, routed), shards))
+        return assemble(build, fork_run(build, run, shards))
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
         raise CountMismatchError(
             f"build {run_id}: {rows} rows in shards and {sampled.rejected} rejected do not make the "
             f"{sampled.rows_in} read"
         )
-    return ledger.commit(assemble_manifest(build, scanned, sampled, trained, routed, shards, inputs), number=number)
+    return ledger.commit(assemble_manifest(build, run, shards, inputs), number=number)
 
 
 # 7. gate
@@ -429,7 +443,7 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
         return found.model_copy(update={"published": False, "reason": reason, "manifest_ref": ref})
     gating.require_passed(build, run_id, manifest)
     gating.require_whole(build, run_id, manifest)
-    data = gating.staged_manifest(build.store, manifest)
+    data = staged_manifest(build.store, manifest)
     pointer, before = publish.publish(
         build.store,
         manifest=data,

@@ -279,6 +279,9 @@ class Store:
                 self._backend.delete(key)
         except ObjectMissingError:
             return
+        except TypeError as error:
+            # What obstore makes of a key that it cannot parse, here alone.
+            raise StoreError(f"cannot delete {self.url_of(key)}: the key is not plain") from error
 
     # How conditional writes are settled.
 

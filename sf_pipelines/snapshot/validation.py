@@ -9,12 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.receipts import Ledger, Ref, SampleReceipt, ScanReceipt
-from sf_pipelines.snapshot.source.contract import REJECT_SCHEMA, RejectReason, RowContract
+from sf_pipelines.snapshot.receipts import Ref, SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.sharding import ClusterSharding, LshSharding
+from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
 from sf_pipelines.snapshot.source.files import SourceListing, Span, read_span
 from sf_pipelines.snapshot.source.hashing import hash_column
+from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, RejectReason
 from sf_pipelines.snapshot.source.sampling import SmallestHashSample
 from sf_pipelines.snapshot.store import Store
 
@@ -25,19 +29,20 @@ _FEWEST_QUERIES = 200
 def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> SampleReceipt:
     """Streams the whole source once; see ``stages.sample``."""
     config, watch = build.config, Stopwatch()
-    contract = RowContract(config, scanned.listing.arrow_schema)
-    training_rows = config.vector_spec.sharding.training_rows or max(256 * config.num_dbs, 10_000)
+    contract = build.contract(scanned.listing.arrow_schema)
+    training_rows = _training_rows(config)
     query_rows = config.recall_gate.query_rows
-    id_type = contract.stored_schema.field("id").type
-    drawn = SmallestHashSample(max(training_rows + query_rows, 2 * _FEWEST_QUERIES), config.vector_spec.dim, id_type)
+    drawn = SmallestHashSample(
+        max(training_rows + query_rows, 2 * _FEWEST_QUERIES), config.vector_spec.dim, contract.kept_schema
+    )
     with scratch() as folder:
         path = folder / "rejects.parquet"
         reasons = _first_pass(build, scanned, contract, drawn, folder, path)
         key = f"{ledger.root}/rejects-{uuid.uuid4().hex[:8]}.parquet"
         rejects = ledger.put_file(path, key, rows=reasons.total())
-    ids, vectors = drawn.take()
+    rows, vectors = drawn.take()
     kept = scanned.rows - reasons.total()
-    queries = min(query_rows, kept // 2, kept - config.num_dbs)
+    queries = min(query_rows, kept // 2, kept - min(config.num_dbs, training_rows))
     # A small table cannot spare enough to prove anything: then all rows are queries and training at once.
     disjoint = queries >= _FEWEST_QUERIES
     first = queries if disjoint else 0
@@ -48,11 +53,18 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
         rejected=reasons.total(),
         reject_reasons=dict(reasons),
         rejects=rejects,
-        training=_put_vectors(ledger, "training", ids[first : first + training_rows], vectors[first:]),
-        queries=_put_vectors(ledger, "queries", ids[: queries if disjoint else len(ids)], vectors),
+        training=_put_vectors(ledger, "training", rows.select(["id"]).slice(first, training_rows), vectors[first:]),
+        queries=_put_vectors(ledger, "queries", rows.slice(0, queries if disjoint else len(rows)), vectors),
         disjoint=disjoint,
         seconds=watch.seconds,
     )
+
+
+def _training_rows(config: WriteConfig) -> int:
+    """Size of the training sample; 0 where there is nothing to train."""
+    if not isinstance(config.sharding, ClusterSharding | LshSharding):
+        return 0
+    return config.sharding.training_rows or max(256 * config.num_dbs, 10_000)
 
 
 def _first_pass(
@@ -71,7 +83,7 @@ def _first_pass(
                 checked = contract.check(batch)
                 hashes = hash_column(checked.ids)
                 duplicates.add(checked.ids, hashes, checked.rows)
-                drawn.add(checked.ids, hashes, checked.rows, checked.vectors)
+                drawn.add(checked.kept, hashes, checked.rows, checked.vectors)
                 if checked.rejects.num_rows:
                     reasons.update(checked.count_reasons())
                     rejects.write_batch(checked.rejects)
@@ -101,7 +113,7 @@ def _as_rejects(listing: SourceListing, repeats: pa.Table) -> pa.Table:
     return pa.table(columns, schema=REJECT_SCHEMA)
 
 
-def _put_vectors(ledger: Ledger, name: str, ids: pa.Array, vectors: Float32) -> Ref:
-    flat = pa.array(np.ascontiguousarray(vectors[: len(ids)]).ravel())
+def _put_vectors(ledger: Ledger, name: str, rows: pa.Table, vectors: Float32) -> Ref:
+    flat = pa.array(np.ascontiguousarray(vectors[: len(rows)]).ravel())
     column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    return ledger.put_table(f"samples/{name}", pa.table({"id": ids, "vector": column}))
+    return ledger.put_table(f"samples/{name}", rows.add_column(1, "vector", column))

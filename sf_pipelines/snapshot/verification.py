@@ -1,25 +1,34 @@
 """Looking at a published snapshot with distrust: every byte hashed again, every row counted, recall measured anew."""
 
+import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.build import Progress, silent
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, merge_truth, recall_per_query, truth_table
-from sf_pipelines.snapshot.index import backend_named
-from sf_pipelines.snapshot.index.protocol import IdArray, ShardIndex
+from sf_pipelines.snapshot.index.key_value import KeyValueShard
+from sf_pipelines.snapshot.index.protocol import IdArray
 from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
+from sf_pipelines.snapshot.reader.handles import open_index
+from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
+from sf_pipelines.snapshot.routing.protocol import Int32
 from sf_pipelines.snapshot.store import Store
 
 _QUERIES = 200
@@ -64,6 +73,15 @@ class Verification:
         return not self.faults
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Rows of one shard to ask for later."""
+
+    shard: int
+    ids: IdArray
+    vectors: Float32
+
+
 def verify_snapshot(
     root: str | Path,
     *,
@@ -88,50 +106,74 @@ def verify_snapshot(
     """
     store = Store.open(root, s3)
     state = load_current(store) if manifest_key is None else load_state(store, manifest_key)
-    found = Verification(state.manifest.run_id, state.manifest_key, state.vector.num_probes)
+    found = Verification(state.manifest.run_id, state.manifest_key, _default_probes(state))
     report = progress or silent
     with tempfile.TemporaryDirectory(prefix="sf_pipelines-verify-") as folder:
         cache = ShardCache(Path(folder))
         drawn = _first_look(store, state, cache, found, report)
         # Without its rows, or with damaged ones, there is no truth to compare with.
         if found.passed and drawn:
-            ids, queries = np.concatenate([pair[0] for pair in drawn]), np.concatenate([pair[1] for pair in drawn])
             extras = state.manifest.extras
             gate: dict[str, Any] = extras.recall if extras else {}
             found.k, found.min_recall = int(gate.get("k", _DEFAULT_K)), gate.get("min_recall")
-            parts = _neighbours(store, state, cache, queries, found.k, report)
-            with ShardedVectorReader(root, s3=s3, cache_dir=Path(folder), manifest_key=state.manifest_key) as reader:
-                _measure(found, reader, queries, ids, parts)
+            homes = np.repeat([one.shard for one in drawn], [len(one.ids) for one in drawn]).astype(np.int32)
+            asked = _Asked(
+                ids=_as_text(np.concatenate([one.ids.astype(object) for one in drawn])),
+                vectors=np.concatenate([one.vectors for one in drawn]),
+                homes=homes if isinstance(state.routing, ExplicitRouting | CelRouting) else None,
+            )
+            parts = _neighbours(store, state, cache, asked, found.k, report)
+            options: dict[str, Any] = {"s3": s3, "cache_dir": Path(folder), "manifest_key": state.manifest_key}
+            with open_reader(root, **options) as reader:
+                _measure(found, reader, asked, parts)
     return found
 
 
-def _opened(store: Store, state: SnapshotState, cache: ShardCache, entry: ShardEntry) -> Iterator[ShardIndex]:
-    """Yields the index of a verified copy, once."""
+def _default_probes(state: SnapshotState) -> int:
+    """A search over keys and vectors asks all shards."""
+    return state.manifest.num_dbs if state.kind == "unified" else state.vector.num_probes
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Queries: ids and vectors of rows of the snapshot, and their shards where a query must say them."""
+
+    ids: IdArray
+    vectors: Float32
+    homes: Int32 | None
+
+    def of_shard(self, shard: int) -> NDArray[np.int64]:
+        """Numbers of the queries that may see a shard."""
+        return np.arange(len(self.ids)) if self.homes is None else np.flatnonzero(self.homes == shard)
+
+
+def _as_text(ids: IdArray) -> IdArray:
+    """Ids as JSON texts: so numbers, strings and both together can be compared."""
+    return np.array([json.dumps(value) for value in ids.ravel().tolist()], dtype=object).reshape(ids.shape)
+
+
+@contextmanager
+def _copied(store: Store, cache: ShardCache, entry: ShardEntry) -> Iterator[Path | None]:
+    """A verified copy of a shard; None for an empty one."""
     if entry.key is None:
+        yield None
         return
     with cache.checkout(store, entry.key, entry.objects) as folder:
-        index = backend_named(state.backend).open(folder, metric=state.metric, dim=state.dim)
-        try:
-            yield index
-        finally:
-            index.close()
+        yield folder
 
 
 def _first_look(
     store: Store, state: SnapshotState, cache: ShardCache, found: Verification, report: Progress
-) -> list[tuple[IdArray, Float32]]:
+) -> list[_Drawn]:
     """Hashes, opens and counts every shard; rows of each, in proportion to its size, to ask for later."""
     total = sum(entry.rows for entry in state.shards)
-    drawn: list[tuple[IdArray, Float32]] = []
+    drawn: list[_Drawn] = []
     for number, entry in enumerate(state.shards, start=1):
         try:
-            for index in _opened(store, state, cache, entry):
-                found.shards += 1
-                found.rows += index.rows
-                found.objects += len(entry.objects or ())
-                found.bytes += sum(item.size for item in entry.objects or ())
-                _count(found, entry, index)
-                drawn.append(index.sample(max(1, round(_QUERIES * entry.rows / max(1, total)))))
+            with _copied(store, cache, entry) as folder:
+                if folder is not None:
+                    wanted = max(1, round(_QUERIES * entry.rows / max(1, total)))
+                    drawn.extend(_look(state, entry, folder, found, wanted))
         except (IntegrityError, ObjectMissingError) as error:
             found.faults.append(f"shard {entry.db_id}: {error}")
         report("verify", number, 2 * len(state.shards), "shards")
@@ -141,34 +183,52 @@ def _first_look(
     return drawn
 
 
-def _count(found: Verification, entry: ShardEntry, index: ShardIndex) -> None:
-    if index.rows != entry.rows:
-        found.faults.append(f"shard {entry.db_id}: {index.rows} rows are stored, the manifest says {entry.rows}")
-    # Stock writers leave small shards without an index; ours never do.
-    if entry.objects is not None and index.indexed_rows != index.rows:
-        found.faults.append(f"shard {entry.db_id}: the index covers {index.indexed_rows} of {index.rows} rows")
+def _look(state: SnapshotState, entry: ShardEntry, folder: Path, found: Verification, wanted: int) -> Iterator[_Drawn]:
+    """Counts the rows and the keys of one shard, and draws some rows."""
+    found.shards += 1
+    found.objects += len(entry.objects or ())
+    found.bytes += sum(item.size for item in entry.objects or ())
+    with closing(open_index(state, folder)) as index:
+        found.rows += index.rows
+        counted = {"rows": index.rows}
+        if state.kind == "unified":
+            with closing(KeyValueShard(folder)) as keys:
+                counted["keys"] = keys.rows
+        for what, count in counted.items():
+            # Stock writers count keys once for each time that they were written, and need not give every one a vector.
+            if count != entry.rows and (state.is_ours or state.kind == "vector"):
+                found.faults.append(f"shard {entry.db_id}: {count} {what} are stored, the manifest says {entry.rows}")
+        # Stock writers leave small shards without an index; ours never do.
+        if entry.objects is not None and index.indexed_rows != index.rows:
+            found.faults.append(f"shard {entry.db_id}: the index covers {index.indexed_rows} of {index.rows} rows")
+        ids, vectors = index.sample(wanted)
+        yield _Drawn(entry.db_id, ids, vectors)
 
 
 def _neighbours(
-    store: Store, state: SnapshotState, cache: ShardCache, queries: Float32, k: int, report: Progress
+    store: Store, state: SnapshotState, cache: ShardCache, asked: _Asked, k: int, report: Progress
 ) -> list[pa.Table]:
-    """Each query's exact neighbours within every shard."""
+    """Each query's exact neighbours within every shard that it may see."""
     parts: list[pa.Table] = []
     for number, entry in enumerate(state.shards, start=1):
-        for index in _opened(store, state, cache, entry):
-            ids, vectors = index.sample(index.rows)
-            scan = MemoryScan(pa.array(ids), np.arange(len(ids)), vectors, state.metric)
-            parts.append(truth_table(scan.ids, scan.search(queries, k + 1)))
+        mine = asked.of_shard(entry.db_id)
+        with _copied(store, cache, entry) as folder:
+            if folder is not None and len(mine):
+                with closing(open_index(state, folder)) as index:
+                    ids, vectors = index.sample(index.rows)
+                texts = pa.array(_as_text(ids), pa.string())
+                scan = MemoryScan(texts, np.arange(len(ids)), vectors, state.metric)
+                parts.append(truth_table(texts, mine, scan.search(asked.vectors[mine], k + 1)))
         report("verify", len(state.shards) + number, 2 * len(state.shards), "shards")
     return parts
 
 
 def _measure(
-    found: Verification, reader: ShardedVectorReader, queries: Float32, ids: IdArray, parts: list[pa.Table]
+    found: Verification, reader: ShardedVectorReader | UnifiedShardedReader, asked: _Asked, parts: list[pa.Table]
 ) -> None:
-    truth = Truth.of(merge_truth(parts, pa.array(ids), found.k), len(ids))
-    answers = reader.search_arrays(queries, found.k + 1)
-    estimate = RecallEstimate.of(recall_per_query(answers.ids, answers.scores, ids, truth))
+    truth = Truth.of(merge_truth(parts, pa.array(asked.ids, pa.string()), found.k), len(asked.ids))
+    answers = reader.search_arrays(asked.vectors, found.k + 1, homes=asked.homes)
+    estimate = RecallEstimate.of(recall_per_query(_as_text(answers.ids), answers.scores, asked.ids, truth))
     found.recall, found.recall_lower = estimate.mean, estimate.lower
     # Other queries than those of the gate: only what chance does not explain is a fault.
     if found.min_recall is not None and estimate.upper < found.min_recall:

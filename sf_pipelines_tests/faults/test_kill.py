@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sf_pipelines import ShardedVectorReader, build_snapshot
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
-from sf_pipelines.snapshot.receipts import Ledger, PromoteReceipt, ScanReceipt
+from sf_pipelines.snapshot.receipts import PromoteReceipt, ScanReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.tables import small_config, write_source

@@ -26,9 +26,10 @@ from sf_pipelines.snapshot.errors import (
     SourceSchemaError,
     StoreError,
 )
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.manifest.record import read_record
-from sf_pipelines.snapshot.receipts import Ledger, SampleReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.receipts import SampleReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled

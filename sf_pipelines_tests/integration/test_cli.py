@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,13 @@ import yaml
 from typer.testing import CliRunner
 
 from sf_pipelines.cli import app
+from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
+from sf_pipelines.snapshot.routing.hash import HashRouting
+from sf_pipelines.snapshot.routing.protocol import Routing
+from sf_pipelines.snapshot.sharding import CelType
+from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.snapshots import publish_by_hand
 from sf_pipelines_tests.tables import clustered, vector_table, write_source
 
 RUNNER = CliRunner()
@@ -133,9 +141,98 @@ def test_what_is_stored_is_shown_as_it_is(config: Path, tmp_path: Path) -> None:
     assert "see [red]this[/red] [/b] [x" in text
 
 
+# Snapshots put together by hand: what the commands show of each kind.
+
+VECTORS = clustered(40, 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("SF_PIPELINES_CACHE", str(tmp_path / "cache"))
+    return Store.open(tmp_path / "store", create=True)
+
+
+def by_hand(store: Store, ids: list[Any], routing: Routing, **options: Any) -> str:
+    publish_by_hand(store, ids, VECTORS, routing=routing, shard_of=np.arange(40) % 4, **options)
+    assert store.local_root is not None
+    return str(store.local_root)
+
+
+def test_a_context_or_shards_name_where_to_search(store: Store) -> None:
+    columns: dict[str, CelType] = {"tier": "int", "gold": "bool", "rate": "double", "name": "string", "raw": "bytes"}
+    expr = "gold && rate > 1.5 && name == string(raw) ? tier : 0"
+    root = by_hand(store, list(range(40)), CelRouting(expr, columns, 4))
+    given = [f"--context={pair}" for pair in ("gold=true", "rate=2", "name=a=b", "raw=a=b")]
+    query = json.dumps(VECTORS[6].tolist())
+    code, text = run("search", root, query, "--json", "-k", "40", "--context", "tier=2", *given)
+    assert code == 0, text
+    assert sorted(hit["id"] for hit in json.loads(text)) == list(range(2, 40, 4))
+    code, text = run("search", root, query, "--json", "-k", "40", "--shard", "1", "--shard", "3")
+    assert sorted(hit["id"] for hit in json.loads(text)) == list(range(1, 40, 2))
+    code, text = run("info", root)
+    assert code == 0
+    for fact in ("kind", "vector", "sharding", "cel", "'tier': 'int'"):
+        assert fact in text
+    for arguments, message in (
+        ([], "give routing_context"),
+        (["--context", "tier=two", *given], "--context tier is a number of type int (got 'two')"),
+        (["--context", "tier"], "--context 'tier' is not name=value"),
+        (["--context", "gold=yes"], "true or false"),
+        (["--context", "colour=red"], "'colour' is unknown"),
+        (["--shard", "4"], "shard_ids names 4"),
+        (["--num-probes", "2"], "--num-probes is for snapshots sharded by vector; this one is sharded by cel"),
+    ):
+        code, text = run("search", root, query, *arguments)
+        assert code == 1
+        assert message in " ".join(text.split())
+
+
+def test_values_by_key(store: Store) -> None:
+    values = [f"value {at}".encode() for at in range(39)] + [b"\xff\x00"]
+    options: dict[str, Any] = {"values": values, "backend": "sqlite-vec", "key_encoding": "u64be"}
+    root = by_hand(store, list(range(40)), HashRouting(4), **options)
+    code, text = run("get", root, "7", "39", "--json")
+    assert (code, json.loads(text)) == (0, {"7": "value 7", "39": "0xff00"})
+    code, text = run("get", root, "7", "400")
+    assert code == 1
+    assert "value 7" in text
+    assert "(not there)" in text
+    assert json.loads(run("get", root, "400", "--json")[1]) == {"400": None}
+    code, text = run("search", root, json.dumps(VECTORS[9].tolist()), "--json", "-k", "1")
+    assert (code, json.loads(text)[0]["id"]) == (0, 9)
+    code, text = run("info", root, "--json")
+    facts = json.loads(text)
+    wanted = ("unified", "hash", "sqlite-vec", "u64be", "4")
+    assert tuple(facts[name] for name in ("kind", "sharding", "backend", "key_encoding", "num_probes")) == wanted
+    for arguments, message in (
+        (["seven"], "key 'seven' is not a whole number, which keys of this snapshot are"),
+        (["7", "--context", "region=eu"], "routing_context is for snapshots sharded by an expression"),
+    ):
+        code, text = run("get", root, *arguments)
+        assert code == 1
+        assert message in " ".join(text.split())
+
+
+def test_values_by_key_and_context_and_by_bytes(store: Store) -> None:
+    keys = [bytes([at, 255]) for at in range(40)]
+    options: dict[str, Any] = {"values": keys, "key_encoding": "raw"}
+    root = by_hand(store, keys, CelRouting("tier", {"tier": "int"}, 4), **options)
+    code, text = run("get", root, "05ff", "--hex", "--context", "tier=1", "--json")
+    assert (code, json.loads(text)) == (0, {"05ff": "0x05ff"})
+    assert "is not hexadecimal digits" in run("get", root, "5", "--hex", "--context", "tier=1")[1]
+    assert "give routing_context" in run("get", root, "05ff", "--hex")[1]
+
+
+def test_get_names_the_kind_that_it_needs(store: Store) -> None:
+    root = by_hand(store, list(range(40)), ExplicitRouting(4))
+    code, text = run("get", root, "1")
+    assert code == 1
+    assert "open it with ShardedVectorReader" in " ".join(text.split())
+
+
 def test_help_names_every_command() -> None:
     code, text = run("--help")
     assert code == 0
-    for command in ("build", "search", "info", "history", "verify"):
+    for command in ("build", "search", "get", "info", "history", "verify"):
         assert command in text
         assert run(command, "--help")[0] == 0

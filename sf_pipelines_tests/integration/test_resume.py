@@ -12,9 +12,10 @@ from sf_pipelines.snapshot import sealing, stages
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import ConfigError, IntegrityError
 from sf_pipelines.snapshot.evaluation import RecallEstimate
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.receipts import Ledger, SampleReceipt, ShardReceipt, TrainReceipt
+from sf_pipelines.snapshot.receipts import SampleReceipt, ShardReceipt, TrainReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled, routed

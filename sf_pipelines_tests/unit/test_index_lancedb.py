@@ -13,7 +13,7 @@ from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, IntegrityError, ReaderClosedError
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.lancedb import LanceDBBackend, LanceDBShard
-from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
+from sf_pipelines.snapshot.index.protocol import IndexFamily, VectorType, choose_family
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines_tests.snapshots import clustered, table_of
 from sf_pipelines_tests.tables import exact_distances
@@ -30,12 +30,13 @@ def make(
     family: IndexFamily = IndexFamily.FLAT,
     metric: DistanceMetric = DistanceMetric.COSINE,
     scan_bytes: int = 0,
+    vector_type: VectorType = "float32",
 ) -> LanceDBShard:
     backend = LanceDBBackend()
     rows = table_of(list(range(len(vectors))) if ids is None else ids, vectors)
-    report = backend.build(rows, folder, family=family, metric=metric, params=IndexParams())
+    report = backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
     assert report.rows == report.indexed_rows == len(vectors)
-    return backend.open(folder, metric=metric, dim=vectors.shape[1])
+    return backend.open(folder, metric=metric, dim=vectors.shape[1], scan_bytes=scan_bytes)
 
 
 @pytest.mark.parametrize("metric", DistanceMetric)
@@ -208,6 +209,70 @@ def test_half_precision_vectors_of_strangers_are_understood(tmp_path: Path) -> N
     hits = shard.search(vectors[:2].astype(np.float32), 1)
     assert hits.ids.tolist() == [["0"], ["1"]]
     assert shard.payloads(hits.rows[0]) == [None]
+
+
+@pytest.mark.parametrize("metric", DistanceMetric)
+@pytest.mark.parametrize("family", IndexFamily)
+@pytest.mark.parametrize("vector_type", ["float32", "float16"])
+def test_small_shards_and_equal_vectors_are_indexed_in_every_family(
+    tmp_path: Path, vector_type: VectorType, family: IndexFamily, metric: DistanceMetric
+) -> None:
+    queries = clustered(4, DIM, seed=2)
+    for size in (1, 2, 255, 256, 257):
+        for equal in (False, True):
+            vectors = clustered(size, DIM, seed=1).astype(np.float16).astype(np.float32)
+            vectors = np.tile(vectors[:1], (size, 1)) if equal else vectors
+            folder, k = tmp_path / f"{size}-{equal}", min(5, size)
+            shard = make(folder, vectors, family=family, metric=metric, vector_type=vector_type)
+            truth = exact_distances(queries, vectors, metric)
+            hits = shard.search(queries, 5)
+            assert hits.counts.tolist() == [k] * 4
+            found = np.take_along_axis(truth, hits.ids[:, :k], axis=1)
+            np.testing.assert_allclose(hits.scores[:, :k], found, rtol=1e-6, atol=1e-6)
+            assert (found <= np.sort(truth, axis=1)[:, k - 1 : k] + 1e-9).mean() > 0.9
+            table: Any = lancedb.connect(folder).open_table("vector_index")
+            assert table.schema.field("vector").type.value_type == pa.type_for_alias(vector_type)
+            plain = table.search(queries[0]).limit(k).to_arrow()["id"].to_pylist()
+            assert len(set(plain)) == k
+            # A reader without options, on half or 8-bit numbers, and by a graph over inner products: most of them.
+            kth = np.sort(truth[0])[k - 1]
+            assert (truth[0][plain] <= kth + 0.01 * abs(kth) + 0.01).mean() > 0.7
+
+
+def test_vectors_that_are_no_float16_numbers_are_not_rounded_silently(tmp_path: Path) -> None:
+    for value in (0.1, 1e6):
+        with pytest.raises(IndexBuildError, match="the vectors are not float16 numbers"):
+            make(tmp_path, np.full((2, DIM), value, np.float32), vector_type="float16")
+
+
+def test_filter_columns_of_large_shards_have_an_index_beside_that_of_the_vector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sf_pipelines.snapshot.index.lancedb._FILTER_INDEX_ROWS", 2000)
+    columns = {
+        "many": pa.array([None, *range(1, 2000)]),
+        "section": pa.array([f"s{n % 9}" for n in range(2000)]),
+        "flag": pa.array([n % 2 == 0 for n in range(2000)]),
+        "share": pa.array(np.where(np.arange(2000) % 3, 0.5, np.nan)),
+        "day": pa.array(np.arange(2000) % 30, pa.int32()).cast(pa.date32()),
+        "large": pa.array(np.arange(2000), pa.uint64()),
+    }
+    rows = table_of(list(range(2000)), clustered(2000, DIM))
+    for name, values in columns.items():
+        rows = rows.append_column(name, values)
+    backend, options = LanceDBBackend(), {"metric": DistanceMetric.L2, "params": IndexParams()}
+    backend.build(rows, tmp_path / "large", family=IndexFamily.IVF_SQ, **options)
+    backend.build(rows.slice(0, 1999), tmp_path / "small", family=IndexFamily.IVF_SQ, **options)
+    kinds = {
+        index.columns[0]: index.index_type
+        for index in lancedb.connect(tmp_path / "large").open_table("vector_index").list_indices()
+    }
+    trees = dict.fromkeys(("many", "share", "day", "large"), "BTree")
+    assert kinds == {"vector": "IvfSq", "section": "Bitmap", "flag": "Bitmap", **trees}
+    assert len(list(lancedb.connect(tmp_path / "small").open_table("vector_index").list_indices())) == 1
+    shard = backend.open(tmp_path / "large", metric=DistanceMetric.L2, dim=DIM, scan_bytes=0)
+    assert shard.indexed_rows == 2000
+    assert not shard._scans
 
 
 def test_raw_search_is_that_of_a_reader_without_options(tmp_path: Path) -> None:

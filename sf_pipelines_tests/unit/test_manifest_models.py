@@ -163,12 +163,18 @@ def test_a_wrong_vector_field_is_named(field: str, value: object) -> None:
         _ = manifest.vector
 
 
-@pytest.mark.parametrize("field", ["dim", "metric"])
-def test_a_missing_vector_field_is_named(field: str) -> None:
+@pytest.mark.parametrize(("field", "unified"), [("dim", False), ("dim", True), ("metric", True)])
+def test_a_missing_vector_field_is_named(field: str, unified: bool) -> None:
     custom = sample_manifest().custom
+    custom["vector"]["unified"] = unified
     del custom["vector"][field]
     with pytest.raises(ManifestError, match=rf"custom\.vector\.{field}"):
         _ = sample_manifest(custom=custom).vector
+
+
+def test_vector_only_snapshots_have_the_defaults_of_the_format() -> None:
+    found = sample_manifest(custom={"vector": {"dim": 4}}).vector
+    assert (found.metric, found.sharding_strategy, found.num_probes) == ("cosine", "explicit", 1)
 
 
 def test_no_vector_fields() -> None:
@@ -191,10 +197,15 @@ def test_fields_that_say_nothing_are_not_stored() -> None:
 
 def test_extras_are_optional() -> None:
     assert sample_manifest(custom={}).extras is None
-    assert sample_manifest(custom={"sf_pipelines": {"version": 2, "anything": 1}}).extras is None
     extras = sample_manifest().extras
     assert extras is not None
     assert (extras.build_key, extras.row_count, extras.recall) == ("bk", 30, {"at": 0.97})
+
+
+@pytest.mark.parametrize(("extras", "found"), [({"version": 2, "new": 1}, "2"), ({"build_key": "x"}, "'missing'")])
+def test_extras_of_another_version_are_an_error(extras: dict[str, Any], found: str) -> None:
+    with pytest.raises(ManifestError, match=rf"custom\.sf_pipelines\.version is {found}, must be 1"):
+        _ = sample_manifest(custom={"sf_pipelines": extras}).extras
 
 
 def test_wrong_extras_are_named() -> None:

@@ -3,11 +3,9 @@
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_pipelines.snapshot.errors import IntegrityError
 from sf_pipelines.snapshot.index.protocol import ShardHits
 from sf_pipelines.snapshot.reader.merge import Candidates, ShardAnswer
 
@@ -74,10 +72,20 @@ def test_no_shard_at_all_is_an_empty_answer() -> None:
     assert [step.counts.tolist() for step in candidates.curve(2)] == [[0, 0]] * 3
 
 
-def test_ids_of_two_types_are_an_error() -> None:
-    mixed = [
-        *answers_of({(0, 0): [(0.1, 5)]}, 1, 1, 1, text=False),
-        *answers_of({(0, 0): [(0.1, "5")]}, 1, 1, 1, text=True),
+def test_numbers_and_texts_are_merged_and_never_taken_for_each_other() -> None:
+    answers = [
+        *answers_of({(0, 0): [(0.1, 5), (0.2, 7)]}, 1, 1, 2, text=False),
+        *answers_of({(0, 1): [(0.1, "5"), (0.1, "4")]}, 2, 1, 2, text=True)[1:],
     ]
-    with pytest.raises(IntegrityError, match="ids of different types"):
-        Candidates(mixed, 1, 2)
+    merged = Candidates(answers, 1, 2).merge(4)
+    assert merged.arrays.ids.tolist() == [[5, "4", "5", 7]]
+    assert [type(row_id) for row_id in merged.arrays.ids[0]] == [int, str, str, int]
+    assert merged.shards.tolist() == [[0, 1, 1, 0]]
+    assert [step.ids.tolist() for step in Candidates(answers, 1, 2).curve(2)] == [[[5, 7]], [[5, "4"]]]
+
+
+def test_a_shard_may_hold_numbers_and_texts() -> None:
+    ids = np.array([["a", 3, None]], dtype=object)
+    hits = ShardHits(np.array([[0, 1, -1]]), ids, np.array([[0.5, 0.5, np.nan]]), np.array([2]))
+    merged = Candidates([ShardAnswer(0, np.arange(1), np.zeros(1, dtype=np.int64), hits)], 1, 1).merge(3)
+    assert merged.arrays.ids.tolist() == [[3, "a", None]]

@@ -17,6 +17,13 @@ def test_each_shard_is_asked_once_with_all_queries_that_want_it() -> None:
     assert list(Plan(np.empty((0, 2), dtype=np.int32)).by_shard()) == []
 
 
+def test_places_that_stay_empty_ask_nobody() -> None:
+    plan = Plan(np.array([[2, -1], [0, 2]], dtype=np.int32))
+    asked = {shard: (queries.tolist(), places.tolist()) for shard, queries, places in plan.by_shard()}
+    assert asked == {0: ([1], [0]), 2: ([0, 1], [0, 1])}
+    assert plan.asked() == [[2], [0, 2]]
+
+
 @pytest.mark.parametrize(
     ("queries", "message"),
     [

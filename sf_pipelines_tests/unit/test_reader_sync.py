@@ -1,7 +1,6 @@
 """The blocking reader over snapshots put together by hand."""
 
 import gc
-import hashlib
 import io
 import threading
 import time
@@ -34,6 +33,7 @@ from sf_pipelines.snapshot.reader.state import read_current
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.snapshots import brute_force, clustered, point_at, publish_by_hand
+from sf_pipelines_tests.snapshots import publish as publish_manifest
 
 DIM = 8
 CENTROIDS = np.concatenate([clustered(4, DIM, seed=0), np.full((1, DIM), 1e6, dtype=np.float32)])
@@ -239,7 +239,7 @@ def test_rows_that_do_not_add_up_are_an_error(store: Store, tmp_path: Path) -> N
     wrong = manifest.model_copy(
         update={"shards": (row.model_copy(update={"row_count": row.row_count + 1}), *manifest.shards[1:])}
     )
-    republish(store, wrong)
+    publish_manifest(store, wrong)
     with (
         opened(store, tmp_path) as reader,
         pytest.raises(CountMismatchError, match=f"manifest says {row.row_count + 1}"),
@@ -256,13 +256,6 @@ def test_the_manifest_must_be_the_one_that_the_pointer_sealed(store: Store, tmp_
     store.delete(name)
     with pytest.raises(ObjectMissingError, match="manifest"):
         opened(store, tmp_path)
-
-
-def republish(store: Store, manifest: Manifest) -> None:
-    name = manifest_name(manifest.run_id, manifest.created_at)
-    data = encode_manifest(manifest)
-    store.put(name, data)
-    point_at(store, name, manifest.run_id, hashlib.sha256(data).hexdigest())
 
 
 def saved(array: Any, **options: Any) -> bytes:
@@ -303,20 +296,8 @@ def test_double_precision_centroids_in_either_order_are_understood(store: Store,
         np.testing.assert_array_equal(reader.route_batch(QUERIES), order)
 
 
-@pytest.mark.parametrize(
-    ("custom", "message"),
-    [({"unified": True}, "unified snapshot"), ({"sharding_strategy": "lsh"}, "sharded by 'lsh'")],
-)
-def test_other_kinds_of_snapshots_are_refused(
-    store: Store, tmp_path: Path, custom: dict[str, Any], message: str
-) -> None:
-    publish(store, custom=custom)
-    with pytest.raises(SnapshotKindError, match=message):
-        opened(store, tmp_path)
-
-
 def test_a_key_value_snapshot_is_refused(store: Store, tmp_path: Path) -> None:
-    republish(store, publish(store).model_copy(update={"custom": {}}))
+    publish_manifest(store, publish(store).model_copy(update={"custom": {}}))
     with pytest.raises(SnapshotKindError, match="key-value snapshot"):
         opened(store, tmp_path)
 

@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting, train_centroids
+from sf_pipelines.snapshot.testing.routing import VectorRoutingConformance
 
 TABLE_CENTROIDS = np.array([[1, 0], [0, 1], [-1, 0], [1, 0]], dtype=np.float32)
 TABLE = {
@@ -93,3 +96,46 @@ def test_equal_vectors_give_repeated_centroids_and_one_full_shard() -> None:
 def test_more_shards_than_vectors_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_dbs 5 is more than the 3 vectors"):
         train_centroids(np.eye(3, dtype=np.float32), num_dbs=5, metric=DistanceMetric.L2, seed=0, max_iter=5)
+
+
+class TestClusterConforms(VectorRoutingConformance):
+    def routings(self) -> Iterable[ClusterRouting]:
+        rng = np.random.default_rng(9)
+        for metric in DistanceMetric:
+            yield ClusterRouting(rng.standard_normal((1, 3), dtype=np.float32), metric)
+            yield ClusterRouting(TABLE_CENTROIDS, metric)
+            yield ClusterRouting(rng.standard_normal((40, 24), dtype=np.float32), metric)
+
+
+@pytest.mark.parametrize("metric", list(DistanceMetric))
+def test_numbers_at_the_ends_of_float32(metric: DistanceMetric) -> None:
+    big = float(np.finfo(np.float32).max)
+    routing = ClusterRouting(np.array([[1, 1], [-1, 1], [0, 0]], dtype=np.float32), metric)
+    vectors = np.array([[big, big], [-big, big], [1e-30, 1e-30], [-1e-30, 1e-30]], dtype=np.float32)
+    order, _ = routing.probe(vectors)
+    assert routing.assign(vectors).tolist() == order[:, 0].tolist()
+    assert order.tolist() == [canonical_order(v, routing.centroids, metric) for v in vectors]
+
+
+def test_stock_probes_are_the_first_probes() -> None:
+    rng = np.random.default_rng(2)
+    routing = ClusterRouting(rng.standard_normal((5, 8)).astype(np.float32), DistanceMetric.L2)
+    vectors = rng.standard_normal((9, 8)).astype(np.float32)
+    assert np.array_equal(routing.stock_probe(vectors, 3), routing.probe(vectors)[0][:, :3])
+    assert routing.stock_probe(vectors, 7)[:, 5:].tolist() == [[-1, -1]] * 9
+
+
+def test_dot_product_centroids_are_of_unit_length_and_balanced() -> None:
+    rng = np.random.default_rng(4)
+    directions = rng.standard_normal((8, 16))
+    lengths = 10.0 ** rng.uniform(-1, 1, (4000, 1))
+    data = ((directions[rng.integers(0, 8, 4000)] + 0.2 * rng.standard_normal((4000, 16))) * lengths).astype(np.float32)
+    trained = train_centroids(data, num_dbs=8, metric=DistanceMetric.DOT_PRODUCT, seed=0, max_iter=50)
+    assert np.allclose(np.linalg.norm(trained.centroids, axis=1), 1, atol=1e-6)
+    counts = np.bincount(ClusterRouting(trained.centroids, DistanceMetric.DOT_PRODUCT).assign(data), minlength=8)
+    assert counts.min() > 0
+    assert counts.max() < 2.5 * counts.mean()
+    # Centres that keep their length draw everything to the longest.
+    long = train_centroids(data, num_dbs=8, metric=DistanceMetric.L2, seed=0, max_iter=50).centroids
+    drawn = np.bincount(ClusterRouting(long, DistanceMetric.DOT_PRODUCT).assign(data), minlength=8)
+    assert drawn.max() > counts.max()

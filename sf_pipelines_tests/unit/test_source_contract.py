@@ -290,13 +290,15 @@ def test_a_sample_does_not_depend_on_the_order_of_rows() -> None:
     vectors = np.repeat(ids[:, None], 3, axis=1).astype(np.float32)
     takes = []
     for order in (np.arange(600), rng.permutation(600)):
-        sample = SmallestHashSample(50, 3, pa.int64())
+        sample = SmallestHashSample(50, 3, pa.schema([("id", pa.int64()), ("place", pa.int64())]))
         for part in np.array_split(order, 7):
             column = pa.array(ids[part])
-            sample.add(column, hash_column(column), np.sort(part), vectors[part])
+            kept = pa.record_batch({"id": column, "place": pa.array(10 * ids[part])})
+            sample.add(kept, hash_column(column), np.sort(part), vectors[part])
         drawn, found = sample.take()
-        assert found[:, 0].tolist() == drawn.to_pylist()
-        takes.append(drawn.to_pylist())
+        assert found[:, 0].tolist() == drawn.column("id").to_pylist()
+        assert (10 * found[:, 0]).tolist() == drawn.column("place").to_pylist()
+        takes.append(drawn.column("id").to_pylist())
     assert takes[0] == takes[1]
     assert len(set(takes[0])) == 50
 

@@ -13,8 +13,10 @@ from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
 
-IdType = Literal["int64", "string"]
-# int64 ids, or str objects with None where there is no hit.
+# "mixed" (int and str in one shard) is what stock writers may leave in SQLite shards; ours never write it.
+IdType = Literal["int64", "string", "mixed"]
+VectorType = Literal["float32", "float16"]
+# int64 ids, or str (of mixed ones: int and str) objects with None where there is no hit.
 IdArray = NDArray[Any]
 
 # `auto`: below this many rows in the largest shard an exact scan is as fast as any index.
@@ -41,12 +43,13 @@ class IndexFamily(StrEnum):
     HNSW_FLAT = "hnsw_flat"
 
 
-def choose_family(index_type: str, largest_shard_rows: int) -> IndexFamily:
+def choose_family(index_type: str, largest_shard_rows: int, *, eight_bit: bool = False) -> IndexFamily:
     """The one family of a snapshot.
 
     Args:
         index_type: ``auto`` or a family's name.
         largest_shard_rows: rows of the largest shard.
+        eight_bit: ``auto`` must choose a family that indexes 8-bit numbers.
 
     Raises:
         ConfigError: no such family.
@@ -57,7 +60,7 @@ def choose_family(index_type: str, largest_shard_rows: int) -> IndexFamily:
         except ValueError as error:
             names = ", ".join(["auto", *IndexFamily])
             raise ConfigError(f"index_type {index_type!r} is unknown; use one of {names}") from error
-    if largest_shard_rows < FLAT_ROWS:
+    if largest_shard_rows < FLAT_ROWS and not eight_bit:
         return IndexFamily.FLAT
     return IndexFamily.IVF_SQ if largest_shard_rows <= IVF_ROWS else IndexFamily.HNSW
 
@@ -85,7 +88,7 @@ class ShardHits:
 
     Attributes:
         rows: row references within the shard, int64, shape (n, k), -1 where there is no hit.
-        ids: int64 or str objects, shape (n, k); 0 or None where there is no hit.
+        ids: int64 or objects (str; of mixed ids int and str), shape (n, k); 0 or None where there is no hit.
         scores: float64, shape (n, k), NaN where there is no hit.
         counts: hits of each query, shape (n,).
     """
@@ -124,7 +127,11 @@ class ShardIndex(Protocol):
         ...
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
-        """What a reader gets that passes no options and takes the library's own distance for a score."""
+        """What a reader gets that passes no options and takes the library's own distance for a score.
+
+        Raises:
+            QueryError: ``k`` is more than the library takes.
+        """
         ...
 
     def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
@@ -150,10 +157,15 @@ class IndexBackend(Protocol):
     Attributes:
         name: as in ``VectorSpec.backend``.
         directory: what a shard's directory holds: a folder or file of this name.
+        subfolder: where the index lies below the directory of a unified shard; empty where it shares the file with
+            the keys and values.
+        metrics: distances that it knows.
     """
 
     name: str
     directory: str
+    subfolder: str
+    metrics: frozenset[DistanceMetric]
 
     def build(
         self,
@@ -163,16 +175,18 @@ class IndexBackend(Protocol):
         family: IndexFamily,
         metric: DistanceMetric,
         params: IndexParams,
+        vector_type: VectorType = "float32",
     ) -> BuildReport:
-        """Writes a shard into an empty folder.
+        """Writes a shard's index into a folder.
 
         Args:
             rows: columns ``id`` (int64 or string), ``vector`` (fixed-size list of float32), ``payload``
                 (string: JSON or null), and any filter columns; at least one row.
-            folder: the shard's directory.
+            folder: where; it may hold a ``shard.db`` with keys and values already.
             family: index to build.
             metric: declared metric.
             params: knobs of the family.
+            vector_type: how vectors are stored; under ``float16`` those in ``rows`` are float16 numbers already.
 
         Raises:
             IndexBuildError: it cannot be built, or does not cover every row.
@@ -180,10 +194,10 @@ class IndexBackend(Protocol):
         ...
 
     def open(self, folder: Path, *, metric: DistanceMetric, dim: int, scan_bytes: int = SCAN_BYTES) -> ShardIndex:
-        """Opens a local shard directory for searching.
+        """Opens a local shard's index for searching.
 
         Args:
-            folder: the shard's directory.
+            folder: where it was built.
             metric: declared metric.
             dim: numbers in a vector.
             scan_bytes: a shard with at most so many bytes of vectors is searched by an exact scan in memory; 0 always

@@ -13,32 +13,41 @@ from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
 
 _EPS = float(np.finfo(np.float32).eps)
+# Products of longer vectors may not fit into float32: then every pair is decided in float64.
+_LONGEST = 1e18
 # Numbers of one block of candidates: 4 million float64 are 32 MB.
 _BLOCK = 4_000_000
 
 Int64 = NDArray[np.int64]
+# int64 or string; or numpy objects, int and str mixed.
+Ids = pa.Array | pa.ChunkedArray | IdArray
 
 
 class MemoryScan:
     """All vectors of a shard, ranked by a float32 matrix product and decided in float64.
 
     Attributes:
-        ids: Arrow array of int64 or string.
+        ids: Arrow array of int64 or string, or numpy objects, int and str mixed.
         rows: row references, ascending.
         vectors: float32, shape (rows, dim).
+
+    Args:
+        metric: declared metric.
+        lengths: ``lengths_of`` the vectors, where they are known.
     """
 
-    def __init__(self, ids: pa.Array, rows: Int64, vectors: Float32, metric: DistanceMetric) -> None:
+    def __init__(
+        self, ids: Ids, rows: Int64, vectors: Float32, metric: DistanceMetric, lengths: Float64 | None = None
+    ) -> None:
         self.ids = ids
         self.rows = rows
         self.vectors = vectors
         self._metric = metric
         self._ranks = id_ranks(ids)
-        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+        lengths = lengths_of(vectors) if lengths is None else lengths
         self._longest = float(lengths.max(initial=0.0))
-        self._halves = (np.square(lengths) / 2).astype(np.float32)
-        lengths[lengths == 0] = 1.0
-        self._inverse = (1.0 / lengths).astype(np.float32)
+        self._halves = (np.square(np.minimum(lengths, _LONGEST)) / 2).astype(np.float32)
+        self._inverse = (1.0 / np.where(lengths == 0, 1.0, lengths)).astype(np.float32)
         # A foreign snapshot may repeat an id; enough rows are taken for the merge to drop the repeats.
         self._repeats = int(np.unique(self._ranks, return_counts=True)[1].max(initial=1))
 
@@ -49,6 +58,8 @@ class MemoryScan:
 
     def search(self, queries: Float32, k: int) -> ShardHits:
         """The true nearest rows; see ``ShardIndex.search``."""
+        if not len(self.rows):
+            return no_hits(len(queries), self.ids)
         wanted = min(k * self._repeats, len(self.rows))
         step = max(1, _BLOCK // len(self.rows))
         parts = [self._block(queries[at : at + step], wanted) for at in range(0, len(queries), step)]
@@ -62,23 +73,7 @@ class MemoryScan:
         )
 
     def _block(self, queries: Float32, k: int) -> ShardHits:
-        keys = queries @ self.vectors.T
-        lengths = np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64))
-        # |fl(x.y) - x.y| <= n eps |x||y| for any order of additions (Higham, Accuracy and Stability, 3.1).
-        # Whatever is within twice the bound of the k-th best may belong to the answer and is looked at again,
-        # so neither the size of the batch nor the order of equal rows can change it.
-        bound = (self.vectors.shape[1] + 8) * _EPS * lengths
-        if self._metric is DistanceMetric.COSINE:
-            keys *= self._inverse
-        else:
-            bound = bound * self._longest
-        if self._metric is DistanceMetric.L2:
-            keys -= self._halves
-            bound = bound + 4 * _EPS * self._longest**2
-        kth = np.partition(keys, keys.shape[1] - k, axis=1)[:, keys.shape[1] - k]
-        # In float32, rounded down: a float64 threshold would widen the whole table.
-        least = np.nextafter((kth - 2 * bound).astype(np.float32), np.float32(-np.inf))
-        which, columns = np.nonzero(keys >= least[:, None])
+        which, columns = self._candidates(queries, k)
         scores = np.empty(len(which), dtype=np.float64)
         step = max(1, _BLOCK // self.vectors.shape[1])
         for at in range(0, len(which), step):
@@ -86,7 +81,32 @@ class MemoryScan:
             scores[part] = pair_distances(queries[which[part]], self.vectors[columns[part]], self._metric)
         best = first_k(which, scores, self._ranks[columns], len(queries), k)
         picked = columns[best.flat]
-        return best.hits(self.rows[picked], self.ids.take(pa.array(picked)), scores)
+        return best.hits(self.rows[picked], take_ids(self.ids, picked), scores)
+
+    def _candidates(self, queries: Float32, k: int) -> tuple[Int64, Int64]:
+        """Query and row of each pair that may belong to the k nearest."""
+        lengths = lengths_of(queries)
+        if max(self._longest, float(lengths.max(initial=0.0))) > _LONGEST:
+            every = np.arange(len(queries) * len(self.rows))
+            return every // len(self.rows), every % len(self.rows)
+        keys = queries @ self.vectors.T
+        # |fl(x.y) - x.y| <= n eps |x||y| for any order of additions (Higham, Accuracy and Stability, 3.1).
+        # Whatever is within twice the bound of the k-th best may belong to the answer and is looked at again,
+        # so neither the size of the batch nor the order of equal rows can change it.
+        bound = (self.vectors.shape[1] + 8) * _EPS * lengths
+        if self._metric is DistanceMetric.COSINE:
+            keys *= self._inverse
+        elif self._metric is DistanceMetric.L2:
+            keys -= self._halves
+            bound = bound * self._longest + 4 * _EPS * self._longest**2
+        else:
+            # Of short vectors, products that differ may give one and the same 1 - x.y: a tie to be broken by id.
+            bound = bound * self._longest + np.finfo(np.float64).eps
+        kth = np.partition(keys, keys.shape[1] - k, axis=1)[:, keys.shape[1] - k]
+        # In float32, rounded down: a float64 threshold would widen the whole table.
+        least = np.nextafter((kth - 2 * bound).astype(np.float32), np.float32(-np.inf))
+        which, columns = np.nonzero(keys >= least[:, None])
+        return which, columns
 
 
 class Selection:
@@ -102,7 +122,7 @@ class Selection:
         self._slot = slot
         self._shape = shape
 
-    def hits(self, rows: Int64, ids: pa.Array | pa.ChunkedArray, scores: Float64) -> ShardHits:
+    def hits(self, rows: Int64, ids: Ids, scores: Float64) -> ShardHits:
         """Spreads values over (query, slot).
 
         Args:
@@ -119,6 +139,11 @@ class Selection:
         out_ids = np.full(self._shape, 0 if values.dtype == np.int64 else None, dtype=values.dtype)
         out_ids[at] = values
         return ShardHits(out_rows, out_ids, out_scores, np.bincount(self._query, minlength=self._shape[0]))
+
+
+def lengths_of(vectors: Float32) -> Float64:
+    """Euclidean length of each vector, in float64: finite wherever the vector is."""
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
 
 
 def first_k(query: Int64, scores: Float64, ranks: Int64, n: int, k: int) -> Selection:
@@ -139,15 +164,56 @@ def first_k(query: Int64, scores: Float64, ranks: Int64, n: int, k: int) -> Sele
     return Selection(order[keep], grouped[keep], slot[keep], (n, k))
 
 
-def id_values(ids: pa.Array | pa.ChunkedArray) -> IdArray:
-    """Ids as numpy: int64, or str objects."""
+def no_hits(queries: int, ids: Ids) -> ShardHits:
+    """The answer of a shard without rows; its (no) ids say their type."""
+    shape = (queries, 0)
+    none = np.empty(shape, dtype=id_values(ids).dtype)
+    return ShardHits(np.empty(shape, np.int64), none, np.empty(shape), np.zeros(queries, dtype=np.int64))
+
+
+def take_ids(ids: Ids, positions: Int64) -> Ids:
+    """The ids at these positions."""
+    return ids[positions] if isinstance(ids, np.ndarray) else ids.take(pa.array(positions))
+
+
+def id_values(ids: Ids) -> IdArray:
+    """Ids as numpy: int64, or str objects (of mixed ids: int and str)."""
+    if isinstance(ids, np.ndarray):
+        return ids
     array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     return array.to_numpy(zero_copy_only=False)
 
 
-def id_ranks(ids: pa.Array | pa.ChunkedArray) -> Int64:
+def id_ranks(ids: Ids) -> Int64:
     """Numbers that sort as the ids do; equal ids get equal numbers."""
+    if isinstance(ids, np.ndarray):
+        return rank_values(ids)
     if pa.types.is_integer(ids.type):
         return id_values(ids)
+    return _dense_ranks(ids)
+
+
+def rank_values(values: IdArray) -> Int64:
+    """Numbers that sort as ids do, int before str; equal ids get equal numbers.
+
+    Args:
+        values: int64, or int and str objects, shape (n,).
+    """
+    if values.dtype != object:
+        return values.astype(np.int64)
+    kinds = set(map(type, values.tolist()))
+    if kinds <= {str}:
+        return _dense_ranks(pa.array(values, pa.string()))
+    if str not in kinds:
+        return values.astype(np.int64)
+    whole = np.fromiter((not isinstance(value, str) for value in values), dtype=bool, count=len(values))
+    ranks = np.empty(len(values), dtype=np.int64)
+    # Numbers are ranked, too: as they are, they could not be kept below the ranks of the texts.
+    ranks[whole] = _dense_ranks(pa.array(values[whole].astype(np.int64)))
+    ranks[~whole] = _dense_ranks(pa.array(values[~whole], pa.string())) + ranks[whole].max()
+    return ranks
+
+
+def _dense_ranks(ids: pa.Array | pa.ChunkedArray) -> Int64:
     ranks = pc.call_function("rank", [ids], pc.RankOptions(sort_keys="ascending", tiebreaker="dense"))
     return ranks.to_numpy().astype(np.int64)

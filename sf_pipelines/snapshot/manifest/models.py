@@ -141,6 +141,9 @@ class ShardingRecord(WireModel):
 class VectorMeta(WireModel):
     """``custom.vector``: what a vector reader needs. Unknown fields are somebody else's and ignored.
 
+    Vector-only snapshots may leave out ``metric`` (cosine) and ``sharding_strategy`` (explicit): readers of the format
+    take these defaults. In unified ones the metric is required.
+
     Attributes:
         dim: numbers in a vector.
         metric: declared distance.
@@ -181,6 +184,13 @@ class VectorMeta(WireModel):
     kv_backend: Literal["sqlite-vec", "sqlite", "slatedb"] | None = None
     index_params: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _vector_only_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("unified", False) is not False:
+            return data
+        return {"metric": DistanceMetric.COSINE, "sharding_strategy": "explicit", **data}
+
     def to_custom(self) -> dict[str, Any]:
         """The fields as the manifest stores them: those that say nothing are left out."""
         fields = self.model_dump(mode="json", exclude_none=True)
@@ -199,6 +209,11 @@ class SnapshotExtras(WireModel):
         gate_key: digest of the gate that the snapshot was assembled for.
         index_family: index of all shards.
         id_type: ``int64`` or ``string``.
+        backend: index library of the shards.
+        vector_type: how vectors are stored; under ``float16`` they are routed as rounded to it.
+        filter_columns: columns beside the vector with their Arrow types.
+        key_type: type of the keys (unified snapshots).
+        value_format: ``json`` object of columns or ``bytes`` as given (unified snapshots).
         row_count: rows of all shards.
         rejected: rows that the data contract turned away.
         recall: figures of the measurement that chose ``num_probes``.
@@ -212,6 +227,11 @@ class SnapshotExtras(WireModel):
     gate_key: str
     index_family: str
     id_type: Literal["int64", "string"]
+    backend: Literal["lancedb", "sqlite-vec"] = "lancedb"
+    vector_type: Literal["float32", "float16"] = "float32"
+    filter_columns: dict[str, str] = Field(default_factory=dict)
+    key_type: Literal["int64", "string", "bytes"] | None = None
+    value_format: Literal["json", "bytes"] | None = None
     row_count: Count
     rejected: Count = 0
     recall: dict[str, Any] = Field(default_factory=dict)
@@ -269,14 +289,20 @@ class Manifest(WireModel):
 
     @property
     def extras(self) -> SnapshotExtras | None:
-        """What this package added; None in snapshots of others and of versions that are not known here.
+        """What this package added; None in snapshots of others.
 
         Raises:
-            ManifestError: a field is missing or of the wrong type.
+            ManifestError: a field is missing, of the wrong type or of another version: what it says of how vectors are
+                stored and found may then mean something else.
         """
         found = self.custom.get(EXTRAS_KEY)
-        if found is None or (isinstance(found, dict) and found.get("version") != EXTRAS_VERSION):
+        if found is None:
             return None
+        if isinstance(found, dict) and found.get("version") != EXTRAS_VERSION:
+            raise ManifestError(
+                f"custom.{EXTRAS_KEY}.version is {found.get('version', 'missing')!r:.40}, must be {EXTRAS_VERSION}; "
+                "use the version of this package that wrote it"
+            )
         return self._part(SnapshotExtras, EXTRAS_KEY)
 
     def validated(self) -> Self:

@@ -14,6 +14,7 @@ from sf_pipelines.snapshot.errors import (
     ObjectMissingError,
     ReaderClosedError,
     SfPipelinesError,
+    SnapshotKindError,
     SnapshotNotFoundError,
 )
 from sf_pipelines.snapshot.index.protocol import SCAN_BYTES, ShardHits, ShardIndex
@@ -23,12 +24,14 @@ from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES, ShardCache
 from sf_pipelines.snapshot.reader.handles import ShardHandles
 from sf_pipelines.snapshot.reader.merge import Candidates, ShardAnswer
 from sf_pipelines.snapshot.reader.plan import Plan, positive
-from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed, load_state, read_current
+from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, load_pointed, load_state, read_current
 from sf_pipelines.snapshot.reader.types import RefreshOutcome
 from sf_pipelines.snapshot.store import Store
 
 DEFAULT_MEMORY = 2 * 1024**3
 _THREADS = 4
+_KINDS: dict[SnapshotKind, str] = {"vector": "vector-only snapshot", "unified": "unified snapshot (keys and vectors)"}
+_READERS: dict[SnapshotKind, str] = {"vector": "ShardedVectorReader", "unified": "UnifiedShardedReader"}
 
 JobT = TypeVar("JobT")
 AnswerT = TypeVar("AnswerT")
@@ -68,9 +71,11 @@ class ReaderCore:
         max_memory: bytes that open shards may hold.
         scan_bytes: see ``IndexBackend.open``.
         preload: open every shard before a snapshot is served.
+        kind: of the snapshots that are served.
 
     Raises:
         SnapshotNotFoundError: nothing is published under the root.
+        SnapshotKindError: the snapshot is of another kind.
     """
 
     def __init__(
@@ -85,13 +90,15 @@ class ReaderCore:
         max_memory: int = DEFAULT_MEMORY,
         scan_bytes: int = SCAN_BYTES,
         preload: bool,
+        kind: SnapshotKind,
     ) -> None:
         self._max_open = None if max_cached_shards is None else positive(max_cached_shards, "max_cached_shards")
         self._max_memory = max_memory
         self._scan_bytes = scan_bytes
         self._pinned = manifest_key
         self._preload = preload
-        self.store = _open_root(root, s3)
+        self._kind = kind
+        self.store = open_root(root, s3)
         self._cache = ShardCache(cache_dir, cache_bytes)
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
@@ -183,6 +190,11 @@ class ReaderCore:
         return self._make(load_pointed(self.store, pointer))
 
     def _make(self, state: SnapshotState) -> Serving:
+        if state.kind != self._kind:
+            raise SnapshotKindError(
+                f"manifest {self.store.url_of(state.manifest_key)} is of a {_KINDS[state.kind]}; open it with "
+                f"{_READERS[state.kind]}"
+            )
         handles = ShardHandles(
             state,
             self.store,
@@ -195,8 +207,8 @@ class ReaderCore:
             try:
                 for shard in state.shards:
                     if shard.key is not None:
-                        with handles.borrow(shard.db_id):
-                            continue
+                        with handles.borrow(shard.db_id) as opened:
+                            opened.open_all()
             except SfPipelinesError:
                 handles.close()
                 raise
@@ -226,8 +238,8 @@ class ReaderCore:
 
         def one(job: tuple[int, np.ndarray, np.ndarray]) -> ShardAnswer:
             shard, which, places = job
-            with serving.handles.borrow(shard) as index:
-                return ShardAnswer(shard, which, places, ask(index, queries[which], k))
+            with serving.handles.borrow(shard) as opened:
+                return ShardAnswer(shard, which, places, ask(opened.index, queries[which], k))
 
         answers = self.spread(one, jobs)
         return Candidates(answers, *plan.shards.shape)
@@ -237,7 +249,12 @@ class ReaderCore:
         return [work(job) for job in jobs] if len(jobs) < 2 else list(self._threads.map(work, jobs))
 
 
-def _open_root(root: str | Path, s3: S3Options | None) -> Store:
+def open_root(root: str | Path, s3: S3Options | None) -> Store:
+    """The store below a root that something should have been published under.
+
+    Raises:
+        SnapshotNotFoundError: there is no such folder.
+    """
     try:
         return Store.open(root, s3)
     except ObjectMissingError as error:

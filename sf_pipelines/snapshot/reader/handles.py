@@ -2,22 +2,136 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
 
-from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError
-from sf_pipelines.snapshot.index import backend_named
-from sf_pipelines.snapshot.index.protocol import ShardIndex
+from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, ReaderClosedError
+from sf_pipelines.snapshot.index import backend_in, backend_named
+from sf_pipelines.snapshot.index.key_value import KeyValueShard
+from sf_pipelines.snapshot.index.protocol import SCAN_BYTES, ShardIndex
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState
 from sf_pipelines.snapshot.store import Store
+
+PartT = TypeVar("PartT", ShardIndex, KeyValueShard)
+
+
+def open_index(state: SnapshotState, folder: Path, *, scan_bytes: int = SCAN_BYTES) -> ShardIndex:
+    """The vector index of a shard's local copy.
+
+    Args:
+        state: its snapshot.
+        folder: the copy.
+        scan_bytes: see ``IndexBackend.open``.
+
+    Raises:
+        IntegrityError: it is no readable shard of this snapshot.
+    """
+    backend = backend_in(folder) if state.backend is None else backend_named(state.backend)
+    where = folder / backend.subfolder if state.kind == "unified" else folder
+    return backend.open(where, metric=state.metric, dim=state.dim, scan_bytes=scan_bytes)
+
+
+class OpenShard:
+    """A shard's local copy. Its parts are opened when they are first asked for. Thread-safe.
+
+    Args:
+        state: its snapshot.
+        entry: the shard.
+        folder: the copy.
+        where: its address, for errors.
+        scan_bytes: see ``IndexBackend.open``.
+    """
+
+    def __init__(self, state: SnapshotState, entry: ShardEntry, folder: Path, where: str, scan_bytes: int) -> None:
+        self._state = state
+        self._entry = entry
+        self._folder = folder
+        self._name = f"shard {entry.db_id} at {where}"
+        self._scan_bytes = scan_bytes
+        self._lock = threading.Lock()
+        self._index: ShardIndex | None = None
+        self._keys: KeyValueShard | None = None
+        self._closed = False
+
+    @property
+    def index(self) -> ShardIndex:
+        """The vector index.
+
+        Raises:
+            IntegrityError: it cannot be read.
+            CountMismatchError: it has other rows than the manifest says.
+        """
+        index = self._index
+        if index is None:
+            with self._lock:
+                index = self._index = self._index or self._opened(self._open_index, self._check_vectors)
+        return index
+
+    @property
+    def keys(self) -> KeyValueShard:
+        """The keys and values, in a unified snapshot; errors as of ``index``."""
+        keys = self._keys
+        if keys is None:
+            with self._lock:
+                keys = self._keys = self._keys or self._opened(lambda: KeyValueShard(self._folder), self._check_keys)
+        return keys
+
+    def open_all(self) -> None:
+        """Opens every part that a snapshot of this kind has; errors as of ``index``."""
+        _ = self.index
+        if self._state.kind == "unified":
+            _ = self.keys
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory it holds at present."""
+        index = self._index
+        return 0 if index is None else index.memory_bytes
+
+    def close(self) -> None:
+        """Closes what was opened."""
+        with self._lock:
+            self._closed = True
+            for part in (self._index, self._keys):
+                if part is not None:
+                    part.close()
+
+    def _open_index(self) -> ShardIndex:
+        return open_index(self._state, self._folder, scan_bytes=self._scan_bytes)
+
+    def _opened(self, opener: Callable[[], PartT], check: Callable[[int], str | None]) -> PartT:
+        if self._closed:
+            raise ReaderClosedError(f"{self._name} was closed")
+        try:
+            part = opener()
+        except IntegrityError as error:
+            raise IntegrityError(f"{self._name} cannot be read: {error}") from error
+        with ExitStack() as on_failure:
+            on_failure.callback(part.close)
+            if fault := check(part.rows):
+                raise CountMismatchError(f"{self._name} has {part.rows} {fault}, the manifest says {self._entry.rows}")
+            on_failure.pop_all()
+        return part
+
+    def _check_vectors(self, rows: int) -> str | None:
+        # Others count what they wrote into the table of keys, and a record need not come with a vector.
+        strict = self._state.kind == "vector" or self._state.is_ours
+        return "rows" if strict and rows != self._entry.rows else None
+
+    def _check_keys(self, rows: int) -> str | None:
+        # Others count a key again each time that it is written; the table holds it once.
+        wrong = rows != self._entry.rows if self._state.is_ours else rows > self._entry.rows
+        return "keys" if wrong else None
 
 
 class _Handle:
     """An opened shard and the hold on its local copy."""
 
-    def __init__(self, index: ShardIndex, held: ExitStack) -> None:
-        self.index = index
+    def __init__(self, shard: OpenShard, held: ExitStack) -> None:
+        self.shard = shard
         self.held = held
         self.users = 0
         self.last_use = time.monotonic()
@@ -57,7 +171,7 @@ class ShardHandles:
         self._closed = False
 
     @contextmanager
-    def borrow(self, db_id: int) -> Iterator[ShardIndex]:
+    def borrow(self, db_id: int) -> Iterator[OpenShard]:
         """An opened shard that stays open for as long as the block lasts.
 
         Raises:
@@ -66,7 +180,7 @@ class ShardHandles:
         """
         handle = self._take(db_id)
         try:
-            yield handle.index
+            yield handle.shard
         finally:
             self._give_back(handle)
 
@@ -112,36 +226,26 @@ class ShardHandles:
         with self._lock:
             surplus = self._surplus()
         for handle in surplus:
-            handle.index.close()
             handle.held.close()
 
     def _surplus(self) -> list[_Handle]:
         idle = sorted((handle.last_use, db_id) for db_id, handle in self._handles.items() if not handle.users)
-        memory = sum(handle.index.memory_bytes for handle in self._handles.values())
+        memory = sum(handle.shard.memory_bytes for handle in self._handles.values())
         out: list[_Handle] = []
         for _, db_id in idle:
             too_many = self._max_open is not None and len(self._handles) > self._max_open
             if not (self._closed or too_many or memory > self._max_memory):
                 break
             handle = self._handles.pop(db_id)
-            memory -= handle.index.memory_bytes
+            memory -= handle.shard.memory_bytes
             out.append(handle)
         return out
 
     def _open(self, shard: ShardEntry) -> _Handle:
         if shard.key is None:
             raise ValueError(f"shard {shard.db_id} is empty and has nothing to open")
-        where = self._store.url_of(shard.key)
         with ExitStack() as held:
             folder = held.enter_context(self._cache.checkout(self._store, shard.key, shard.objects))
-            try:
-                backend = backend_named(self.state.backend)
-                index = backend.open(folder, metric=self.state.metric, dim=self.state.dim, scan_bytes=self._scan_bytes)
-            except IntegrityError as error:
-                raise IntegrityError(f"shard {shard.db_id} at {where} cannot be searched: {error}") from error
-            held.callback(index.close)
-            if index.rows != shard.rows:
-                raise CountMismatchError(
-                    f"shard {shard.db_id} at {where} has {index.rows} rows, the manifest says {shard.rows}"
-                )
-            return _Handle(index, held.pop_all())
+            opened = OpenShard(self.state, shard, folder, self._store.url_of(shard.key), self._scan_bytes)
+            held.callback(opened.close)
+            return _Handle(opened, held.pop_all())

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.errors import IntegrityError
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
-from sf_pipelines.snapshot.index.scan import id_ranks
+from sf_pipelines.snapshot.index.scan import rank_values
 from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
 
@@ -62,9 +60,8 @@ class Candidates:
         width = max((answer.hits.rows.shape[1] for answer in answers), default=0)
         shape = (queries, places, width)
         kinds = {answer.hits.ids.dtype for answer in answers}
-        if len(kinds) > 1:
-            raise IntegrityError("the shards of this snapshot hold ids of different types; build it again")
-        kind = kinds.pop() if kinds else np.dtype(np.int64)
+        # Others may have written numbers into one shard and text into the next: objects hold both.
+        kind = np.dtype(np.int64) if kinds <= {np.dtype(np.int64)} else np.dtype(object)
         self.ids: IdArray = np.full(shape, 0 if kind == np.int64 else None, dtype=kind)
         self.scores: Float64 = np.full(shape, np.inf)
         self.rows: Int64 = np.full(shape, -1, dtype=np.int64)
@@ -123,7 +120,8 @@ class Candidates:
             return self.ids
         out = np.zeros(self.ids.shape, dtype=np.int64)
         hit = self.rows >= 0
-        out[hit] = id_ranks(pa.array(self.ids[hit], type=pa.string()))
+        if hit.any():
+            out[hit] = rank_values(self.ids[hit])
         return out
 
 

@@ -1,6 +1,6 @@
 """Which shards are asked for which queries. Pure functions over a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.errors import QueryError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.routing.protocol import Int32
+from sf_pipelines.snapshot.reader.state import SnapshotState
+from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
+from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
 Int64 = NDArray[np.int64]
+Context = Mapping[str, Any]
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,8 @@ class Plan:
     """Shards of a batch of queries.
 
     Attributes:
-        shards: shards of each query in the order in which they are asked, shape (n, probes).
+        shards: shards of each query in the order in which they are asked, shape (n, probes); -1 where a query asks
+            fewer.
     """
 
     shards: Int32
@@ -31,7 +38,94 @@ class Plan:
         order = np.argsort(flat, kind="stable")
         ids, starts = np.unique(flat[order], return_index=True)
         for shard, part in zip(ids.tolist(), np.split(order, starts[1:]) if n and probes else [], strict=True):
-            yield shard, part // probes, part % probes
+            if shard >= 0:
+                yield shard, part // probes, part % probes
+
+    def asked(self) -> list[list[int]]:
+        """Shards of each query, without the places that stay empty."""
+        return [[shard for shard in row if shard >= 0] for row in self.shards.tolist()]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller says of the shards to ask; nothing leaves it to the snapshot.
+
+    Attributes:
+        num_probes: so many, nearest first.
+        shard_ids: exactly these, by every query.
+        routing_context: those that hold these values: one context for all queries, or one for each.
+        homes: for each query the one shard that it is about, shape (n,): measures snapshots whose queries cannot be
+            routed by their vector.
+    """
+
+    num_probes: int | None = None
+    shard_ids: Sequence[int] | None = None
+    routing_context: Context | Sequence[Context] | None = None
+    homes: Int32 | None = None
+
+
+def plan_for(state: SnapshotState, queries: Float32, wanted: Wanted) -> Plan:
+    """Shards to ask: those that are named, else those of the context, else by vector, else all (with keys).
+
+    Args:
+        state: the snapshot.
+        queries: shape (n, dim).
+        wanted: what the caller says.
+
+    Raises:
+        QueryError: that means nothing for this snapshot, or is not enough to know the shards.
+    """
+    routing, num_dbs = state.routing, state.manifest.num_dbs
+    if wanted.num_probes is not None and not isinstance(routing, VectorRouting):
+        raise QueryError(
+            f"num_probes is for snapshots sharded by vector; this one is sharded by {routing.strategy!r}, leave it out"
+        )
+    if wanted.routing_context is not None and not isinstance(routing, CelRouting):
+        raise QueryError(
+            "routing_context is for snapshots sharded by an expression ('cel'); this one is sharded by "
+            f"{routing.strategy!r}, leave it out"
+        )
+    if wanted.homes is not None:
+        return _homes(state, wanted.homes, len(queries))
+    if wanted.shard_ids is not None:
+        if wanted.num_probes is not None:
+            raise QueryError("num_probes and shard_ids exclude each other: shard_ids already says which are asked")
+        return named_shards(wanted.shard_ids, num_dbs, len(queries))
+    if isinstance(routing, VectorRouting):
+        probes = probes_of(wanted.num_probes, state.vector.num_probes, num_dbs)
+        return Plan(routing.probe(routable(state, queries))[0][:, :probes])
+    if wanted.routing_context is not None and isinstance(routing, CelRouting):
+        return _located(routing, wanted.routing_context, len(queries))
+    return _everywhere(state, len(queries))
+
+
+def stock_plan(state: SnapshotState, queries: Float32, num_probes: int, homes: Int32 | None) -> Plan:
+    """The shards that a stock reader asks, in its order; see ``plan_for``."""
+    if homes is not None or not isinstance(state.routing, VectorRouting):
+        return plan_for(state, queries, Wanted(homes=homes))
+    probes = probes_of(num_probes, num_probes, state.manifest.num_dbs)
+    return Plan(state.routing.stock_probe(queries, probes))
+
+
+def order_for(state: SnapshotState, queries: Float32, homes: Int32 | None) -> Int32:
+    """All shards that queries may ask, in the order of their turn; shape (n, shards)."""
+    probes = state.manifest.num_dbs if isinstance(state.routing, VectorRouting) else None
+    return plan_for(state, queries, Wanted(num_probes=probes, homes=homes)).shards
+
+
+def routable(state: SnapshotState, queries: Float32) -> Float32:
+    """Queries as they are compared with what routes: rounded as the stored vectors are.
+
+    A stored vector so always finds the shard that it was put in. Numbers beyond float16 become its largest; what
+    rounds to zero would lose its direction and stays as it is.
+    """
+    if state.vector_type != "float16":
+        return queries
+    rounded = np.clip(queries, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16).astype(np.float32)
+    if state.metric.normalises:
+        lost = ~rounded.any(axis=1)
+        rounded[lost] = queries[lost]
+    return rounded
 
 
 def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
@@ -61,6 +155,11 @@ def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
         if len(zero):
             raise QueryError(f"query {zero[0]} is zero: it has no direction, which {metric} needs")
     return rows
+
+
+def one(query: ArrayLike) -> Any:
+    """A batch of one query."""
+    return [query]
 
 
 def positive(value: int, name: str) -> int:
@@ -97,4 +196,44 @@ def named_shards(shard_ids: Sequence[int], num_dbs: int, queries: int) -> Plan:
         raise QueryError(f"shard_ids names a shard twice: {shards}")
     if not shards:
         raise QueryError("shard_ids is empty; leave it out to let the snapshot route the query")
-    return Plan(np.tile(np.array(shards, dtype=np.int32), (queries, 1)))
+    return _same(np.array(shards, dtype=np.int32), queries)
+
+
+def _same(shards: Int32, queries: int) -> Plan:
+    """One order for all queries, held once."""
+    return Plan(np.broadcast_to(shards, (queries, len(shards))))
+
+
+def _homes(state: SnapshotState, homes: Int32, queries: int) -> Plan:
+    if not isinstance(state.routing, CelRouting | ExplicitRouting):
+        raise QueryError(f"homes is for snapshots sharded by cel or explicit, not by {state.routing.strategy!r}")
+    num_dbs = state.manifest.num_dbs
+    if homes.shape != (queries,) or homes.dtype.kind != "i" or ((homes < 0) | (homes >= num_dbs)).any():
+        raise QueryError(f"homes must name one shard from 0 to {num_dbs - 1} for each of {queries} queries")
+    return Plan(homes.astype(np.int32)[:, None])
+
+
+def _located(routing: CelRouting, given: Context | Sequence[Context], queries: int) -> Plan:
+    if isinstance(given, Mapping):
+        return Plan(np.full((queries, 1), routing.locate(given), dtype=np.int32))
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise QueryError(f"routing_context must be a mapping, or one for each query, not {type(given).__name__}")
+    if len(given) != queries:
+        raise QueryError(f"routing_context has {len(given)} contexts for {queries} queries; give one for each, or one")
+    for at, context in enumerate(given):
+        if not isinstance(context, Mapping):
+            raise QueryError(f"routing_context {at} must be a mapping, not {type(context).__name__}")
+    homes = np.fromiter((routing.locate(context) for context in given), dtype=np.int32, count=queries)
+    return Plan(homes[:, None])
+
+
+def _everywhere(state: SnapshotState, queries: int) -> Plan:
+    if state.kind == "unified":
+        return _same(np.arange(state.manifest.num_dbs, dtype=np.int32), queries)
+    if isinstance(state.routing, CelRouting):
+        names = ", ".join(state.routing.columns)
+        raise QueryError(
+            f"this snapshot is sharded by an expression over {names}: give routing_context with a value for each, or "
+            "shard_ids"
+        )
+    raise QueryError("the rows of this snapshot named their shards themselves ('explicit'): give shard_ids")

@@ -1,31 +1,31 @@
 """A snapshot as a reader holds it: decoded, checked, immutable."""
 
 import hashlib
-import io
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
-import numpy as np
-
+from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import (
     DigestMismatchError,
     ManifestError,
     SnapshotKindError,
     SnapshotNotFoundError,
 )
+from sf_pipelines.snapshot.index.protocol import VectorType
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, VectorMeta
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_key
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.routing.cluster import ClusterRouting
+from sf_pipelines.snapshot.metric import DistanceMetric
+from sf_pipelines.snapshot.reader.stored_routing import load_routing
 from sf_pipelines.snapshot.routing.protocol import Routing
 from sf_pipelines.snapshot.store import Store
 
-_BACKEND = "lancedb"
-_HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+SnapshotKind = Literal["vector", "unified"]
+
+# What readers of the format take where the manifest says nothing.
+_UNIFIED_BACKEND = "lancedb"
+_KV_BACKEND = "slatedb"
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ class SnapshotState:
         manifest_key: its key under the root.
         manifest_digest: SHA-256 (hex) of its bytes.
         published_at: when the pointer was moved to it; None when it was not read through the pointer.
+        kind: ``vector``, or ``unified`` where the shards hold keys and values too.
         vector: the manifest's vector fields.
-        backend: index library of the shards.
+        backend: index library of the shards; None where the manifest does not say: the shards' files tell.
+        vector_type: how vectors are stored; queries are routed as rounded to it.
+        key_encoding: how keys are stored (unified).
         routing: which shards to ask.
         shards: every shard, empty ones included; position is the shard's number.
     """
@@ -66,10 +69,18 @@ class SnapshotState:
     manifest_key: str
     manifest_digest: str
     published_at: datetime | None
+    kind: SnapshotKind
     vector: VectorMeta
-    backend: str
+    backend: str | None
+    vector_type: VectorType
+    key_encoding: KeyEncoding
     routing: Routing
     shards: tuple[ShardEntry, ...]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this package wrote it."""
+        return self.manifest.extras is not None
 
     @property
     def metric(self) -> DistanceMetric:
@@ -127,7 +138,7 @@ def load_state(
         ObjectMissingError: the manifest or a routing artifact is gone.
         DigestMismatchError: they are not the bytes that were sealed.
         ManifestError: they cannot be understood or contradict each other; names the field.
-        SnapshotKindError: it is not a vector-only snapshot of a strategy that is known here.
+        SnapshotKindError: it has no vectors, or keeps its keys where they cannot be read.
     """
     data = store.get(key)
     where = store.url_of(key)
@@ -136,20 +147,47 @@ def load_state(
         raise DigestMismatchError(f"manifest {where} has SHA-256 {found}, the pointer says {digest}")
     manifest = decode_manifest(data, where=where)
     if "vector" not in manifest.custom:
-        raise SnapshotKindError(f"manifest {where} has no custom.vector: it is a key-value snapshot")
-    vector = manifest.vector
+        raise SnapshotKindError(
+            f"manifest {where} has no custom.vector: it is of a key-value snapshot, which has nothing to search; "
+            "write it with vectors, or read it with the library that wrote it"
+        )
+    try:
+        return _state(store, manifest, key, found, published_at)
+    except ManifestError as error:
+        raise ManifestError(f"manifest {where}: {error}") from error
+
+
+def _state(store: Store, manifest: Manifest, key: str, digest: str, published_at: datetime | None) -> SnapshotState:
+    vector, extras = manifest.vector, manifest.extras
+    backend = extras.backend if extras else None
     if vector.unified:
-        raise SnapshotKindError(f"manifest {where} is of a unified snapshot; this reader serves vector-only ones")
+        backend = vector.backend or _UNIFIED_BACKEND
+        _check_keys_can_be_read(vector, backend, store.url_of(key))
     return SnapshotState(
         manifest=manifest,
         manifest_key=key,
-        manifest_digest=found,
+        manifest_digest=digest,
         published_at=published_at,
+        kind="unified" if vector.unified else "vector",
         vector=vector,
-        backend=vector.backend or _BACKEND,
-        routing=_routing(store, manifest, vector, where),
+        backend=backend,
+        vector_type=extras.vector_type if extras else "float32",
+        key_encoding=manifest.key_encoding,
+        routing=load_routing(store, manifest, vector),
         shards=_shard_table(manifest),
     )
+
+
+def _check_keys_can_be_read(vector: VectorMeta, backend: str, where: str) -> None:
+    kv_backend = vector.kv_backend or _KV_BACKEND
+    # Beside LanceDB, readers of the format take everything but plain SQLite for SlateDB.
+    readable = {"sqlite"} if backend == "lancedb" else {"sqlite", "sqlite-vec"}
+    if kv_backend not in readable:
+        said = "absent, which means 'slatedb'" if vector.kv_backend is None else repr(vector.kv_backend)
+        raise SnapshotKindError(
+            f"manifest {where}: custom.vector.kv_backend is {said} (backend {backend!r}): keys and values are read "
+            f"from SQLite only; write the snapshot with kv_backend {' or '.join(map(repr, sorted(readable)))}"
+        )
 
 
 def _shard_table(manifest: Manifest) -> tuple[ShardEntry, ...]:
@@ -163,42 +201,3 @@ def _shard_table(manifest: Manifest) -> tuple[ShardEntry, ...]:
         key = manifest.key_of(row.db_url, field=f"shards row db_id={db_id} db_url")
         entries.append(ShardEntry(db_id, key, row.row_count, row.checkpoint_id, row.objects))
     return tuple(entries)
-
-
-def _routing(store: Store, manifest: Manifest, vector: VectorMeta, where: str) -> Routing:
-    strategy = vector.sharding_strategy
-    if strategy != "cluster":
-        raise SnapshotKindError(f"manifest {where}: snapshots sharded by {strategy!r} are not served by this version")
-    if vector.centroids_ref is None:
-        raise ManifestError(f"manifest {where}: custom.vector.centroids_ref is missing")
-    key = manifest.key_of(vector.centroids_ref, field="custom.vector.centroids_ref")
-    data = store.get(key)
-    extras = manifest.extras
-    sealed = extras.routing_sha256 if extras else None
-    found = hashlib.sha256(data).hexdigest()
-    if sealed is not None and sealed != found:
-        raise DigestMismatchError(f"{store.url_of(key)} has SHA-256 {found}, the manifest says {sealed}")
-    shape = (manifest.num_dbs, vector.dim)
-    return ClusterRouting(_matrix(data, shape, f"custom.vector.centroids_ref {store.url_of(key)}"), vector.metric)
-
-
-def _matrix(data: bytes, shape: tuple[int, int], field: str) -> Float32:
-    """Rows of an ``.npy`` file. Its header is believed only after it was compared with what must be there."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        found, column_major, dtype = _HEADER_READERS[version](file)
-    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError) as error:
-        raise ManifestError(f"{field} is no .npy file that can be used: {error}") from error
-    if found != shape:
-        raise ManifestError(f"{field} has shape {found}, must be {shape}: one row per shard, dim numbers each")
-    if dtype.name not in {"float16", "float32", "float64"}:
-        raise ManifestError(f"{field} holds {dtype}, must hold floating-point numbers")
-    if len(data) - file.tell() != shape[0] * shape[1] * dtype.itemsize:
-        raise ManifestError(f"{field} is {len(data)} bytes long, which is not what its header says")
-    flat = np.frombuffer(data, dtype=dtype, offset=file.tell())
-    with np.errstate(over="ignore"):
-        rows = flat.reshape(shape, order="F" if column_major else "C").astype(np.float32)
-    if not np.isfinite(rows).all():
-        raise ManifestError(f"{field} holds NaN or infinity")
-    return rows

@@ -50,7 +50,8 @@ class SearchArrays:
     """Answers to many queries, as arrays.
 
     Attributes:
-        ids: shape (n, k): int64 or str objects; where a query has fewer than k hits, an object array with None.
+        ids: shape (n, k): int64 or str objects (in snapshots of others maybe both); where a query has fewer than k
+            hits, an object array with None.
         scores: float64, shape (n, k), NaN where there is no hit.
         counts: hits of each query, shape (n,).
     """
@@ -70,7 +71,11 @@ class SnapshotInfo:
         dim: numbers in a vector.
         metric: declared distance.
         sharding: strategy.
-        num_probes: shards asked by default.
+        kind: ``vector``, or ``unified`` with keys and values too.
+        backend: index library of the shards; None where the manifest does not say.
+        key_encoding: how keys are stored, in a unified snapshot.
+        cel_columns: values that a ``routing_context`` gives, with their CEL types; empty for other strategies.
+        num_probes: shards asked by default; of a unified snapshot all, without a ``routing_context``.
         manifest_ref: address of its manifest under the reader's root.
         total_vectors: rows of all shards.
         created_at: when it was built.
@@ -82,11 +87,38 @@ class SnapshotInfo:
     dim: int
     metric: DistanceMetric
     sharding: str
+    kind: Literal["vector", "unified"]
+    backend: str | None
+    key_encoding: str | None
+    cel_columns: dict[str, str]
     num_probes: int
     manifest_ref: str
     total_vectors: int
     created_at: datetime
     published_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnifiedVectorMeta:
+    """How the vectors of a unified snapshot are indexed.
+
+    Attributes:
+        dim: numbers in a vector.
+        metric: declared distance.
+        index_type: kind of index, as the writer called it.
+        quantization: of the index, as the writer called it.
+        index_params: knobs of the index.
+        backend: index library.
+        kv_backend: library of the keys and values.
+    """
+
+    dim: int
+    metric: DistanceMetric
+    index_type: str
+    quantization: str | None
+    index_params: dict[str, Any]
+    backend: str | None
+    kv_backend: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +128,7 @@ class ShardDetail:
     Attributes:
         db_id: its number.
         db_url: address of its directory under the reader's root; None for an empty shard.
-        vector_count: its rows.
+        vector_count: its rows as the manifest counts them.
         checkpoint_id: opaque id of its bytes.
     """
 

@@ -10,23 +10,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
-from sf_pipelines.snapshot.routing.protocol import Int32
+from sf_pipelines.snapshot.routing.product import (
+    EPS,
+    Places,
+    blocks,
+    canonical_products,
+    canonical_squares,
+    lengths_of,
+    product_bound,
+)
+from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
-_EPS = float(np.finfo(np.float32).eps)
+_EPS64 = float(np.finfo(np.float64).eps)
 # The format's formula for cosine adds this to the product of the norms.
 _COSINE_GUARD = 1e-10
-# Vectors of one matrix product: bounds the memory of the distance table.
-_BLOCK_CELLS = 8_000_000
 
 
-class ClusterRouting:
+class ClusterRouting(VectorRouting):
     """Nearest-centroid routing.
 
     Attributes:
-        centroids: float32, shape (num_dbs, dim); row i is shard i.
+        centroids: float32, shape (num_dbs, dim); row i is shard i. Also called ``matrix``.
         metric: declared metric; centroids are compared by it.
     """
 
@@ -35,10 +43,17 @@ class ClusterRouting:
     def __init__(self, centroids: Float32, metric: DistanceMetric) -> None:
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
         self.centroids.setflags(write=False)
+        self.matrix = self.centroids
         self.metric = metric
         self.num_dbs, self.dim = self.centroids.shape
         self._exact = self.centroids.astype(np.float64)
         self._norms = np.linalg.norm(self._exact, axis=1)
+        self._quick = self.centroids
+        if metric is DistanceMetric.COSINE:
+            units = self._exact / np.where(self._norms > 0, self._norms, 1.0)[:, None]
+            self._quick = units.astype(np.float32)
+        with np.errstate(over="ignore"):
+            self._half_squares = (np.square(self._norms) / 2).astype(np.float32)
 
     def assign(self, vectors: Float32) -> Int32:
         """Shard of each vector: the first centroid at the smallest distance.
@@ -50,20 +65,23 @@ class ClusterRouting:
             Shape (n,).
         """
         out = np.empty(len(vectors), dtype=np.int32)
-        step = max(1, _BLOCK_CELLS // self.num_dbs)
-        for start in range(0, len(vectors), step):
-            block = vectors[start : start + step]
-            near, bound = self._approximate(block)
-            # Only centroids that may be the nearest are looked at again; a lone one needs no second look.
-            close = near <= (near.min(axis=1) + bound)[:, None]
-            best = near.argmin(axis=1).astype(np.int32)
-            unsure = np.flatnonzero(close.sum(axis=1) > 1)
-            if len(unsure):
-                rows, columns = np.nonzero(close[unsure])
-                table = np.full((len(unsure), self.num_dbs), np.inf)
-                table[rows, columns] = self._canonical(block, unsure[rows], columns)
-                best[unsure] = table.argmin(axis=1)
-            out[start : start + step] = best
+        for part in blocks(len(vectors), self.dim + self.num_dbs):
+            block = vectors[part]
+            # An overflow leaves infinities or NaN, which are never nearer for sure: such rows are decided again.
+            with np.errstate(over="ignore", invalid="ignore"):
+                near = block @ self._quick.T
+                if self.metric is DistanceMetric.L2:
+                    near -= self._half_squares
+                best = near.argmax(axis=1).astype(np.int32)
+                rows = np.arange(len(block))
+                # Only centroids that may be the nearest are looked at again; a lone one needs no second look.
+                least = near[rows, best] - self._quick_bound(block)
+                near[rows, best] = -np.inf
+                unsure = np.flatnonzero(~(near.max(axis=1) < least))
+                if len(unsure):
+                    near[rows, best] = np.inf
+                    best[unsure] = self._decided(block[unsure], ~(near[unsure] < least[unsure, None]))
+            out[part] = best
         return out
 
     def probe(self, vectors: Float32) -> tuple[Int32, Float64]:
@@ -91,45 +109,71 @@ class ClusterRouting:
         order = np.argsort(exact, axis=1, kind="stable").astype(np.int32)
         return order, np.take_along_axis(exact, order, axis=1)
 
+    def stock_probe(self, vectors: Float32, num_probes: int) -> Int32:
+        """The shards that a stock reader asks: the same as ``probe``'s first.
+
+        Args:
+            vectors: float32, shape (n, dim).
+            num_probes: most shards to ask.
+
+        Returns:
+            Shape (n, num_probes); -1 beyond the last shard.
+        """
+        out = np.full((len(vectors), num_probes), -1, dtype=np.int32)
+        out[:, : self.num_dbs] = self.probe(vectors)[0][:, :num_probes]
+        return out
+
     def describe(self) -> dict[str, Any]:
         """The strategy's name; the reference to the centroids is added where they are stored."""
         return {"sharding_strategy": self.strategy}
 
+    def _quick_bound(self, vectors: Float32) -> Float32:
+        """By how much a centroid must be ahead in ``assign``'s float32 table to be nearest for sure."""
+        longest = float(self._norms.max())
+        if self.metric is DistanceMetric.COSINE:
+            # Products with unit rows: the formula's guard moves them by less than its share of the shortest centroid.
+            shortest = float(self._norms.min(initial=np.inf, where=self._norms > 0))
+            return 2 * product_bound(vectors, 1.0) + np.float32(2 * _COSINE_GUARD / shortest)
+        bound = 2 * product_bound(vectors, longest)
+        if self.metric is DistanceMetric.L2:
+            bound += np.float32(4 * EPS * longest) * (lengths_of(vectors) + np.float32(longest))
+        return bound
+
+    def _decided(self, vectors: Float32, close: NDArray[np.bool_]) -> Int32:
+        """First nearest centroid among those marked in ``close``, by the canonical formula."""
+        rows, columns = np.nonzero(close)
+        table = np.full(close.shape, np.inf)
+        table[rows, columns] = self._canonical(vectors, rows, columns)
+        return table.argmin(axis=1).astype(np.int32)
+
     def _approximate(self, vectors: Float32) -> tuple[Float64, Float64]:
-        """Distances from one float32 product, and how far apart two must be to be told apart for sure."""
-        products = (vectors @ self.centroids.T).astype(np.float64)
-        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+        """Distances from one float64 product, and how far apart two must be to be told apart for sure."""
+        rows = vectors.astype(np.float64)
+        products = rows @ self._exact.T
+        lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        longest = self._norms.max()
         # |fl(x.y) - x.y| <= n eps |x||y| for any order of additions (Higham, Accuracy and Stability, 3.1).
-        error = (self.dim + 8) * _EPS * lengths * self._norms.max(initial=0.0)
+        error = (self.dim + 8) * _EPS64 * lengths * longest
         if self.metric is DistanceMetric.DOT_PRODUCT:
             return -products, 2 * error
         if self.metric is DistanceMetric.L2:
             distances = np.square(self._norms)[None, :] - 2 * products + np.square(lengths)[:, None]
-            return distances, 4 * error + 8 * _EPS * np.square(lengths)
+            return distances, 4 * error + (self.dim + 8) * _EPS64 * (np.square(lengths) + longest**2)
         distances = 1.0 - products / (lengths[:, None] * self._norms[None, :] + _COSINE_GUARD)
         distances[lengths == 0] = 1.0
         # A short centroid's relative error is the same, so the bound is that of unit vectors.
-        return distances, np.full(len(vectors), 4 * (self.dim + 8) * _EPS)
+        return distances, np.full(len(vectors), 4 * (self.dim + 8) * _EPS64)
 
-    def _canonical(self, vectors: Float32, rows: Any, columns: Any) -> Float64:
+    def _canonical(self, vectors: Float32, rows: Places, columns: Places) -> Float64:
         """The format's formula in float64 for single pairs of a vector and a centroid."""
-        out = np.empty(len(rows), dtype=np.float64)
-        step = max(1, _BLOCK_CELLS // self.dim)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            v = vectors[rows[part]].astype(np.float64)
-            c = self._exact[columns[part]]
-            if self.metric is DistanceMetric.L2:
-                out[part] = np.square(c - v).sum(axis=1)
-                continue
-            products = (c * v).sum(axis=1)
-            if self.metric is DistanceMetric.DOT_PRODUCT:
-                out[part] = -products
-                continue
-            lengths = np.sqrt(np.square(v).sum(axis=1))
-            cosine = 1.0 - products / (self._norms[columns[part]] * lengths + _COSINE_GUARD)
-            out[part] = np.where(lengths == 0, 1.0, cosine)
-        return out
+        if self.metric is DistanceMetric.L2:
+            return canonical_squares(vectors, self._exact, rows, columns)
+        products = canonical_products(vectors, self._exact, rows, columns)
+        if self.metric is DistanceMetric.DOT_PRODUCT:
+            return -products
+        lengths = np.sqrt(canonical_products(vectors, vectors, rows, rows))
+        cosine = 1.0 - products / (self._norms[columns] * lengths + _COSINE_GUARD)
+        return np.where(lengths == 0, 1.0, cosine)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ def mix(values: UInt64) -> UInt64:
 
 
 def hash_column(column: pa.Array) -> UInt64:
-    """Hash of each value of an integer or string column; a null has a hash of its own.
+    """Hash of each value of an integer, string or binary column; a null has a hash of its own.
 
     Args:
-        column: int64 or (large) string, n values.
+        column: int64, (large) string or (large) binary, n values.
 
     Returns:
         Shape (n,).
@@ -45,13 +45,14 @@ def hash_column(column: pa.Array) -> UInt64:
         plain = cast("NDArray[np.int64]", pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
         hashes = mix(plain.astype(np.int64).view(np.uint64))
     else:
-        hashes = _hash_strings(pc.fill_null(column.cast(pa.large_string()), ""))
+        wide = pa.large_binary() if pa.types.is_binary(column.type) else pa.large_string()
+        hashes = _hash_strings(pc.fill_null(column.cast(wide), b"" if wide == pa.large_binary() else ""))
     if column.null_count:
         hashes[np.asarray(column.is_null())] = _GOLDEN
     return hashes
 
 
-def _hash_strings(column: pa.LargeStringArray) -> UInt64:
+def _hash_strings(column: pa.LargeStringArray | pa.LargeBinaryArray) -> UInt64:
     _, offset_buffer, data_buffer = column.buffers()
     offsets = np.frombuffer(offset_buffer, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
     data = np.frombuffer(data_buffer, dtype=np.uint8) if data_buffer else np.zeros(0, dtype=np.uint8)

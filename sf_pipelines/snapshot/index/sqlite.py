@@ -1,0 +1,187 @@
+"""What all SQLite shards share: how ``shard.db`` is written, and how one made by somebody else is opened.
+
+Opening a database means running what its maker put into the schema: a view in place of a table is a program, and so
+are a trigger, a generated column and an index on an expression. A shard holds none of these, so a file that does is
+refused before anything is read. What is read afterwards is bounded by the size of the file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError
+
+if TYPE_CHECKING:
+    import apsw
+
+FILE = "shard.db"
+CREATE_KV = "CREATE TABLE IF NOT EXISTS kv (k BLOB PRIMARY KEY, v BLOB NOT NULL) WITHOUT ROWID"
+# Legal sizes go from 4,096 to 65,536. Rows of 384 float32 go in 1.4 times faster than on pages of 4,096, keys and
+# values 1.9 times; reading one key takes no longer. Larger pages gain little and make small shards larger.
+_PAGE_SIZE = 16_384
+_MAGIC = b"SQLite format 3\x00"
+# Objects and text of a schema: a shard has about 40 objects.
+_MAX_OBJECTS = 500
+_MAX_SQL = 20_000
+_AUTO_INDEX = "sqlite_autoindex_"
+_VIRTUAL = re.compile(r"\s*CREATE\s+VIRTUAL\s+TABLE\b", re.IGNORECASE)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator["apsw.Connection"]:
+    """The folder's ``shard.db``, created where it is not there, in one transaction.
+
+    Raises:
+        IndexBuildError: the database refuses what is written; the file is then as it was.
+    """
+    import apsw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    try:
+        connection = apsw.Connection(str(path))
+        try:
+            # The folder is a scratch copy whose files are digested after they were uploaded, so nothing is gained by
+            # waiting for the disk, and a journal in memory leaves no file behind. Statements after one that gives a
+            # row only run when its rows are fetched.
+            connection.execute(
+                f"PRAGMA page_size = {_PAGE_SIZE}; PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; "
+                "PRAGMA cache_size = -65536; PRAGMA trusted_schema = OFF"
+            ).fetchall()
+            with connection:
+                yield connection
+        finally:
+            connection.close()
+    except (apsw.Error, UnicodeError, OverflowError) as error:
+        raise IndexBuildError(f"cannot write {path}: {error}") from error
+
+
+class SqliteFile:
+    """A ``shard.db`` opened for reading, its schema looked through.
+
+    Opened immutable: local copies are verified and never change, so there are no locks and no journal. Use it under
+    a lock: a connection serves one thread at a time.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        path: of the file.
+        size: its bytes: no table can hold more.
+        connection: to it.
+        tables: SQL of each ordinary table, by name.
+        virtual: SQL of each virtual table, by name.
+
+    Raises:
+        IntegrityError: it is no SQLite database, or its schema holds more than tables.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import apsw
+
+        self.path = path
+        self.tables: dict[str, str] = {}
+        self.virtual: dict[str, str] = {}
+        self.size = _size_of_database(path)
+        with reading(path):
+            self.connection = apsw.Connection(
+                f"file:{quote(str(path.absolute()))}?immutable=1",
+                flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
+            )
+        try:
+            with reading(path):
+                self._harden()
+                self._read_schema()
+        except IntegrityError:
+            self.connection.close()
+            raise
+
+    def _harden(self) -> None:
+        import apsw
+
+        self.connection.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
+        self.connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
+        self.connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
+        self.connection.config(apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0)
+        self.connection.limit(apsw.SQLITE_LIMIT_ATTACHED, 0)
+        self.connection.execute("PRAGMA cell_size_check = ON; PRAGMA query_only = ON").fetchall()
+
+    def _read_schema(self) -> None:
+        rows = self.connection.execute(
+            "SELECT type, name, substr(sql, 1, ?) FROM sqlite_schema LIMIT ?", (_MAX_SQL + 1, _MAX_OBJECTS + 1)
+        ).fetchall()
+        if len(rows) > _MAX_OBJECTS:
+            raise IntegrityError(f"{self.path}: the schema has more than {_MAX_OBJECTS} objects; a shard has about 40")
+        for kind, name, sql in rows:
+            if not isinstance(name, str) or not isinstance(sql, str | None) or len(sql or "") > _MAX_SQL:
+                raise IntegrityError(f"{self.path}: the schema describes {str(name)[:80]!r} in a way no shard does")
+            if kind == "table" and sql is not None:
+                (self.virtual if _VIRTUAL.match(sql) else self.tables)[name] = sql
+            elif kind != "index" or sql is not None or not name.startswith(_AUTO_INDEX):
+                raise IntegrityError(f"{self.path}: the schema holds the {kind} {name[:80]!r}; a shard has tables only")
+
+    def require(self, name: str, columns: tuple[str, ...], *, key: str | None) -> None:
+        """Checks that an ordinary table is there, with exactly these columns and nothing computed.
+
+        Args:
+            name: of the table.
+            columns: it has, in order.
+            key: the one that is its primary key; None does not ask.
+
+        Raises:
+            IntegrityError: it is not so.
+        """
+        if name not in self.tables:
+            what = "a virtual table" if name in self.virtual else "missing"
+            raise IntegrityError(f"{self.path}: the table {name!r} is {what}; a shard has it as an ordinary table")
+        with reading(self.path):
+            found = self.connection.execute(
+                "SELECT name, pk, hidden FROM pragma_table_xinfo(?) LIMIT 100", (name,)
+            ).fetchall()
+        if tuple(column for column, _, _ in found) != columns or any(hidden for _, _, hidden in found):
+            names = ", ".join(f"{column} (computed)" if hidden else str(column) for column, _, hidden in found)
+            raise IntegrityError(
+                f"{self.path}: table {name!r} has columns {names[:200]}; expected {', '.join(columns)}"
+            )
+        keys = [column for column, place, _ in found if place]
+        if key is not None and keys != [key]:
+            raise IntegrityError(f"{self.path}: table {name!r} has primary key {keys}; expected {key!r}")
+
+    def query(self, sql: str, values: tuple[Any, ...] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a query.
+
+        Raises:
+            IntegrityError: the file cannot be read.
+        """
+        with reading(self.path):
+            return self.connection.execute(sql, values).fetchall()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.connection.close()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of SQLite as ours: a local, verified file that cannot be read is broken."""
+    import apsw
+
+    try:
+        yield
+    except (apsw.Error, UnicodeError) as error:
+        raise IntegrityError(f"cannot read {path}: {str(error)[:400] or type(error).__name__}") from error
+
+
+def _size_of_database(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
+        size = path.stat().st_size
+    except OSError as error:
+        raise IntegrityError(f"cannot read {path}: {error.strerror or error}") from error
+    if magic != _MAGIC:
+        raise IntegrityError(f"{path} is no SQLite database")
+    return size

@@ -1,0 +1,169 @@
+"""Where the receipts of a build are kept, and the tables that its stages hand to each other."""
+
+import hashlib
+import uuid
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.ipc as pa_ipc
+from pydantic import ValidationError
+
+from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError, ReceiptMissingError
+from sf_pipelines.snapshot.receipts import Receipt, Ref
+from sf_pipelines.snapshot.store import ObjectInfo, Store
+
+STAGING = "staging"
+
+ReceiptType = TypeVar("ReceiptType", bound=Receipt)
+
+
+class Ledger:
+    """The receipts of one build."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.root = f"{STAGING}/run_id={run_id}"
+
+    def find(self, kind: type[ReceiptType], part: str = "", *, inputs: str | None = None) -> ReceiptType | None:
+        """The newest receipt of a stage (and part), only such with these inputs where they are given."""
+        for number in reversed(self._numbers(kind, part)):
+            receipt = self.read(kind, self._key(kind, part, number))
+            if inputs is None or receipt.inputs == inputs:
+                return receipt
+        return None
+
+    def find_whole(self, kind: type[ReceiptType], *, inputs: str, published: bool) -> ReceiptType | None:
+        """The newest receipt with these inputs whose objects are still what it says.
+
+        Args:
+            kind: of the stage.
+            inputs: digest of what the stage would work from.
+            published: the run is published; then nobody works on with its intermediate objects.
+        """
+        receipt = self.find(kind, inputs=inputs)
+        if receipt is None or published or all(self._is_whole(ref) for ref in receipt.refs()):
+            return receipt
+        return None
+
+    def _is_whole(self, ref: Ref) -> bool:
+        try:
+            return self.store.head(ref.key).size == ref.size and self.store.sha256(ref.key) == ref.sha256
+        except ObjectMissingError:
+            return False
+
+    def find_parts(self, kind: type[ReceiptType], *, inputs: str) -> dict[str, ReceiptType]:
+        """The newest receipt with these inputs of every part of a stage."""
+        newest: dict[str, ReceiptType] = {}
+        for info in sorted(self.store.objects(self._folder(kind, "")), key=_number_in, reverse=True):
+            part = info.key.split("/")[-2]
+            if part not in newest:
+                receipt = self.read(kind, info.key)
+                if receipt.inputs == inputs:
+                    newest[part] = receipt
+        return newest
+
+    def need(self, kind: type[ReceiptType], part: str = "") -> ReceiptType:
+        """The newest receipt of a stage that must have run.
+
+        Raises:
+            ReceiptMissingError: it has not.
+        """
+        receipt = self.find(kind, part)
+        if receipt is None:
+            what = f"{kind.stage} {part}".strip()
+            raise ReceiptMissingError(f"build {self.run_id} has no receipt of stage {what!r} yet; run that stage first")
+        return receipt
+
+    def read(self, kind: type[ReceiptType], key: str) -> ReceiptType:
+        """One receipt.
+
+        Raises:
+            IntegrityError: it cannot be understood.
+        """
+        try:
+            return kind.model_validate_json(self.store.get(key)).model_copy(update={"key": key})
+        except ValidationError as error:
+            raise IntegrityError(f"receipt {self.store.url_of(key)} cannot be understood: {error}") from error
+
+    def next_number(self, kind: type[Receipt], part: str = "") -> int:
+        """Number of the attempt that would come next."""
+        numbers = self._numbers(kind, part)
+        return numbers[-1] + 1 if numbers else 0
+
+    def commit(self, receipt: ReceiptType, part: str = "", *, number: int) -> ReceiptType:
+        """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result.
+
+        Args:
+            receipt: of the work.
+            part: of the stage.
+            number: what ``next_number`` gave before the work began: of several who did the same work, one wins.
+        """
+        while True:
+            key = self._key(type(receipt), part, number)
+            data = receipt.model_dump_json(exclude={"key", "reason"}).encode()
+            if self.store.create(key, data, content_type="application/json"):
+                return receipt.model_copy(update={"key": key})
+            winner = self.read(type(receipt), key)
+            if winner.inputs == receipt.inputs:
+                return winner
+            number += 1
+
+    def _numbers(self, kind: type[Receipt], part: str) -> list[int]:
+        folder = self._folder(kind, part)
+        return sorted(_number_in(info) for info in self.store.objects(folder))
+
+    def _key(self, kind: type[Receipt], part: str, number: int) -> str:
+        return f"{self._folder(kind, part)}/{number:04d}.json"
+
+    def _folder(self, kind: type[Receipt], part: str) -> str:
+        return f"{self.root}/receipts/{kind.stage}" + (f"/{part}" if part else "")
+
+    # Tables that stages hand to each other.
+
+    def put_table(self, name: str, table: pa.Table) -> Ref:
+        """Stores a small table as an Arrow file with a fresh name."""
+        sink = pa.BufferOutputStream()
+        with pa_ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+        return self.put_bytes(f"{self.root}/{name}-{uuid.uuid4().hex[:8]}.arrow", data, rows=table.num_rows)
+
+    def put_bytes(self, key: str, data: bytes, *, rows: int | None = None) -> Ref:
+        """Stores bytes under a key that nobody else uses."""
+        self.store.put(key, data)
+        return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+
+    def put_file(self, path: Path, key: str, *, rows: int | None = None) -> Ref:
+        """Uploads a file under a key that nobody else uses."""
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.store.upload(path, key)
+        return Ref(key=key, size=path.stat().st_size, sha256=digest, rows=rows)
+
+    def get_table(self, ref: Ref) -> pa.Table:
+        """Reads a stored table.
+
+        Raises:
+            DigestMismatchError: the bytes are not the ones that were stored.
+        """
+        with pa_ipc.open_file(pa.BufferReader(get_verified(self.store, ref))) as reader:
+            return reader.read_all()
+
+
+def _number_in(info: ObjectInfo) -> int:
+    return int(info.key.rsplit("/", 1)[-1].removesuffix(".json"))
+
+
+def get_verified(store: Store, ref: Ref) -> bytes:
+    """An object's bytes, checked against its reference.
+
+    Raises:
+        DigestMismatchError: they differ.
+    """
+    data = store.get(ref.key)
+    found = hashlib.sha256(data).hexdigest()
+    if found != ref.sha256:
+        raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
+    return data

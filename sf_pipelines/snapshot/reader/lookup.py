@@ -1,0 +1,99 @@
+"""Values by key, for all readers of unified snapshots."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sf_pipelines.snapshot.config import KeyEncoding
+from sf_pipelines.snapshot.errors import QueryError
+from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
+from sf_pipelines.snapshot.reader.core import ReaderCore
+from sf_pipelines.snapshot.reader.plan import Context
+from sf_pipelines.snapshot.reader.state import SnapshotState
+from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.routing.hash import HashRouting, hash_keys
+from sf_pipelines.snapshot.routing.protocol import Int32
+
+_KEY = "key"
+# From so many keys on, a column of one type is made of them.
+_MANY = 32
+_ALIKE: tuple[set[type], ...] = ({int}, {str}, {bytes})
+
+
+def get_many(core: ReaderCore, keys: Iterable[Key], routing_context: Context | None) -> dict[Key, bytes | None]:
+    """The value of each key, None for a key that is not there; each shard is asked once.
+
+    Args:
+        core: of the reader.
+        keys: as the snapshot's ``key_encoding`` takes them.
+        routing_context: values that name the shard, for snapshots sharded by an expression over more than the key.
+
+    Raises:
+        QueryError: a key is of the wrong type, or its shard cannot be told.
+        ReaderClosedError: the reader was closed.
+        StoreError: a shard cannot be fetched.
+        IntegrityError: a shard is damaged.
+    """
+    if isinstance(keys, str | bytes):
+        raise QueryError(f"keys must be several keys, not one {type(keys).__name__}; use get for one")
+    with core.serving() as serving:
+        state, given = serving.state, list(keys)
+        stored = _encoded(given, state.key_encoding)
+        shards = _shards_of(state, given, stored, routing_context)
+        values: list[bytes | None] = [None] * len(given)
+
+        def fetch(shard: int) -> None:
+            at = np.flatnonzero(shards == shard).tolist()
+            with serving.handles.borrow(shard) as opened:
+                found = opened.keys.get_many([stored[place] for place in at])
+            for place, value in zip(at, found, strict=True):
+                values[place] = value
+
+        core.spread(fetch, [shard for shard in np.unique(shards).tolist() if state.shards[shard].key is not None])
+    return dict(zip(given, values, strict=True))
+
+
+def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> int:
+    """Shard that holds a key if any does; see ``get_many``."""
+    with core.serving() as serving:
+        state = serving.state
+        return int(_shards_of(state, [key], [encode_key(key, state.key_encoding)], routing_context)[0])
+
+
+def _encoded(keys: list[Key], encoding: KeyEncoding) -> list[bytes]:
+    """The bytes under which keys are stored."""
+    if len(keys) >= _MANY and set(map(type, keys)) in _ALIKE:
+        return encode_keys(key_array(keys), encoding).to_pylist()
+    return [encode_key(key, encoding) for key in keys]
+
+
+def _shards_of(state: SnapshotState, keys: list[Key], stored: list[bytes], context: Context | None) -> Int32:
+    """Shard of each key, shape (n,)."""
+    routing = state.routing
+    if isinstance(routing, HashRouting):
+        if context is not None:
+            raise QueryError(
+                "routing_context is for snapshots sharded by an expression; this one is sharded by its keys"
+            )
+        # A text is hashed as its UTF-8, which is also how it is stored.
+        hashed = pa.array(stored, pa.binary()) if state.key_encoding in {"utf8", "raw"} else pa.array(keys, pa.int64())
+        return (hash_keys(hashed) % np.uint64(routing.num_dbs)).astype(np.int32)
+    if not isinstance(routing, CelRouting):
+        raise QueryError(f"keys of a snapshot sharded by {routing.strategy!r} cannot be looked up")
+    names = set(routing.columns)
+    if context is None and names != {_KEY}:
+        raise QueryError(
+            f"this snapshot is sharded by an expression over {', '.join(routing.columns)}: give routing_context with a "
+            "value for each"
+        )
+    if _KEY not in names:
+        return np.full(len(keys), routing.locate(context or {}), dtype=np.int32)
+    return np.fromiter((routing.locate(_with_key(context or {}, key)) for key in keys), dtype=np.int32, count=len(keys))
+
+
+def _with_key(context: Mapping[str, Any], key: Key) -> dict[str, Any]:
+    if _KEY in context and context[_KEY] != key:
+        raise QueryError(f"routing_context says key {context[_KEY]!r}, asked is {key!r}; leave it out")
+    return {**context, _KEY: key}

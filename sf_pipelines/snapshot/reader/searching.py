@@ -1,0 +1,151 @@
+"""Searching, for all readers: a query goes to the shards of its plan, their hits become one answer."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.reader.core import ReaderCore, Serving, as_stock, exactly
+from sf_pipelines.snapshot.reader.merge import Merged
+from sf_pipelines.snapshot.reader.plan import Plan, Wanted, as_queries, order_for, plan_for, positive, stock_plan
+from sf_pipelines.snapshot.reader.types import SearchArrays, SearchResult, VectorSearchResponse
+from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
+
+# Cells (queries x shards x hits) that are merged at a time: 2 million take about 100 MB.
+_CELLS = 2_000_000
+
+
+def search(
+    core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted, *, include_vectors: bool
+) -> list[VectorSearchResponse]:
+    """The nearest rows of many queries, with payloads.
+
+    Args:
+        core: of the reader.
+        queries: shape (n, dim).
+        top_k: results wanted.
+        wanted: what the caller says of the shards to ask.
+        include_vectors: return the stored vectors too.
+
+    Raises:
+        QueryError: an argument is wrong.
+        ReaderClosedError: the reader was closed.
+        StoreError: a shard cannot be fetched.
+        IntegrityError: a shard is damaged.
+    """
+    started = time.perf_counter()
+    with core.serving() as serving:
+        k = positive(top_k, "top_k")
+        rows = _rows(serving, queries)
+        plan = plan_for(serving.state, rows, wanted)
+        found: list[tuple[list[list[SearchResult]], Plan]] = []
+        for at, part in _parts(plan, k):
+            merged = core.candidates(serving, part, rows[at], k).merge(k)
+            found.append((_results(core, serving, merged, include_vectors=include_vectors), part))
+    elapsed = (time.perf_counter() - started) * 1000
+    return [
+        VectorSearchResponse(results, len(asked), elapsed, asked)
+        for answers, part in found
+        for results, asked in zip(answers, part.asked(), strict=True)
+    ]
+
+
+def search_arrays(core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted) -> SearchArrays:
+    """Ids and scores of many queries as arrays, without payloads; see ``search``."""
+    with core.serving() as serving:
+        rows = _rows(serving, queries)
+        return _asked(core, serving, plan_for(serving.state, rows, wanted), rows, positive(top_k, "top_k"))
+
+
+def stock_style(core: ReaderCore, queries: ArrayLike, top_k: int, num_probes: int, homes: Int32 | None) -> SearchArrays:
+    """What a stock reader answers: its probe order, default index options, the library's own distance for a score."""
+    with core.serving() as serving:
+        rows, k = _rows(serving, queries), positive(top_k, "top_k")
+        plan = stock_plan(serving.state, rows, num_probes, homes)
+        return _joined(
+            [core.candidates(serving, p, rows[at], k, as_stock).merge(k).arrays for at, p in _parts(plan, k)], k
+        )
+
+
+def probe_curve(core: ReaderCore, queries: ArrayLike, top_k: int, homes: Int32 | None) -> list[SearchArrays]:
+    """Answers for 1, 2, … shards per query, each shard asked once for all queries; one point where all are asked."""
+    k = positive(top_k, "top_k")
+    with core.serving() as serving:
+        state, rows = serving.state, _rows(serving, queries)
+        plan = Plan(order_for(state, rows, homes))
+        if not isinstance(state.routing, VectorRouting):
+            return [_asked(core, serving, plan, rows, k)]
+        parts = [list(core.candidates(serving, part, rows[at], k).curve(k)) for at, part in _parts(plan, k)]
+        if not parts:
+            return [_joined([], k)] * plan.shards.shape[1]
+    return [_joined(list(step), k) for step in zip(*parts, strict=True)]
+
+
+def route(core: ReaderCore, queries: ArrayLike, wanted: Wanted) -> list[list[int]]:
+    """Shards that queries would ask, in order; see ``search``."""
+    with core.serving() as serving:
+        return plan_for(serving.state, _rows(serving, queries), wanted).asked()
+
+
+def route_batch(core: ReaderCore, queries: ArrayLike, homes: Int32 | None) -> Int32:
+    """All shards that queries may ask, in the order of their turn; shape (n, shards)."""
+    with core.serving() as serving:
+        return order_for(serving.state, _rows(serving, queries), homes)
+
+
+def _rows(serving: Serving, queries: ArrayLike) -> Float32:
+    return as_queries(queries, serving.state.dim, serving.state.metric)
+
+
+def _asked(core: ReaderCore, serving: Serving, plan: Plan, rows: Float32, k: int) -> SearchArrays:
+    return _joined(
+        [core.candidates(serving, part, rows[at], k, exactly).merge(k).arrays for at, part in _parts(plan, k)], k
+    )
+
+
+def _results(core: ReaderCore, serving: Serving, merged: Merged, *, include_vectors: bool) -> list[list[SearchResult]]:
+    """Fetches payloads, for the final hits only, shard by shard."""
+    arrays = merged.arrays
+    payloads = np.full(arrays.ids.shape, None, dtype=object)
+    vectors = np.full(arrays.ids.shape, None, dtype=object)
+
+    def fetch(shard: int) -> None:
+        at = np.nonzero(merged.shards == shard)
+        wanted, back = np.unique(merged.rows[at], return_inverse=True)
+        with serving.handles.borrow(shard) as opened:
+            payloads[at] = _objects(opened.index.payloads(wanted))[back]
+            if include_vectors:
+                vectors[at] = _objects(list(opened.index.vectors(wanted)))[back]
+
+    core.spread(fetch, [shard for shard in np.unique(merged.shards).tolist() if shard >= 0])
+    columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
+    return [
+        [SearchResult(*hit) for hit in zip(*(column[query][:count] for column in columns), strict=True)]
+        for query, count in enumerate(arrays.counts.tolist())
+    ]
+
+
+def _parts(plan: Plan, k: int) -> Iterator[tuple[slice, Plan]]:
+    """The batch in parts that bound the memory of a merge."""
+    n, probes = plan.shards.shape
+    step = max(1, _CELLS // max(1, probes * k))
+    for start in range(0, n, step):
+        at = slice(start, start + step)
+        yield at, Plan(plan.shards[at])
+
+
+def _joined(parts: list[SearchArrays], k: int) -> SearchArrays:
+    if not parts:
+        return SearchArrays(np.empty((0, k), dtype=object), np.empty((0, k)), np.empty(0, dtype=np.int64))
+    return SearchArrays(
+        ids=np.concatenate([part.ids for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+    )
+
+
+def _objects(values: list[Any]) -> NDArray[Any]:
+    return np.fromiter(values, dtype=object, count=len(values))

@@ -1,0 +1,121 @@
+"""How rows find their shard: the strategies as a user configures them."""
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_serializer, field_validator
+
+from sf_pipelines.snapshot.model import ConfigModel
+
+_LONGEST_EXPRESSION = 4096
+_MOST_CEL_COLUMNS = 32
+
+CelType = Literal["int", "uint", "double", "bool", "string", "bytes"]
+
+ColumnName = Annotated[str, Field(min_length=1)]
+
+
+class ClusterSharding(ConfigModel):
+    """Shards are k-means clusters; a query asks the ``num_probes`` shards with the nearest centroids.
+
+    Attributes:
+        num_probes: shards that a reader asks by default; ``"auto"`` takes the smallest number that meets the gate.
+        training_rows: size of the training sample; None is 256 rows a shard, at least 10,000.
+        seed: of k-means.
+        max_iter: most rounds of k-means.
+    """
+
+    strategy: Literal["cluster"] = "cluster"
+    num_probes: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    training_rows: Annotated[int, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    max_iter: Annotated[int, Field(gt=0)] = 50
+
+
+class LshSharding(ConfigModel):
+    """Shards are the cells between random hyperplanes; a query asks the cells that lie nearest behind them.
+
+    Attributes:
+        num_probes: shards that a reader asks by default; ``"auto"`` takes the smallest number that meets the gate.
+        num_hash_bits: hyperplanes; None takes as many as every shard needs to be reached and fairly filled.
+        training_rows: size of the training sample; None is 256 rows a shard, at least 10,000.
+        seed: of the random directions.
+    """
+
+    strategy: Literal["lsh"] = "lsh"
+    num_probes: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    num_hash_bits: Annotated[int, Field(gt=0, le=24)] | None = None
+    training_rows: Annotated[int, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class ExplicitSharding(ConfigModel):
+    """Each row names its shard; a query must name the shards that it asks.
+
+    Attributes:
+        shard_id_col: source column of whole numbers from 0 to ``num_dbs - 1``.
+    """
+
+    strategy: Literal["explicit"] = "explicit"
+    shard_id_col: ColumnName = "shard_id"
+
+
+class CelSharding(ConfigModel):
+    """An expression over columns of the row names its shard; a query gives the same columns as its context.
+
+    Attributes:
+        cel_expr: expression in Google's Common Expression Language (https://cel.dev). It gives the shard's number, or,
+            with ``routing_values``, one of these. ``shard_hash(x)`` is the stable hash of a number, string or bytes
+            (unsigned: ``shard_hash(region) % 8u``).
+        cel_columns: source columns that it uses, with their CEL types. In a snapshot with keys, ``key`` is the key.
+        routing_values: value of each shard, in the order of the shards; None takes the value as the shard's number.
+    """
+
+    strategy: Literal["cel"] = "cel"
+    cel_expr: Annotated[str, Field(min_length=1, max_length=_LONGEST_EXPRESSION)]
+    cel_columns: Annotated[dict[ColumnName, CelType], Field(min_length=1, max_length=_MOST_CEL_COLUMNS)]
+    routing_values: tuple[int | str | bytes, ...] | None = None
+
+    @field_validator("routing_values")
+    @classmethod
+    def _one_type_no_repeats(cls, values: tuple[int | str | bytes, ...] | None) -> tuple[int | str | bytes, ...] | None:
+        if values is None:
+            return None
+        if len({type(value) for value in values}) > 1:
+            raise ValueError("the values must be all whole numbers, all text or all bytes")
+        repeated = sorted(repr(value) for value, times in Counter(values).items() if times > 1)
+        if repeated:
+            raise ValueError(f"names {', '.join(repeated)} more than once")
+        return values
+
+    @field_serializer("routing_values", when_used="json")
+    def _bytes_as_hex(self, values: tuple[int | str | bytes, ...] | None) -> list[Any] | None:
+        if values is None:
+            return None
+        return [{"__bytes_hex__": value.hex()} if isinstance(value, bytes) else value for value in values]
+
+
+class HashSharding(ConfigModel):
+    """The key's hash (xxh3, 64 bits) modulo ``num_dbs`` names the shard; a vector search asks all shards."""
+
+    strategy: Literal["hash"] = "hash"
+
+
+def _tag(value: Any) -> str:
+    """CLUSTER where no strategy is named. Tags are no identifiers, so that errors name the user's fields alone."""
+    named = value.get("strategy", "cluster") if isinstance(value, dict) else getattr(value, "strategy", "")
+    return f"{named}-sharding"
+
+
+Sharding = Annotated[
+    Annotated[ClusterSharding, Tag("cluster-sharding")]
+    | Annotated[LshSharding, Tag("lsh-sharding")]
+    | Annotated[ExplicitSharding, Tag("explicit-sharding")]
+    | Annotated[CelSharding, Tag("cel-sharding")]
+    | Annotated[HashSharding, Tag("hash-sharding")],
+    Discriminator(
+        _tag,
+        custom_error_type="unknown_strategy",
+        custom_error_message="strategy must be one of cluster, lsh, explicit, cel, hash",
+    ),
+]

@@ -1,0 +1,162 @@
+"""The vector of each row, as it is stored: from its column, or from a function over other columns."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sf_pipelines.snapshot.config import VectorSpec
+from sf_pipelines.snapshot.errors import ConfigError, VectorFunctionError
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+from sf_pipelines.snapshot.source.columns import check_vector_type
+from sf_pipelines.snapshot.source.rejects import Faults, RejectReason
+
+# Squared norms must stay normal float32 numbers: index libraries add up squares in float32.
+_LARGEST_SQUARE = 1e37
+_SMALLEST_SQUARE = 1e-36
+
+
+class VectorColumn:
+    """Reads vectors and says which cannot be stored.
+
+    Args:
+        spec: of the vector.
+        schema: of the source's columns.
+
+    Raises:
+        SourceSchemaError: the column's type cannot be used.
+        ConfigError: the function cannot be imported.
+    """
+
+    def __init__(self, spec: VectorSpec, schema: pa.Schema) -> None:
+        self._spec = spec
+        self._half = spec.quantization == "fp16"
+        self._function: Callable[[pa.RecordBatch], Any] | None = None
+        if spec.vector_fn is None:
+            check_vector_type(schema.field(spec.vector_col), spec.dim)
+        else:
+            self._function = _imported(spec.vector_fn)
+
+    def read(self, rows: pa.RecordBatch, faults: Faults) -> tuple[Float32, NDArray[np.bool_]]:
+        """Those vectors that are there and have the right length, and which rows these are.
+
+        Args:
+            rows: a batch of the source.
+            faults: is told of the others.
+
+        Returns:
+            float32, shape (present rows, dim), rounded as they are stored; and a mask of the present rows.
+
+        Raises:
+            VectorFunctionError: the function failed or gave something else than vectors.
+        """
+        column = self._column(rows)
+        present = np.asarray(column.is_valid())
+        if pa.types.is_fixed_size_list(column.type):
+            lengths = np.full(len(column), self._spec.dim)
+        else:
+            counted = pc.fill_null(pc.call_function("list_value_length", [column]), 0)
+            lengths = cast("NDArray[np.int64]", counted.to_numpy())
+        sized = lengths == self._spec.dim
+        faults.add(np.flatnonzero(~present), RejectReason.NULL_VECTOR, "no vector")
+        wrong = np.flatnonzero(present & ~sized)
+        texts = [f"{lengths[row]} numbers, expected {self._spec.dim}" for row in wrong]
+        faults.add_each(zip(wrong.tolist(), texts, strict=True), RejectReason.WRONG_DIMENSION)
+        usable = present & sized
+        if not usable.all():
+            column = column.filter(pa.array(usable))
+        # A null among the numbers becomes NaN and is rejected as such.
+        values = column.flatten().to_numpy(zero_copy_only=False)
+        with np.errstate(over="ignore"):
+            vectors = values.astype(np.float32, copy=False)
+            if self._half:
+                vectors = vectors.astype(np.float16).astype(np.float32)
+        return vectors.reshape(len(column), self._spec.dim), usable
+
+    def check(self, vectors: Float32, present: NDArray[np.bool_], faults: Faults) -> None:
+        """Tells ``faults`` which of the present vectors cannot be stored or searched."""
+        where = np.flatnonzero(present)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+        finite = np.isfinite(squares)
+        kind = "float16" if self._half else "float32"
+        faults.add(where[~finite], RejectReason.NOT_FINITE, f"NaN or infinity (as {kind})")
+        large = finite & (squares > _LARGEST_SQUARE)
+        faults.add(where[large], RejectReason.OUT_OF_RANGE, "squared norm above 1e37 overflows float32")
+        if self._spec.metric.normalises:
+            small = finite & (squares < _SMALLEST_SQUARE)
+            detail = "a vector without length has no direction under cosine"
+            faults.add(where[small], RejectReason.ZERO_NORM, detail)
+        elif self._spec.metric is DistanceMetric.DOT_PRODUCT:
+            # LanceDB finds no partition for the rows of a shard whose vectors are all like that; zeros it accepts.
+            small = (squares > 0) & (squares < _SMALLEST_SQUARE)
+            detail = "squared norm below 1e-36 underflows float32 under dot_product; scale the vectors up or use zeros"
+            faults.add(where[small], RejectReason.OUT_OF_RANGE, detail)
+
+    def read_again(self, rows: pa.RecordBatch) -> Float32:
+        """Vectors of rows that passed before, shape (rows, dim).
+
+        Raises:
+            VectorFunctionError: the function gives others now.
+        """
+        faults = Faults(len(rows))
+        vectors, present = self.read(rows, faults)
+        if self._function is not None:
+            self.check(vectors, present, faults)
+            if not faults.passed.all():
+                row = int(np.flatnonzero(~faults.passed)[0])
+                raise VectorFunctionError(
+                    f"vector_fn {self._spec.vector_fn} gives another vector for a row than the first time "
+                    f"({faults.details[row]}); it must always give the same"
+                )
+        return vectors
+
+    def _column(self, rows: pa.RecordBatch) -> pa.Array:
+        if self._function is None:
+            return rows.column(self._spec.vector_col)
+        name = f"vector_fn {self._spec.vector_fn}"
+        try:
+            made = self._function(rows.select(list(self._spec.vector_fn_cols)))
+        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError, pa.ArrowException) as error:
+            raise VectorFunctionError(f"{name} failed with {type(error).__name__}: {error}") from error
+        column = _as_array(made, name)
+        if len(column) != len(rows):
+            raise VectorFunctionError(f"{name} gave {len(column)} vectors for {len(rows)} rows")
+        kind = column.type
+        if not any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+            raise VectorFunctionError(f"{name} gave {kind}; it must give lists of {self._spec.dim} numbers")
+        if not pa.types.is_floating(kind.value_type):
+            raise VectorFunctionError(f"{name} gave lists of {kind.value_type}; they must be floating-point numbers")
+        if pa.types.is_fixed_size_list(kind) and kind.list_size != self._spec.dim:
+            raise VectorFunctionError(
+                f"{name} gave {kind.list_size} numbers a vector, vector_spec.dim is {self._spec.dim}"
+            )
+        return column
+
+
+def _as_array(made: Any, name: str) -> pa.Array:
+    """An Arrow array as it is, a matrix as lists of its rows."""
+    if isinstance(made, pa.ChunkedArray):
+        return made.combine_chunks()
+    if isinstance(made, pa.Array):
+        return made
+    if isinstance(made, np.ndarray) and made.ndim == 2 and made.dtype.kind == "f":
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(made).ravel()), made.shape[1])
+    raise VectorFunctionError(
+        f"{name} gave {type(made).__name__}; it must give an Arrow array of lists or a matrix of floating-point numbers"
+    )
+
+
+def _imported(path: str) -> Callable[[pa.RecordBatch], Any]:
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"VectorSpec.vector_fn: {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"VectorSpec.vector_fn: {path!r} is {type(found).__name__}, no function")
+    return found

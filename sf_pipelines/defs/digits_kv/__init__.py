@@ -1,0 +1,1 @@
+"""The second demo: keys, values and vectors."""

@@ -1,7 +1,7 @@
 """Build of 50,000 x 384, cosine, 8 shards: vectors/s, share of each stage, memory, recall by probes, search latency.
 
-The baseline of the same run: the bare LanceDB calls (write and index, eight tables) with the same index, without
-validation, routing, digests, upload, tuning or gate.
+The baseline of the same run: the bare calls of the index library (write and index, eight tables) with the same index,
+without validation, routing, digests, upload, tuning or gate.
 """
 
 import tempfile
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -19,8 +20,15 @@ from sf_pipelines_tests.benchmarks import child
 ROWS, DIM, SHARDS, QUERIES = 50_000, 384, 8, 300
 
 
-def work(source: str, store: str, index_type: str) -> dict[str, Any]:
-    """One build, gated at 0.95, and searches; in a process of its own."""
+def work(source: str, store: str, spec: dict[str, Any], scan_bytes: int | None = None) -> dict[str, Any]:
+    """One build, gated at 0.95, and searches; in a process of its own.
+
+    Args:
+        source: Parquet file.
+        store: root.
+        spec: fields of ``VectorSpec``.
+        scan_bytes: of the reader; None is its default.
+    """
     from sf_pipelines import ShardedVectorReader, WriteConfig, build_snapshot
     from sf_pipelines_tests.tables import small_config, write_source
 
@@ -37,7 +45,7 @@ def work(source: str, store: str, index_type: str) -> dict[str, Any]:
         store=store,
         num_dbs=SHARDS,
         payload_cols=("title",),
-        vector_spec={"dim": DIM, "index_type": index_type},  # pyright: ignore[reportArgumentType]
+        vector_spec={"dim": DIM, **spec},  # pyright: ignore[reportArgumentType]
         recall_gate={"min_recall": 0.95},  # pyright: ignore[reportArgumentType]
     )
     cache = Path(store).with_name("cache")
@@ -46,7 +54,8 @@ def work(source: str, store: str, index_type: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     peak = child.peak_megabytes()
     queries = next(pq.ParquetFile(source).iter_batches(QUERIES)).column("vector").flatten().to_numpy().reshape(-1, DIM)
-    with ShardedVectorReader(store, cache_dir=cache, preload=True) as reader:
+    options: dict[str, Any] = {} if scan_bytes is None else {"scan_bytes": scan_bytes}
+    with ShardedVectorReader(store, cache_dir=cache, preload=True, **options) as reader:
         latencies = {probes: _latencies(reader, queries, probes) for probes in (1, 2, result.num_probes, SHARDS)}
     return {
         "seconds": seconds,
@@ -73,20 +82,50 @@ def _latencies(reader: Any, queries: np.ndarray, probes: int) -> tuple[float, fl
     return float(np.percentile(times[20:], 50)), float(np.percentile(times[20:], 99))
 
 
-def bare(source: str, index_type: str) -> float:
-    """Seconds of the bare LanceDB calls for eight tables."""
-    import lancedb
-    from lancedb.index import HnswSq, IvfSq
-
+def bare(source: str, spec: dict[str, Any]) -> float:
+    """Seconds of the bare calls for eight tables."""
     table = pq.read_table(source)
     step = ROWS // SHARDS
+    write = _bare_sqlite_vec if spec.get("backend") == "sqlite-vec" else _bare_lancedb
     with child.folder() as name:
         started = time.perf_counter()
         for shard in range(SHARDS):
-            made = lancedb.connect(str(name / str(shard))).create_table("t", table.slice(shard * step, step))
-            config: Any = HnswSq if index_type == "hnsw" else IvfSq
-            made.create_index("vector", config=config(distance_type="cosine", num_partitions=1))
+            write(table.slice(shard * step, step), name / str(shard), spec.get("index_type", "auto"))
         return time.perf_counter() - started
+
+
+def _bare_lancedb(rows: pa.Table, folder: Path, index_type: str) -> None:
+    import lancedb
+    from lancedb.index import HnswSq, IvfSq
+
+    made = lancedb.connect(str(folder)).create_table("t", rows)
+    config: Any = HnswSq if index_type == "hnsw" else IvfSq
+    made.create_index("vector", config=config(distance_type="cosine", num_partitions=1))
+
+
+def _bare_sqlite_vec(rows: pa.Table, folder: Path, index_type: str) -> None:
+    import apsw
+    import sqlite_vec
+
+    del index_type
+    folder.mkdir()
+    vectors: Any = rows.column("vector").combine_chunks()
+    blobs = memoryview(np.ascontiguousarray(vectors.flatten().to_numpy()).data).cast("B")
+    made = apsw.Connection(str(folder / "shard.db"))
+    made.enable_load_extension(True)
+    made.load_extension(sqlite_vec.loadable_path())
+    made.execute(f"CREATE VIRTUAL TABLE v USING vec0(embedding float[{DIM}] distance_metric=cosine)")
+    with made:
+        values = ((row, blobs[4 * DIM * row : 4 * DIM * (row + 1)]) for row in range(rows.num_rows))
+        made.executemany("INSERT INTO v(rowid, embedding) VALUES (?, ?)", values)
+    made.close()
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "index_type auto": {"index_type": "auto"},
+    "index_type hnsw": {"index_type": "hnsw"},
+    "backend sqlite-vec": {"backend": "sqlite-vec"},
+}
 
 
 def main() -> None:
@@ -95,21 +134,17 @@ def main() -> None:
     with child.folder() as name:
         source = str(name / "source.parquet")
         child.run("sf_pipelines_tests.benchmarks.data", path=source, rows=ROWS, dim=DIM)
-        for index_type in ("auto", "hnsw"):
-            figures = child.run(
-                "sf_pipelines_tests.benchmarks.build",
-                source=source,
-                store=str(name / index_type / "store"),
-                index_type=index_type,
-            )
-            _print(out, index_type, figures, bare(source, index_type))
+        for place, (title, spec) in enumerate(SPECS.items()):
+            store = str(name / str(place) / "store")
+            figures = child.run("sf_pipelines_tests.benchmarks.build", source=source, store=store, spec=spec)
+            _print(out, title, figures, bare(source, spec))
 
 
-def _print(out: Console, index_type: str, figures: dict[str, Any], bare_seconds: float) -> None:
+def _print(out: Console, title: str, figures: dict[str, Any], bare_seconds: float) -> None:
     seconds = figures["seconds"]
-    out.rule(f"build {ROWS:,} x {DIM}, cosine, {SHARDS} shards, index_type {index_type}")
+    out.rule(f"build {ROWS:,} x {DIM}, cosine, {SHARDS} shards, {title}")
     out.print(
-        f"{ROWS / seconds:,.0f} vectors/s ({seconds:.2f} s); bare LanceDB calls {ROWS / bare_seconds:,.0f} vectors/s; "
+        f"{ROWS / seconds:,.0f} vectors/s ({seconds:.2f} s); bare calls {ROWS / bare_seconds:,.0f} vectors/s; "
         f"ratio {bare_seconds / seconds:.2f}"
     )
     out.print(f"peak memory {figures['peak']:.0f} MB (before the build, libraries loaded: {figures['before']:.0f} MB)")

@@ -1,10 +1,16 @@
-"""Prints figures: ``python -m sf_pipelines_tests.benchmarks [build] [memory] [routing] [sqlite-vec]``."""
+"""Prints figures: ``python -m sf_pipelines_tests.benchmarks`` with some of the names of ``RUNS``, or all."""
 
 import sys
 
-from sf_pipelines_tests.benchmarks import build, memory, routing, sqlite_vec
+from sf_pipelines_tests.benchmarks import build, memory, quantization, routing, sqlite_vec
 
-RUNS = {"build": build.main, "memory": memory.main, "routing": routing.main, "sqlite-vec": sqlite_vec.main}
+RUNS = {
+    "build": build.main,
+    "memory": memory.main,
+    "quantization": quantization.main,
+    "routing": routing.main,
+    "sqlite-vec": sqlite_vec.main,
+}
 
 for name in sys.argv[1:] or list(RUNS):
     RUNS[name]()

@@ -20,7 +20,9 @@ from sf_pipelines_tests.benchmarks import child
 ROWS, DIM, SHARDS, QUERIES = 50_000, 384, 8, 300
 
 
-def work(source: str, store: str, spec: dict[str, Any], scan_bytes: int | None = None) -> dict[str, Any]:
+def work(
+    source: str, store: str, spec: dict[str, Any], scan_bytes: int | None = None, queries: int = QUERIES
+) -> dict[str, Any]:
     """One build, gated at 0.95, and searches; in a process of its own.
 
     Args:
@@ -28,6 +30,7 @@ def work(source: str, store: str, spec: dict[str, Any], scan_bytes: int | None =
         store: root.
         spec: fields of ``VectorSpec``.
         scan_bytes: of the reader; None is its default.
+        queries: timed searches at each number of probes.
     """
     from sf_pipelines import ShardedVectorReader, WriteConfig, build_snapshot
     from sf_pipelines_tests.tables import small_config, write_source
@@ -53,10 +56,10 @@ def work(source: str, store: str, spec: dict[str, Any], scan_bytes: int | None =
     result = build_snapshot(config, cache_dir=cache)
     seconds = time.perf_counter() - started
     peak = child.peak_megabytes()
-    queries = next(pq.ParquetFile(source).iter_batches(QUERIES)).column("vector").flatten().to_numpy().reshape(-1, DIM)
+    rows = next(pq.ParquetFile(source).iter_batches(queries)).column("vector").flatten().to_numpy().reshape(-1, DIM)
     options: dict[str, Any] = {} if scan_bytes is None else {"scan_bytes": scan_bytes}
     with ShardedVectorReader(store, cache_dir=cache, preload=True, **options) as reader:
-        latencies = {probes: _latencies(reader, queries, probes) for probes in (1, 2, result.num_probes, SHARDS)}
+        latencies = {probes: _latencies(reader, rows, probes) for probes in (1, 2, result.num_probes, SHARDS)}
     return {
         "seconds": seconds,
         "warm_up": warm_up,

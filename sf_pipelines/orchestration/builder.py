@@ -11,7 +11,9 @@ from sf_pipelines.orchestration.io_manager import ReferenceIOManager
 from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.resources import snapshot_resource
 from sf_pipelines.orchestration.shards import BackfillMode, build_shard_indexes
+from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.routing import needs_training
 
 
 def build_snapshot_defs(
@@ -33,8 +35,11 @@ def build_snapshot_defs(
         s3: credentials for source and store, where they are not in ``config.s3`` or the environment.
 
     Raises:
-        ConfigError: credentials are given twice.
+        ConfigError: credentials are given twice, or the sharding expression does not compile.
     """
+    if not needs_training(config.sharding):
+        # An expression that does not compile is told when the definitions are loaded.
+        Build(config).routing(None)
     names = SnapshotNames.of(config)
     upstream = [dg.AssetKey.from_coercible(_key(item)) for item in source_assets]
     assets = [*build_assets(names, config.sharding.strategy, upstream), build_shard_indexes(names, config, backfill)]

@@ -121,7 +121,7 @@ def shard_metadata(receipt: ShardReceipt) -> Metadata:
 
 def manifest_metadata(receipt: ManifestReceipt) -> Metadata:
     """The staged manifest and the measured curve."""
-    chosen = receipt.curve[receipt.num_probes - 1] if receipt.num_probes <= len(receipt.curve) else None
+    chosen = next((point for point in receipt.curve if point.num_probes == receipt.num_probes), None)
     figures = {} if chosen is None else {"tuning_recall": chosen.recall, "tuning_recall_lower_bound": chosen.lower}
     return {
         "dagster/row_count": receipt.rows,

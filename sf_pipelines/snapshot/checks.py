@@ -22,7 +22,7 @@ from sf_pipelines.snapshot.reader.state import load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
 from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
-from sf_pipelines.snapshot.receipts import ManifestReceipt, RouteReceipt, SampleReceipt, ShardReceipt
+from sf_pipelines.snapshot.receipts import ManifestReceipt, RouteReceipt, RunReceipts, SampleReceipt, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.sealing import changed_objects
@@ -37,8 +37,8 @@ Figures = dict[str, float | int | str]
 _USUAL_SKEW = 4.0
 # Queries of the stock-style figure: enough to see a wrong metric or a bad default, cheap enough to always measure.
 _STOCK_QUERIES = 100
-# Sampled rows whose context is tried.
-_CONTEXTS = 16
+# Sampled rows of each shard whose context is tried.
+_CONTEXTS = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Judged:
         return self.build.reader(self.receipt.manifest_key)
 
     @property
+    def run(self) -> RunReceipts:
+        """What the run did before its shards were built."""
+        return self.build.receipts(self.receipt.run_id)
+
+    @property
     def shards(self) -> list[ShardReceipt]:
         """The shards that the manifest was assembled from."""
         return [self.ledger.read(ShardReceipt, key) for key in self.receipt.shards]
@@ -98,42 +103,89 @@ def staged_manifest(store: Store, receipt: ManifestReceipt) -> bytes:
 
 
 def _custom_fields(judged: Judged) -> Finding:
-    """The manifest decodes strictly, its fields agree with the config, and its routing can be loaded."""
-    manifest, config = judged.manifest(), judged.build.config
+    """The manifest decodes strictly, its fields agree with config and receipts, and its routing can be loaded."""
+    manifest = judged.manifest()
     state = load_state(judged.build.store, judged.receipt.manifest_key)
-    vector, extras, spec = manifest.vector, manifest.extras, config.vector_spec
-    expected: dict[str, tuple[object, object]] = {
-        "run_id": (manifest.run_id, judged.receipt.run_id),
-        "num_dbs": (manifest.num_dbs, config.num_dbs),
-        "s3_prefix": (manifest.s3_prefix, judged.build.store.url),
-        "custom.vector.dim": (vector.dim, spec.dim),
-        "custom.vector.metric": (vector.metric, spec.metric),
-        "custom.vector.quantization": (vector.quantization, spec.quantization),
-        "custom.vector.unified": (vector.unified, config.key_value is not None),
-        "custom.sf_pipelines.gate_key": (extras.gate_key if extras else None, judged.receipt.gate_key),
-        "custom.sf_pipelines.backend": (extras.backend if extras else None, spec.backend),
-        "custom.sf_pipelines.vector_type": (extras.vector_type if extras else None, spec.vector_type),
-    }
-    if config.key_value is None:
-        probed = needs_training(config.sharding)
-        expected |= {
-            "custom.vector.num_probes": (vector.num_probes, judged.receipt.num_probes if probed else 1),
-            "custom.vector.sharding_strategy": (vector.sharding_strategy, config.sharding.strategy),
-            "custom.vector.total_vectors": (vector.total_vectors, judged.receipt.rows),
-        }
-    else:
-        expected |= {
-            "custom.vector.backend": (vector.backend, spec.backend),
-            "key_col": (manifest.key_col, config.key_value.key_col),
-            "sharding.strategy": (manifest.sharding.strategy, config.sharding.strategy),
-        }
+    found = manifest.model_dump(mode="json", exclude={"created_at", "shards"})
+    expected = {**_expected_fields(judged), **_expected_vector(judged), **_expected_extras(judged)}
     wrong = [
-        f"{field} is {found!r}, expected {right!r}" for field, (found, right) in expected.items() if found != right
+        f"{field} is {value!r}, expected {right!r}"
+        for field, right in expected.items()
+        if (value := _at(found, field)) != right
     ]
     figures: Figures = {"fields": len(expected), "wrong": len(wrong), "strategy": state.routing.strategy}
-    if config.key_value is None:
-        figures["num_probes"] = vector.num_probes
+    if judged.build.config.key_value is None:
+        figures["num_probes"] = manifest.vector.num_probes
     return Finding(not wrong, "; ".join(wrong) or "all custom fields are as the config says", figures)
+
+
+def _at(fields: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    value: Any = fields
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _expected_fields(judged: Judged) -> dict[str, Any]:
+    """What the manifest itself must say; the routing of keys is here, that of vectors beside the vectors."""
+    config, scanned = judged.build.config, judged.run.scanned
+    keyed, cel = config.key_value, config.sharding if isinstance(config.sharding, CelSharding) else None
+    described = cel.model_dump(mode="json") if cel is not None and keyed is not None else {}
+    return {
+        "run_id": judged.receipt.run_id,
+        "num_dbs": config.num_dbs,
+        "s3_prefix": judged.build.store.url,
+        "key_col": "_vector_id" if keyed is None else keyed.key_col,
+        "key_encoding": "raw" if keyed is None else scanned.key_encoding,
+        "sharding.strategy": "hash" if keyed is None else config.sharding.strategy,
+        **{f"sharding.{name}": described.get(name) for name in ("cel_expr", "cel_columns", "routing_values")},
+    }
+
+
+def _expected_vector(judged: Judged) -> dict[str, Any]:
+    """What ``custom.vector`` must say."""
+    config, run = judged.build.config, judged.run
+    spec, keyed, trained = config.vector_spec, config.key_value is not None, run.trained
+    expected: dict[str, Any] = {
+        "dim": spec.dim,
+        "metric": spec.metric.value,
+        "index_type": run.routed.index_family,
+        "quantization": spec.quantization,
+        "unified": True if keyed else None,
+        "backend": spec.backend if keyed else None,
+        "kv_backend": ("sqlite-vec" if spec.backend == "sqlite-vec" else "sqlite") if keyed else None,
+        "total_vectors": None if keyed else judged.receipt.rows,
+        "sharding_strategy": None if keyed else config.sharding.strategy,
+        "num_probes": None if keyed else judged.receipt.num_probes,
+        "num_hash_bits": trained.shape[0] if trained and trained.artifact == "hyperplanes" else None,
+    }
+    for name in ("centroids", "hyperplanes"):
+        mine = trained is not None and trained.artifact == name
+        expected[f"{name}_ref"] = judged.build.store.url_of(trained.ref.key) if trained and mine else None
+    cel = config.sharding.model_dump(mode="json") if isinstance(config.sharding, CelSharding) and not keyed else {}
+    expected |= {name: cel.get(name) for name in ("cel_expr", "cel_columns", "routing_values")}
+    return {f"custom.vector.{name}": value for name, value in expected.items()}
+
+
+def _expected_extras(judged: Judged) -> dict[str, Any]:
+    """What ``custom.sf_pipelines`` must say."""
+    config, run = judged.build.config, judged.run
+    expected = {
+        "build_key": run.scanned.build_key,
+        "gate_key": judged.receipt.gate_key,
+        "index_family": run.routed.index_family,
+        "id_type": run.scanned.id_type,
+        "backend": config.vector_spec.backend,
+        "vector_type": config.vector_spec.vector_type,
+        "filter_columns": run.scanned.filter_columns,
+        "key_type": run.scanned.key_type,
+        "value_format": None if config.key_value is None else config.key_value.value_format,
+        "row_count": judged.receipt.rows,
+        "rejected": run.sampled.rejected,
+        "routing_sha256": run.routing_digest or None,
+    }
+    return {f"custom.sf_pipelines.{name}": value for name, value in expected.items()}
 
 
 def _coverage(judged: Judged) -> Finding:
@@ -220,22 +272,34 @@ def _key_faults(judged: Judged, rows: pa.Table) -> list[str]:
 
 
 def _context_faults(judged: Judged, k: int) -> list[str]:
-    """Sampled rows must be found where their own columns, given as a query's context, lead."""
+    """Sampled rows of every shard are found where their own columns, given as a context, lead: by vector and by key."""
     if not isinstance(judged.build.config.sharding, CelSharding):
         return []
-    rows = judged.ledger.get_table(judged.sampled.queries).slice(0, _CONTEXTS)
+    rows = _some_of_every_shard(judged.ledger.get_table(judged.sampled.queries))
     names = [name for name in rows.column_names if name.startswith(CONTEXT_PREFIX)]
     contexts = [
         {name.removeprefix(CONTEXT_PREFIX): value for name, value in row.items()}
         for row in rows.select(names).to_pylist()
     ]
-    homes = rows.column(SHARD_COLUMN).to_pylist()
-    answers = judged.reader.batch_search(vectors_of(rows), top_k=k, routing_context=contexts)
-    return [
-        f"row {row_id!r} lies in shard {home}, but its context {context} leads to {answer.shard_ids}"
-        for row_id, home, context, answer in zip(rows.column("id").to_pylist(), homes, contexts, answers, strict=True)
-        if answer.shard_ids != [home]
-    ]
+    homes, reader = rows.column(SHARD_COLUMN).to_pylist(), judged.reader
+    answers = reader.batch_search(vectors_of(rows), top_k=k, routing_context=contexts)
+    faults: list[str] = []
+    for row_id, home, context, answer in zip(rows.column("id").to_pylist(), homes, contexts, answers, strict=True):
+        if answer.shard_ids != [home]:
+            faults.append(f"row {row_id!r} lies in shard {home}, but its context {context} leads to {answer.shard_ids}")
+        if isinstance(reader, UnifiedShardedReader):
+            key = bytes.fromhex(row_id) if judged.run.scanned.key_type == "bytes" else row_id
+            if reader.get(key, routing_context=context) is None:
+                faults.append(f"key {key!r} of shard {home} gives nothing with its context {context}")
+    return faults
+
+
+def _some_of_every_shard(rows: pa.Table) -> pa.Table:
+    """The first few sampled rows of each shard."""
+    shards = rows.column(SHARD_COLUMN).to_numpy()
+    order = np.argsort(shards, kind="stable")
+    starts = np.searchsorted(shards[order], shards[order])
+    return rows.take(pa.array(order[np.arange(len(order)) - starts < _CONTEXTS]))
 
 
 def _witness_fault(row_id: object, payload: str | None, own: float, results: list[Any], wanted: int, db_id: int) -> str:

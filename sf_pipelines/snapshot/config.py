@@ -98,7 +98,8 @@ class IndexParams(ConfigModel):
     """Knobs of the index families; None leaves the family's own default.
 
     Attributes:
-        num_partitions: of the IVF families; None is the square root of the shard's rows.
+        num_partitions: partitions of the IVF families (None: one for every 1,000 rows), graphs of the HNSW ones (None:
+            one for every 100,000).
         m: neighbours of an HNSW node.
         ef_construction: candidates while an HNSW graph is built.
     """
@@ -145,6 +146,13 @@ class VectorSpec(ConfigModel):
     def _backend_can_do_it(self) -> Self:
         if (self.vector_fn is None) != (not self.vector_fn_cols):
             raise ValueError("vector_fn and vector_fn_cols go together: the function and the columns that it is given")
+        if self.vector_fn is None and "vector_fn_version" in self.model_fields_set:
+            raise ValueError("vector_fn_version means nothing without vector_fn; leave it out")
+        if self.vector_fn is not None and "vector_col" in self.model_fields_set:
+            raise ValueError("vector_col and vector_fn exclude each other: leave one of them out")
+        if len(set(self.vector_fn_cols)) != len(self.vector_fn_cols):
+            raise ValueError(f"vector_fn_cols names a column twice: {', '.join(self.vector_fn_cols)}")
+        self._check_index_params()
         if self.quantization == "i8" and self.index_type not in {"auto", "ivf_sq", "hnsw"}:
             raise ValueError(
                 f"quantization i8 needs an 8-bit index, but index_type is {self.index_type!r}; use auto, ivf_sq or hnsw"
@@ -162,6 +170,19 @@ class VectorSpec(ConfigModel):
                 f"backend sqlite-vec scans and has no index_type {self.index_type!r}; use auto, or backend lancedb"
             )
         return self
+
+    def _check_index_params(self) -> None:
+        """A knob that the index does not have would change nothing, and nobody would know."""
+        given = self.index_params.model_fields_set
+        graph, partitioned = {"auto", "hnsw", "hnsw_flat"}, self.index_type != "flat"
+        known = {"num_partitions"} if partitioned else set()
+        known |= {"m", "ef_construction"} if self.index_type in graph else set()
+        unknown = sorted(given - (known if self.backend == "lancedb" else set()))
+        if unknown:
+            raise ValueError(
+                f"index_params.{', '.join(unknown)} means nothing for index_type {self.index_type!r} on backend "
+                f"{self.backend!r}; leave it out"
+            )
 
     @property
     def vector_type(self) -> Literal["float32", "float16"]:
@@ -274,10 +295,10 @@ class WriteConfig(ConfigModel):
         return self
 
     def _check_filter_names(self) -> None:
-        dotted = sorted(name for name in self.filter_cols if "." in name)
+        dotted = sorted(name for name in self.filter_cols if "." in name or "`" in name)
         if dotted:
             raise ValueError(
-                f"filter_cols: {', '.join(dotted)} has a dot, which means a nested field; rename the column"
+                f"filter_cols: {', '.join(dotted)} has a dot or a backtick, which mean nested fields; rename the column"
             )
         clash = sorted(
             name for name in self.filter_cols if name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIXES)
@@ -316,16 +337,7 @@ class WriteConfig(ConfigModel):
             raise ValueError(
                 f"{where} is 'hash', which needs key_value; vectors alone use cluster, lsh, explicit or cel"
             )
-        if isinstance(sharding, ClusterSharding | LshSharding):
-            probes = sharding.num_probes
-            if probes != "auto" and probes > self.num_dbs:
-                raise ValueError(f"{where}.num_probes {probes} is more than num_dbs {self.num_dbs}")
-        if isinstance(sharding, LshSharding):
-            bits = sharding.num_hash_bits
-            if bits is not None and 2**bits < self.num_dbs:
-                raise ValueError(
-                    f"{where}.num_hash_bits {bits} gives {2**bits} cells, too few for num_dbs {self.num_dbs} shards"
-                )
+        self._check_training(where)
         if isinstance(sharding, CelSharding) and sharding.routing_values is not None:
             values = sharding.routing_values
             if len(values) != self.num_dbs:
@@ -333,6 +345,25 @@ class WriteConfig(ConfigModel):
             if self.key_value is not None and isinstance(values[0], bytes):
                 raise ValueError(f"{where}.routing_values: with keys the format knows no bytes here; use text")
         return self
+
+    def _check_training(self, where: str) -> None:
+        sharding = self.sharding
+        if isinstance(sharding, ClusterSharding | LshSharding):
+            probes = sharding.num_probes
+            if probes != "auto" and probes > self.num_dbs:
+                raise ValueError(f"{where}.num_probes {probes} is more than num_dbs {self.num_dbs}")
+        if isinstance(sharding, ClusterSharding):
+            rows = sharding.training_rows
+            if rows is not None and rows < self.num_dbs:
+                raise ValueError(
+                    f"{where}.training_rows {rows} is less than num_dbs {self.num_dbs}: one row a shard at least"
+                )
+        if isinstance(sharding, LshSharding):
+            bits = sharding.num_hash_bits
+            if bits is not None and 2**bits < self.num_dbs:
+                raise ValueError(
+                    f"{where}.num_hash_bits {bits} gives {2**bits} cells, too few for num_dbs {self.num_dbs} shards"
+                )
 
     @property
     def sharding(self) -> ClusterSharding | LshSharding | ExplicitSharding | CelSharding | HashSharding:

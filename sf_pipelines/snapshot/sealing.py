@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
 from sf_pipelines.snapshot.config import KeyEncoding
-from sf_pipelines.snapshot.errors import CountMismatchError, IndexBuildError, IntegrityError
+from sf_pipelines.snapshot.errors import CountMismatchError, IndexBuildError, IntegrityError, VectorFunctionError
 from sf_pipelines.snapshot.evaluation import NOBODY, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
@@ -112,7 +112,9 @@ def _build_in(build: Build, run: RunReceipts, rows: pa.Table, folder: Path) -> B
     spec, backend = build.config.vector_spec, backend_named(build.config.vector_spec.backend)
     encoding, place = run.scanned.key_encoding, folder
     if encoding is not None:
-        write_key_values(folder, encode_keys(_one(rows, KEY_COLUMN), encoding), _one(rows, VALUE_COLUMN))
+        # Values of one shard may be more than the 2 GiB that plain binary can point into.
+        values = rows.column(VALUE_COLUMN).cast(pa.large_binary()).combine_chunks()
+        write_key_values(folder, encode_keys(_one(rows, KEY_COLUMN), encoding), values)
         rows, place = rows.drop_columns([KEY_COLUMN, VALUE_COLUMN]), folder / backend.subfolder
     return backend.build(
         rows,
@@ -173,16 +175,37 @@ def _truth(build: Build, ledger: Ledger, run: RunReceipts, rows: pa.Table, db_id
     # One more than k: a query's own row is left out when the shards are merged.
     k = build.config.recall_gate.k + 1
     ids = _one(rows, "id")
+    _check_sampled(build, queries, ids, rows)
     if not len(asked):
         return truth_table(ids, asked, NOBODY)
     scan = MemoryScan(ids, np.arange(len(ids)), vectors_of(rows), build.config.vector_spec.metric)
     return truth_table(ids, asked, scan.search(vectors_of(queries)[asked], k))
 
 
+def _check_sampled(build: Build, queries: pa.Table, ids: pa.Array, rows: pa.Table) -> None:
+    """Sampled rows must have the vectors that they had then: what is trained and measured rests on them."""
+    place = pc.call_function("index_in", [ids], pc.SetLookupOptions(_one(queries, "id")))
+    here = np.flatnonzero(np.asarray(place.is_valid()))
+    if not len(here):
+        return
+    sampled = vectors_of(queries)[place.take(pa.array(here)).to_numpy()]
+    changed = here[(vectors_of(rows)[here] != sampled).any(axis=1)]
+    if len(changed):
+        shown = ids[int(changed[0])].as_py()
+        function = build.config.vector_spec.vector_fn
+        if function is not None:
+            raise VectorFunctionError(
+                f"vector_fn {function} gives row {shown!r} another vector than the first time ({len(changed)} of "
+                f"{len(here)} sampled rows); it must always give the same for a row, whatever rows are around it"
+            )
+        raise IntegrityError(f"row {shown!r} has another vector than when it was sampled; build again with force")
+
+
 def _witnesses(rows: pa.Table) -> pa.Table:
     """Rows that must be found again: always the same ones."""
     chosen = np.argsort(hash_column(_one(rows, "id")), kind="stable")[:_WITNESSES]
-    return rows.take(pa.array(chosen)).combine_chunks()
+    # Row by row: taking them at once would join all payloads and values, which may be more than 2 GiB.
+    return pa.concat_tables([rows.slice(row, 1) for row in chosen.tolist()]).combine_chunks()
 
 
 def _key_range(rows: pa.Table) -> dict[str, int | str]:

@@ -3,7 +3,16 @@
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_serializer, field_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    StrictBytes,
+    StrictInt,
+    StrictStr,
+    Tag,
+    field_serializer,
+    field_validator,
+)
 
 from sf_pipelines.snapshot.model import ConfigModel
 
@@ -74,7 +83,7 @@ class CelSharding(ConfigModel):
     strategy: Literal["cel"] = "cel"
     cel_expr: Annotated[str, Field(min_length=1, max_length=_LONGEST_EXPRESSION)]
     cel_columns: Annotated[dict[ColumnName, CelType], Field(min_length=1, max_length=_MOST_CEL_COLUMNS)]
-    routing_values: tuple[int | str | bytes, ...] | None = None
+    routing_values: tuple[StrictInt | StrictStr | StrictBytes, ...] | None = None
 
     @field_validator("routing_values")
     @classmethod
@@ -83,6 +92,11 @@ class CelSharding(ConfigModel):
             return None
         if len({type(value) for value in values}) > 1:
             raise ValueError("the values must be all whole numbers, all text or all bytes")
+        for value in values:
+            if isinstance(value, int) and not -(2**63) <= value < 2**64:
+                raise ValueError(f"{value} is no number that an expression can give")
+            if isinstance(value, str) and not _is_text(value):
+                raise ValueError(f"{value!r} cannot be written as UTF-8")
         repeated = sorted(repr(value) for value, times in Counter(values).items() if times > 1)
         if repeated:
             raise ValueError(f"names {', '.join(repeated)} more than once")
@@ -99,6 +113,14 @@ class HashSharding(ConfigModel):
     """The key's hash (xxh3, 64 bits) modulo ``num_dbs`` names the shard; a vector search asks all shards."""
 
     strategy: Literal["hash"] = "hash"
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tag(value: Any) -> str:

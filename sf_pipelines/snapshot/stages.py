@@ -5,6 +5,7 @@ that finds its receipt for the same inputs does nothing and says so in ``reason`
 where it was, and the command line, Dagster and the engines run the very same code.
 """
 
+import hashlib
 import io
 import uuid
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
     PromoteReceipt,
     RangeReceipt,
+    Ref,
     RoutedShard,
     RouteReceipt,
     SampleReceipt,
@@ -232,16 +234,17 @@ def train(build: Build, run_id: str) -> TrainReceipt:
     trained = train_routing(config.sharding, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
     file = io.BytesIO()
     np.save(file, trained.matrix, allow_pickle=False)
-    key = f"vector_meta/run_id={run_id}/{trained.kind}.npy"
-    if not build.store.create(key, file.getvalue()):
+    data, key = file.getvalue(), f"vector_meta/run_id={run_id}/{trained.kind}.npy"
+    if not build.store.create(key, data):
         # Another attempt with other bytes (other library versions) was here; what is stored is never replaced.
         key = f"vector_meta/run_id={run_id}/{trained.kind}-{uuid.uuid4().hex[:8]}.npy"
+        build.store.put(key, data)
     rows, columns = trained.matrix.shape
     receipt = TrainReceipt(
         run_id=run_id,
         inputs=inputs,
         artifact=trained.kind,
-        ref=ledger.put_bytes(key, file.getvalue()),
+        ref=Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest()),
         shape=(rows, columns),
         figures=trained.figures,
         seconds=watch.seconds,

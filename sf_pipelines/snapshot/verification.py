@@ -114,8 +114,8 @@ def verify_snapshot(
         # Without its rows, or with damaged ones, there is no truth to compare with.
         if found.passed and drawn:
             extras = state.manifest.extras
-            gate: dict[str, Any] = extras.recall if extras else {}
-            found.k, found.min_recall = int(gate.get("k", _DEFAULT_K)), gate.get("min_recall")
+            if extras is not None and extras.recall is not None:
+                found.k, found.min_recall = extras.recall.k, extras.recall.min_recall
             homes = np.repeat([one.shard for one in drawn], [len(one.ids) for one in drawn]).astype(np.int32)
             asked = _Asked(
                 ids=_as_text(np.concatenate([one.ids.astype(object) for one in drawn])),

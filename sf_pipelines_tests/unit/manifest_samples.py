@@ -7,7 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
-from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, ShardRow, SnapshotExtras, VectorMeta
+from sf_pipelines.snapshot.manifest.models import (
+    Manifest,
+    RecallRecord,
+    ShardObject,
+    ShardRow,
+    SnapshotExtras,
+    VectorMeta,
+)
 from sf_pipelines.snapshot.metric import DistanceMetric
 
 PREFIX = "s3://serving/products"
@@ -42,7 +49,12 @@ def sample_manifest(run_id: str = "r1", prefix: str = PREFIX, **changes: Any) ->
         centroids_ref=f"{prefix}/vector_meta/run_id={run_id}/centroids.npy",
     )
     extras = SnapshotExtras(
-        build_key="bk", gate_key="gk", index_family="flat", id_type="int64", row_count=30, recall={"at": 0.97}
+        build_key="bk",
+        gate_key="gk",
+        index_family="flat",
+        id_type="int64",
+        row_count=30,
+        recall=RecallRecord(k=10, min_recall=0.95),
     )
     fields: dict[str, Any] = {
         "run_id": run_id,

@@ -199,7 +199,8 @@ def test_extras_are_optional() -> None:
     assert sample_manifest(custom={}).extras is None
     extras = sample_manifest().extras
     assert extras is not None
-    assert (extras.build_key, extras.row_count, extras.recall) == ("bk", 30, {"at": 0.97})
+    assert extras.recall is not None
+    assert (extras.build_key, extras.row_count, extras.recall.k) == ("bk", 30, 10)
 
 
 @pytest.mark.parametrize(("extras", "found"), [({"version": 2, "new": 1}, "2"), ({"build_key": "x"}, "'missing'")])
@@ -208,10 +209,25 @@ def test_extras_of_another_version_are_an_error(extras: dict[str, Any], found: s
         _ = sample_manifest(custom={"sf_pipelines": extras}).extras
 
 
-def test_wrong_extras_are_named() -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id_type", "float"),
+        ("backend", "faiss"),
+        ("vector_type", "int8"),
+        ("recall.k", "x"),
+        ("recall.k", [1]),
+        ("recall.k", 0),
+        ("recall.k", 2_000_000),
+        ("recall.min_recall", "0.9"),
+        ("recall.curve", 3),
+    ],
+)
+def test_wrong_extras_are_named(field: str, value: Any) -> None:
     custom = sample_manifest().custom
-    custom["sf_pipelines"]["id_type"] = "float"
-    with pytest.raises(ManifestError, match=r"custom\.sf_pipelines\.id_type"):
+    part, _, name = field.rpartition(".")
+    (custom["sf_pipelines"][part] if part else custom["sf_pipelines"])[name] = value
+    with pytest.raises(ManifestError, match=rf"custom\.sf_pipelines\.{field}"):
         _ = sample_manifest(custom=custom).extras
 
 

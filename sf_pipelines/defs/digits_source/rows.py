@@ -1,5 +1,6 @@
 """The rows of the demo's source and the file that holds them."""
 
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def write_table(table: pa.Table, path: Path) -> bool:
     if path.exists() and pq.read_table(path).equals(table):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
+    # Of its own name: both demos may refresh the source at the same time.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
     pq.write_table(table, temporary)
     temporary.replace(path)
     return True

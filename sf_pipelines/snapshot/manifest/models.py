@@ -200,6 +200,40 @@ class VectorMeta(WireModel):
         return fields
 
 
+class CurveRecord(WireModel):
+    """Recall of the tuning queries at one number of probes.
+
+    Attributes:
+        num_probes: shards asked.
+        recall: mean recall@k.
+        lower: its lower confidence bound.
+        rows_searched: mean share of the snapshot's rows that lie in the asked shards.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_probes: Annotated[int, Field(gt=0, le=MAX_SHARDS)]
+    recall: float
+    lower: float
+    rows_searched: float
+
+
+class RecallRecord(WireModel):
+    """What was measured before the snapshot was published.
+
+    Attributes:
+        k: neighbours asked for.
+        min_recall: what the lower bound of recall@k had to reach.
+        curve: recall by number of probes.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    k: Annotated[int, Field(gt=0, le=1000)]
+    min_recall: Annotated[float, Field(gt=0, le=1)]
+    curve: Annotated[tuple[CurveRecord, ...], Field(strict=False, max_length=MAX_SHARDS)] = ()
+
+
 class SnapshotExtras(WireModel):
     """``custom.sf_pipelines``: what this package adds. A reader must be able to do without.
 
@@ -234,7 +268,7 @@ class SnapshotExtras(WireModel):
     value_format: Literal["json", "bytes"] | None = None
     row_count: Count
     rejected: Count = 0
-    recall: dict[str, Any] = Field(default_factory=dict)
+    recall: RecallRecord | None = None
     routing_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     def to_custom(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from sf_pipelines.snapshot.routing.lsh import LshRouting
 # Cells of so many bits are far more than anyone has shards.
 _MOST_BITS = 24
 # Candidates per number of bits; each costs one projection of the sample.
+# Up to so many numbers in a vector, all directions are found at once: 0.2 s.
+_ALL_DIRECTIONS = 512
 _CANDIDATES = 24
 # Cells differ in number between shards by at most this; more bits spread them better.
 _FAIREST_SHARE = 1.5
@@ -118,8 +120,7 @@ def _principal(rows: Float64, axis: Float64, bits: int) -> Float64:
 
     Where there is nothing but the mean (one dimension), the mean itself, or the first axis.
     """
-    _, found = np.linalg.eigh(rows.T @ rows)
-    found = found.T[::-1]
+    found = _leading(rows, bits)
     # Rows lie orthogonal to the mean already; among directions without variance it may still turn up.
     found = found - np.outer(found @ axis, axis)
     lengths = np.sqrt(np.square(found).sum(axis=1))
@@ -127,6 +128,15 @@ def _principal(rows: Float64, axis: Float64, bits: int) -> Float64:
     if len(found):
         return found
     return axis[None, :] if axis.any() else np.eye(1, rows.shape[1])
+
+
+def _leading(rows: Float64, bits: int) -> Float64:
+    """Directions by falling variance: all, or of long vectors only as many as are needed (Halko and others, 2011)."""
+    if rows.shape[1] <= _ALL_DIRECTIONS:
+        return np.linalg.eigh(rows.T @ rows)[1].T[::-1]
+    from sklearn.utils.extmath import randomized_svd
+
+    return randomized_svd(rows, min(bits + 1, *rows.shape), random_state=0)[2]
 
 
 def _rotation(rng: np.random.Generator, rows: int, size: int) -> Float64:

@@ -5,7 +5,7 @@ to what is stored, so that what passed is what a reader will find.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ from sf_pipelines.snapshot.source.columns import (
 from sf_pipelines.snapshot.source.files import SourceBatch
 from sf_pipelines.snapshot.source.keys import KeyValueColumns
 from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, Faults, RejectReason
+from sf_pipelines.snapshot.source.text import without_invalid_text
 from sf_pipelines.snapshot.source.vectors import VectorColumn
 
 # Sampled rows of snapshots that are sharded by other columns carry them under these names.
@@ -141,7 +142,9 @@ class RowContract:
 
     def check(self, batch: SourceBatch) -> CheckedBatch:
         """Sorts a batch into rows that may be stored and rejects with their reason."""
-        ids, faults = self.ids(batch.rows), Faults(len(batch.rows))
+        faults = Faults(len(batch.rows))
+        batch = replace(batch, rows=without_invalid_text(batch.rows, faults))
+        ids = self.ids(batch.rows)
         self._check_scalars(batch.rows, ids, faults)
         if self.keys is not None:
             self.keys.check(batch.rows, faults)

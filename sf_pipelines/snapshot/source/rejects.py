@@ -23,6 +23,7 @@ REJECT_SCHEMA = pa.schema(
 class RejectReason(StrEnum):
     """Why a row was turned away; of several, the first in this order."""
 
+    INVALID_TEXT = "invalid_text"
     NULL_ID = "null_id"
     SCALAR = "scalar_contract"
     KEY_OUT_OF_RANGE = "key_out_of_range"

@@ -121,7 +121,7 @@ class VectorColumn:
         name = f"vector_fn {self._spec.vector_fn}"
         try:
             made = self._function(rows.select(list(self._spec.vector_fn_cols)))
-        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError, pa.ArrowException) as error:
+        except Exception as error:
             raise VectorFunctionError(f"{name} failed with {type(error).__name__}: {error}") from error
         column = _as_array(made, name)
         if len(column) != len(rows):
@@ -155,7 +155,7 @@ def _imported(path: str) -> Callable[[pa.RecordBatch], Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ConfigError(f"VectorSpec.vector_fn: {path!r} cannot be imported: {error}") from error
     if not callable(found):
         raise ConfigError(f"VectorSpec.vector_fn: {path!r} is {type(found).__name__}, no function")

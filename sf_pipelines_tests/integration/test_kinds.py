@@ -1,0 +1,153 @@
+"""What only some kinds of snapshots can get wrong, and what notices."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sf_pipelines import UnifiedShardedReader, WriteConfig, build_snapshot
+from sf_pipelines.snapshot import assembly
+from sf_pipelines.snapshot.errors import GateFailedError, VectorFunctionError
+from sf_pipelines.snapshot.manifest.models import Manifest
+from sf_pipelines.snapshot.receipts import SampleReceipt
+from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines_tests.combinations import CHOSEN
+from sf_pipelines_tests.integration import test_combinations as combos
+from sf_pipelines_tests.tables import vector_table
+
+ROWS, DIM = 300, 8
+
+
+def random_vectors(rows: pa.RecordBatch) -> np.ndarray:
+    """Others each time."""
+    return np.random.default_rng().standard_normal((rows.num_rows, DIM))
+
+
+def centred(rows: pa.RecordBatch) -> np.ndarray:
+    """The same each time for the same batch, but not for the same row."""
+    x = rows.column("x").to_numpy()
+    return np.stack([x - x.mean() + n for n in range(DIM)], axis=1)
+
+
+def make_config(root: Path, *, spec: dict[str, Any] | None = None, **more: Any) -> WriteConfig:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((ROWS, DIM)).astype(np.float32)
+    columns = {
+        "x": rng.standard_normal(ROWS),
+        "region": [f"r{n % 2}" for n in range(ROWS)],
+        # A third of the rows has no usable text.
+        "label": [None if n % 3 == 0 else str(n) for n in range(ROWS)],
+    }
+    pq.write_table(vector_table(vectors, **columns), root / "source.parquet")
+    fields: dict[str, Any] = {
+        "name": "kinds",
+        "source": str(root / "source.parquet"),
+        "store": str(root / "store"),
+        "num_dbs": 2,
+        "vector_spec": {"dim": DIM, **(spec or {})},
+    }
+    return WriteConfig(**(fields | more))
+
+
+@pytest.mark.parametrize("name", ["random_vectors", "centred"])
+def test_a_function_that_gives_other_vectors_the_second_time_is_noticed(name: str, tmp_path: Path) -> None:
+    path = f"sf_pipelines_tests.integration.test_kinds:{name}"
+    # Rejected rows are left out the second time, so that batches are others.
+    config = make_config(
+        tmp_path,
+        spec={"vector_fn": path, "vector_fn_cols": ("x",)},
+        key_value={"key_col": "id", "value_col": "label"},
+        max_reject_fraction=0.5,
+    )
+    with pytest.raises(VectorFunctionError, match="another vector than the first time"):
+        build_snapshot(config, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "store" / "_CURRENT").exists()
+
+
+KEYED: dict[str, Any] = {
+    "hash": {},
+    "cel": {
+        "sharding": {
+            "strategy": "cel",
+            "cel_expr": "region",
+            "cel_columns": {"region": "string"},
+            "routing_values": ["r0", "r1"],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KEYED)
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("key_encoding", {"key_encoding": "u32be"}),
+        ("custom.vector.index_type", {"custom.vector": {"index_type": "hnsw"}}),
+        ("custom.sf_pipelines.filter_columns", {"custom.sf_pipelines": {"filter_columns": {"nope": "int8"}}}),
+        ("custom.sf_pipelines.id_type", {"custom.sf_pipelines": {"id_type": "string"}}),
+        ("custom.sf_pipelines.build_key", {"custom.sf_pipelines": {"build_key": "zzz"}}),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_not_published(
+    kind: str, field: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = assembly._manifest
+
+    def wrong(*arguments: Any) -> Manifest:
+        manifest = made(*arguments)
+        custom = {
+            name: {**value, **change.get(f"custom.{name}", {})} if isinstance(value, dict) else value
+            for name, value in manifest.custom.items()
+        }
+        plain = {name: value for name, value in change.items() if "." not in name}
+        return manifest.model_copy(update={"custom": custom, **plain})
+
+    monkeypatch.setattr(assembly, "_manifest", wrong)
+    config = make_config(tmp_path, spec=KEYED[kind], key_value={"key_col": "id", "value_cols": ["x"]})
+    with pytest.raises(GateFailedError, match=field):
+        build_snapshot(config, cache_dir=tmp_path / "cache")
+
+
+def test_keys_that_an_expression_leads_astray_fail_the_round_trip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both shards hold rows, but the reader of the gate is sent to the other one."""
+    monkeypatch.setattr(UnifiedShardedReader, "get", lambda *_, **__: None)
+    config = make_config(tmp_path, spec=KEYED["cel"], key_value={"key_col": "id", "value_cols": ["x"]})
+    with pytest.raises(GateFailedError, match="gives nothing with its context"):
+        build_snapshot(config, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("one", CHOSEN[1:7], ids=lambda one: one.name)
+def test_every_kind_is_verified_resumed_and_healed(one: Any, tmp_path: Path) -> None:
+    combos.write_rows(tmp_path / "source.parquet", one, combos.clustered_vectors())
+    config = combos.make_config(tmp_path, one)
+    first = build_snapshot(config, cache_dir=tmp_path / "cache")
+    found = verify_snapshot(config.store)
+    assert found.faults == []
+    assert found.rows == combos.ROWS
+    assert found.recall is not None
+    assert found.recall >= 0.95
+    assert not build_snapshot(config, cache_dir=tmp_path / "cache").published
+
+    shard = next(shard for shard in first.shards if shard.rows > 100)
+    damaged = tmp_path / "store" / (shard.db_key or "") / shard.objects[0].path
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    assert any(shard.objects[0].path in fault for fault in verify_snapshot(config.store).faults)
+    healed = build_snapshot(config, cache_dir=tmp_path / "cache")
+
+    assert healed.published
+    assert healed.run_id != first.run_id
+    assert verify_snapshot(config.store).faults == []
+
+
+def test_rejects_of_the_sample_are_counted_by_reason(tmp_path: Path) -> None:
+    config = make_config(tmp_path, key_value={"key_col": "id", "value_col": "label"}, max_reject_fraction=0.5)
+    result = build_snapshot(config, cache_dir=tmp_path / "cache")
+    assert (result.rows, result.rejected) == (200, 100)
+    staging = tmp_path / "store" / "staging" / f"run_id={result.run_id}" / "receipts" / "sample"
+    receipt = SampleReceipt.model_validate_json(next(staging.glob("*.json")).read_bytes())
+    assert receipt.reject_reasons == {"null_value": 100}

@@ -130,14 +130,20 @@ class LanceDBShard:
         self._table: Table | None = table
         self._scan: MemoryScan | None = None
         self._payloads: pa.ChunkedArray | None = None
+        self._payload_bytes = 0
         self._keeps_payloads = self._scans
 
     @property
     def memory_bytes(self) -> int:
         """Vectors and payloads held, and the index that the library keeps."""
-        scan, payloads = self._scan, self._payloads
-        held = 0 if self._scans else self._index_bytes
-        return held + (scan.nbytes if scan else 0) + (payloads.nbytes if payloads is not None else 0)
+        scan = self._scan
+        held = self._payload_bytes if self._scans else self._payload_bytes + self._index_bytes
+        return held + (scan.nbytes if scan else 0)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a search is a scan of what is held already."""
+        return self._scans and self._scan is not None
 
     def search(self, queries: Float32, k: int) -> ShardHits:
         """Nearest rows with exact scores: by scan where that is cheap or no index helps, else by index."""
@@ -250,8 +256,10 @@ class LanceDBShard:
         with self._lock:
             if self._payloads is None and self._keeps_payloads:
                 found = self._column("payload")["payload"]
-                self._keeps_payloads = found.nbytes <= _PAYLOAD_BYTES
-                self._payloads = found if self._keeps_payloads else None
+                size = found.nbytes
+                self._keeps_payloads = size <= _PAYLOAD_BYTES
+                if self._keeps_payloads:
+                    self._payloads, self._payload_bytes = found, size
             return self._payloads
 
     def _column(self, *names: str) -> pa.Table:

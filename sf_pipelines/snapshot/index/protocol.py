@@ -117,6 +117,11 @@ class ShardIndex(Protocol):
         """About how much memory the shard holds at present."""
         ...
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether a search is a scan of what is held already: too quick to be worth another thread."""
+        ...
+
     def search(self, queries: Float32, k: int) -> ShardHits:
         """The nearest rows in the declared metric, with exact scores.
 

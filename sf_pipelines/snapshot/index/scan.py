@@ -30,6 +30,7 @@ class MemoryScan:
         ids: Arrow array of int64 or string, or numpy objects, int and str mixed.
         rows: row references, ascending.
         vectors: float32, shape (rows, dim).
+        nbytes: memory held; asked after every search, so it is counted once.
 
     Args:
         metric: declared metric.
@@ -44,17 +45,13 @@ class MemoryScan:
         self.vectors = vectors
         self._metric = metric
         self._ranks = id_ranks(ids)
+        self.nbytes: int = vectors.nbytes + rows.nbytes + self._ranks.nbytes + ids.nbytes
         lengths = lengths_of(vectors) if lengths is None else lengths
         self._longest = float(lengths.max(initial=0.0))
         self._halves = (np.square(np.minimum(lengths, _LONGEST)) / 2).astype(np.float32)
         self._inverse = (1.0 / np.where(lengths == 0, 1.0, lengths)).astype(np.float32)
         # A foreign snapshot may repeat an id; enough rows are taken for the merge to drop the repeats.
         self._repeats = int(np.unique(self._ranks, return_counts=True)[1].max(initial=1))
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held."""
-        return self.vectors.nbytes + self.rows.nbytes + self._ranks.nbytes + self.ids.nbytes
 
     def search(self, queries: Float32, k: int) -> ShardHits:
         """The true nearest rows; see ``ShardIndex.search``."""

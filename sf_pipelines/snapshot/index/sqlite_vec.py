@@ -147,6 +147,7 @@ class SqliteVecShard:
         self._file: SqliteFile | None = file
         self._scan: MemoryScan | None = None
         self._extended = False
+        self._held = self._ids.nbytes + self._ranks.nbytes + 3 * self._chunks.rowids.nbytes
 
     @property
     def memory_bytes(self) -> int:
@@ -154,7 +155,12 @@ class SqliteVecShard:
         if self._file is None:
             return 0
         scan = self._scan
-        return self._ids.nbytes + self._ranks.nbytes + 3 * self._chunks.rowids.nbytes + (scan.nbytes if scan else 0)
+        return self._held + (scan.nbytes if scan else 0)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a search is a scan of what is held already."""
+        return self._scan is not None
 
     def search(self, queries: Float32, k: int) -> ShardHits:
         """Nearest rows with exact scores, by scan. A stranger's row that is no number is in no answer."""

@@ -241,12 +241,27 @@ class ReaderCore:
             with serving.handles.borrow(shard) as opened:
                 return ShardAnswer(shard, which, places, ask(opened.index, queries[which], k))
 
-        answers = self.spread(one, jobs)
+        quick = ask is exactly
+        answers = self.spread(one, jobs, lambda job: quick and serving.handles.in_memory(job[0]))
         return Candidates(answers, *plan.shards.shape)
 
-    def spread(self, work: Callable[[JobT], AnswerT], jobs: list[JobT]) -> list[AnswerT]:
-        """Runs jobs of different shards side by side; the first error ends it."""
-        return [work(job) for job in jobs] if len(jobs) < 2 else list(self._threads.map(work, jobs))
+    def spread(
+        self, work: Callable[[JobT], AnswerT], jobs: list[JobT], is_quick: Callable[[JobT], bool]
+    ) -> list[AnswerT]:
+        """Runs jobs of different shards side by side, quick ones right here; the first error ends it.
+
+        A scan of a shard in memory takes less than a millisecond and uses all cores itself: handing it to other threads
+        makes it slower.
+        """
+        slow = [place for place, job in enumerate(jobs) if not is_quick(job)]
+        # This thread takes one of them itself.
+        pending = {place: self._threads.submit(work, jobs[place]) for place in slow[1:]}
+        try:
+            own = {place: work(job) for place, job in enumerate(jobs) if place not in pending}
+            return [own[place] if place in own else pending[place].result() for place in range(len(jobs))]
+        finally:
+            for answer in pending.values():
+                answer.cancel()
 
 
 def open_root(root: str | Path, s3: S3Options | None) -> Store:

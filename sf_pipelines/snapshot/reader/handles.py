@@ -91,6 +91,12 @@ class OpenShard:
         index = self._index
         return 0 if index is None else index.memory_bytes
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether a search is a scan of vectors that are held already."""
+        index = self._index
+        return index is not None and index.in_memory
+
     def close(self) -> None:
         """Closes what was opened."""
         with self._lock:
@@ -183,6 +189,15 @@ class ShardHandles:
             yield handle.shard
         finally:
             self._give_back(handle)
+
+    def is_open(self, db_id: int) -> bool:
+        """Whether a shard is open already."""
+        return db_id in self._handles
+
+    def in_memory(self, db_id: int) -> bool:
+        """Whether a search of a shard is a scan of vectors that are held already."""
+        handle = self._handles.get(db_id)
+        return handle is not None and handle.shard.in_memory
 
     @property
     def open_shards(self) -> list[int]:

@@ -51,7 +51,8 @@ def get_many(core: ReaderCore, keys: Iterable[Key], routing_context: Context | N
             for place, value in zip(at, found, strict=True):
                 values[place] = value
 
-        core.spread(fetch, [shard for shard in np.unique(shards).tolist() if state.shards[shard].key is not None])
+        filled = [shard for shard in np.unique(shards).tolist() if state.shards[shard].key is not None]
+        core.spread(fetch, filled, serving.handles.is_open)
     return dict(zip(given, values, strict=True))
 
 

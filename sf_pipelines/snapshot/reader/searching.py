@@ -120,7 +120,8 @@ def _results(core: ReaderCore, serving: Serving, merged: Merged, *, include_vect
             if include_vectors:
                 vectors[at] = _objects(list(opened.index.vectors(wanted)))[back]
 
-    core.spread(fetch, [shard for shard in np.unique(merged.shards).tolist() if shard >= 0])
+    hit = [shard for shard in np.unique(merged.shards).tolist() if shard >= 0]
+    core.spread(fetch, hit, serving.handles.in_memory)
     columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
     return [
         [SearchResult(*hit) for hit in zip(*(column[query][:count] for column in columns), strict=True)]

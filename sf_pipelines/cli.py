@@ -1,9 +1,12 @@
 """The command line: ``sf-pipelines``, also ``python -m sf_pipelines.cli``."""
 
 import json
+import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,12 +109,12 @@ def search(
             answer = reader.search(vector, top_k, **given)
     if as_json:
         rows = [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in answer.results]
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+        typer.echo(json.dumps(rows))
         return
     table = Table("rank", "id", "score", "payload")
     for rank, hit in enumerate(answer.results, start=1):
         payload = "" if hit.payload is None else json.dumps(hit.payload, ensure_ascii=False)
-        table.add_row(str(rank), escape(str(hit.id)), f"{hit.score:.6f}", escape(payload))
+        table.add_row(str(rank), _safe(str(hit.id)), f"{hit.score:.6f}", _safe(payload))
     Console().print(table, f"{answer.num_shards_queried} shards, {answer.latency_ms:.1f} ms", highlight=False)
 
 
@@ -136,11 +139,11 @@ def get(
         found = reader.multi_get(typed, routing_context=_context(reader, context))
     shown = {text: _text_of(found[key]) for text, key in zip(keys, typed, strict=True)}
     if as_json:
-        typer.echo(json.dumps(shown, ensure_ascii=False))
+        typer.echo(json.dumps(shown))
     else:
         table = Table("key", "value")
         for text, value in shown.items():
-            table.add_row(escape(text), "[dim](not there)[/]" if value is None else escape(value))
+            table.add_row(_safe(text), "[dim](not there)[/]" if value is None else _safe(value))
         Console().print(table, highlight=False)
     if None in found.values():
         raise typer.Exit(1)
@@ -152,13 +155,13 @@ def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -
     with _typed_errors(), _reader(store, endpoint_url) as reader:
         facts, shards = reader.snapshot_info(), reader.shard_details()
     values = {name: getattr(facts, name) for name in facts.__dataclass_fields__}
-    named = {name: str(value) for name, value in values.items() if value is not None and value != {}}
     if as_json:
+        dates = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
         rows = [{name: getattr(shard, name) for name in shard.__dataclass_fields__} for shard in shards]
-        typer.echo(json.dumps({**named, "shards": rows}))
+        typer.echo(json.dumps({**values, **dates, "shards": rows}))
         return
     out = Console()
-    _print_facts(out, named)
+    _print_facts(out, {name: str(value) for name, value in values.items() if value is not None and value != {}})
     table = Table("shard", "vectors", "address")
     for shard in shards:
         table.add_row(str(shard.db_id), str(shard.vector_count), escape(shard.db_url or "(empty)"))
@@ -182,7 +185,7 @@ def history(
         rows = [
             {
                 "run_id": entry.run_id,
-                "published_at": entry.published_at.isoformat(),
+                "built_at": entry.published_at.isoformat(),
                 "manifest": entry.manifest_key,
                 "current": entry.is_current,
             }
@@ -255,13 +258,15 @@ def _context(reader: "ShardedVectorReader | UnifiedShardedReader", pairs: list[s
         name, found, text = pair.partition("=")
         if not found:
             raise QueryError(f"--context {pair!r} is not name=value")
+        if name in context:
+            raise QueryError(f"--context {name} is given more than once; a row has one value of it")
         context[name] = _typed(name, text, kinds.get(name, "string"))
     return context
 
 
 def _typed(name: str, text: str, kind: str) -> Any:
     if kind == "bytes":
-        return text.encode()
+        return os.fsencode(text)
     if kind == "bool":
         if text not in {"true", "false"}:
             raise QueryError(f"--context {name} is a bool: true or false (got {text!r})")
@@ -293,10 +298,16 @@ def _text_of(value: bytes | None) -> str | None:
         return f"0x{value.hex()}"
 
 
+def _safe(text: str) -> str:
+    """For a table: no markup, and control characters and lone surrogates as escapes; a terminal would obey those."""
+    unsafe = {char for char in text if unicodedata.category(char) in {"Cc", "Cs"}} - {"\n", "\t"}
+    return escape(text.translate({ord(char): char.encode("unicode_escape").decode() for char in unsafe}))
+
+
 def _print_facts(out: Console, facts: dict[str, str]) -> None:
     width = max(len(name) for name in facts)
     for name, value in facts.items():
-        out.print(f"  {name:<{width}}  {escape(value)}", highlight=False, soft_wrap=True)
+        out.print(f"  {name:<{width}}  {_safe(value)}", highlight=False, soft_wrap=True)
 
 
 def _s3(endpoint_url: str | None) -> S3Options | None:
@@ -327,7 +338,7 @@ def _read_query(text: str) -> list[float]:
             raise QueryError(f"query file {text[1:]} is no text: {error}") from error
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise QueryError(f"the query is no JSON list of numbers: {error}") from error
     if not isinstance(values, list):
         raise QueryError(f"the query is no list of numbers but {type(values).__name__}")

@@ -220,3 +220,9 @@ class QueryError(ReaderError, ValueError):
     """A query or search option is wrong."""
 
     kind = "reader.query"
+
+
+class NoShardError(QueryError):
+    """The values are of the right types, but the sharding expression gives no shard for them."""
+
+    kind = "reader.query.no_shard"

@@ -16,6 +16,10 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 
+# Rounding to float16 changes a normal number by at most 2**-11 of it.
+_FLOAT16_LOSS = 2.0**-10
+
+
 class DistanceMetric(StrEnum):
     """How far two vectors are from each other; accepts its string."""
 
@@ -41,3 +45,26 @@ def pair_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> F
         norms = np.sqrt(np.einsum("ij,ij->i", q, q) * np.einsum("ij,ij->i", r, r))
         products = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
     return 1.0 - products
+
+
+def as_float16(vectors: Float32, metric: DistanceMetric) -> tuple[Float32, NDArray[np.bool_]]:
+    """Vectors rounded to float16, and which of them float16 can stand for.
+
+    Under cosine a vector of tiny numbers would lose its direction to rounding; such a vector, and one with numbers
+    beyond float16, is never stored, so a query that is like that is no stored row.
+
+    Args:
+        vectors: float32, shape (n, dim).
+        metric: declared metric.
+
+    Returns:
+        float32, shape (n, dim), infinite where float16 ends; and a mask of shape (n,).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = vectors.astype(np.float16).astype(np.float32)
+        kept = np.isfinite(rounded).all(axis=1)
+        if metric.normalises:
+            lost = np.einsum("ij,ij->i", rounded - vectors, rounded - vectors, dtype=np.float64)
+            size = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+            kept &= lost <= _FLOAT16_LOSS**2 * size
+    return rounded, kept

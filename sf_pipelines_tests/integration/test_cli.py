@@ -1,8 +1,10 @@
 """The command line as a user meets it: real processes, exit codes, what stands on the screen."""
 
 import json
+import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +69,11 @@ def test_build_search_info_history_verify(config: Path, tmp_path: Path) -> None:
     assert "row 5" in run("search", store, f"@{tmp_path}/query.json", "--num-probes", "3")[1]
 
     code, text = run("info", store, "--json")
-    assert (code, json.loads(text)["total_vectors"]) == (0, "600")
+    assert (code, json.loads(text)["total_vectors"]) == (0, 600)
     assert "cluster" in run("info", store)[1]
     entries = json.loads(run("history", store, "--json")[1])
     assert [entry["current"] for entry in entries] == [True, False]
+    assert all(entry["built_at"][:19] == entry["manifest"].split("/")[1][:19] for entry in entries)
     code, text = run("verify", store)
     assert code == 0
     assert "all is well" in text
@@ -112,6 +115,8 @@ def test_a_gate_that_cannot_be_met_exits_with_1_on_one_line(config: Path, tmp_pa
         (["info", "{tmp}/nowhere"], "nothing has been published under"),
         (["search", "{tmp}", "what"], "the query is no JSON list of numbers"),
         (["search", "{tmp}", "@{tmp}/nowhere"], "cannot be read"),
+        (["search", "{tmp}", "[" * 100_000], "the query is no JSON list of numbers"),
+        (["search", "{tmp}", f"[{'9' * 5_000}]"], "the query is no JSON list of numbers"),
         (["verify", "s3:///x"], "has no bucket"),
     ],
 )
@@ -170,6 +175,10 @@ def test_a_context_or_shards_name_where_to_search(store: Store) -> None:
     code, text = run("search", root, query, "--json", "-k", "40", "--shard", "1", "--shard", "3")
     assert sorted(hit["id"] for hit in json.loads(text)) == list(range(1, 40, 2))
     code, text = run("info", root)
+    facts = json.loads(run("info", root, "--json")[1])
+    assert facts["cel_columns"] == columns
+    assert (facts["dim"], facts["key_encoding"], facts["shards"][1]["vector_count"]) == (4, None, 10)
+    assert datetime.fromisoformat(facts["created_at"]).tzinfo is not None
     assert code == 0
     for fact in ("kind", "vector", "sharding", "cel", "'tier': 'int'"):
         assert fact in text
@@ -178,6 +187,7 @@ def test_a_context_or_shards_name_where_to_search(store: Store) -> None:
         (["--context", "tier=two", *given], "--context tier is a number of type int (got 'two')"),
         (["--context", "tier"], "--context 'tier' is not name=value"),
         (["--context", "gold=yes"], "true or false"),
+        (["--context", "tier=1", *given, "--context", "tier=2"], "--context tier is given more than once"),
         (["--context", "colour=red"], "'colour' is unknown"),
         (["--shard", "4"], "shard_ids names 4"),
         (["--num-probes", "2"], "--num-probes is for snapshots sharded by vector; this one is sharded by cel"),
@@ -185,6 +195,30 @@ def test_a_context_or_shards_name_where_to_search(store: Store) -> None:
         code, text = run("search", root, query, *arguments)
         assert code == 1
         assert message in " ".join(text.split())
+
+
+def test_what_a_terminal_cannot_take_is_escaped(store: Store) -> None:
+    payload = {"half": "\ud800", "clear": "\x9b2J", "lines": "a\u2028b", "name": "é"}
+    options: dict[str, Any] = {"values": [b"\x1b[2J\nsecond"] * 40, "payloads": [payload] * 40}
+    root = by_hand(store, list(range(40)), HashRouting(4), backend="sqlite-vec", key_encoding="u64be", **options)
+    query = json.dumps(VECTORS[0].tolist())
+    for more, wanted in (([], "\\ud800"), (["--json"], "\\ud800")):
+        done = subprocess.run(
+            [sys.executable, "-m", "sf_pipelines.cli", "search", root, query, "-k", "1", *more],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "COLUMNS": "160", "PYTHONIOENCODING": "utf-8"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert wanted in done.stdout
+        assert "\x9b" not in done.stdout
+        assert ("é" in done.stdout) is not bool(more)
+    assert json.loads(done.stdout)[0]["payload"] == payload
+    text = run("get", root, "7")[1]
+    assert "\\x1b[2J" in text
+    assert "\x1b[2J" not in text
+    assert "\\nsecond" not in text
 
 
 def test_values_by_key(store: Store) -> None:
@@ -202,7 +236,7 @@ def test_values_by_key(store: Store) -> None:
     assert (code, json.loads(text)[0]["id"]) == (0, 9)
     code, text = run("info", root, "--json")
     facts = json.loads(text)
-    wanted = ("unified", "hash", "sqlite-vec", "u64be", "4")
+    wanted = ("unified", "hash", "sqlite-vec", "u64be", 4)
     assert tuple(facts[name] for name in ("kind", "sharding", "backend", "key_encoding", "num_probes")) == wanted
     for arguments, message in (
         (["seven"], "key 'seven' is not a whole number, which keys of this snapshot are"),

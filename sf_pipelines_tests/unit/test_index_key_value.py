@@ -205,6 +205,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (_run("DROP TABLE kv"), "'kv' is missing"),
     "other columns": (_run("DROP TABLE kv", "CREATE TABLE kv (k BLOB PRIMARY KEY, v BLOB, w)"), "has columns k, v, w"),
     "no key": (_run("DROP TABLE kv", "CREATE TABLE kv (k BLOB, v BLOB)"), "has primary key []; expected 'k'"),
+    "keys that are text": (
+        _run("DROP TABLE kv", "CREATE TABLE kv (k TEXT PRIMARY KEY, v BLOB NOT NULL) WITHOUT ROWID"),
+        "column 'k' of table 'kv' is declared 'TEXT'; expected BLOB",
+    ),
     "truncated": (_bytes(lambda data: data[:9000]), ""),
     "empty": (_bytes(lambda _: b""), "is no SQLite database"),
     "noise": (_bytes(lambda data: data[:100] + os.urandom(len(data) - 100)), ""),
@@ -254,3 +258,32 @@ def test_a_tree_that_goes_in_circles_is_not_counted_for_ever(tmp_path: Path) -> 
     path.write_bytes(bytes(data))
     with pytest.raises(IntegrityError):
         _ = KeyValueShard(tmp_path).rows
+
+
+@pytest.mark.parametrize("few", [0, 8])
+def test_values_that_share_their_pages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Cells of a table without rowid end with the page on which the rest of the record begins: all get the first's."""
+    count = 5
+    monkeypatch.setattr("sf_pipelines.snapshot.index.key_value._FEW", few)
+    keys = [f"k{n}".encode() for n in range(count)]
+    write(tmp_path, dict.fromkeys(keys, b"v" * 100_000))
+    path = tmp_path / "shard.db"
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[16:18], "big")
+    assert KeyValueShard(tmp_path).get_many(keys) == [b"v" * 100_000] * count
+    page = data[size : 2 * size]
+    assert page[0] == 10
+    cells = [int.from_bytes(page[8 + 2 * n : 10 + 2 * n], "big") for n in range(count)]
+    ends = [*sorted(cells)[1:], size]
+    first = min(int.from_bytes(page[end - 4 : end], "big") for end in ends)
+    for end in ends:
+        data[size + end - 4 : size + end] = first.to_bytes(4, "big")
+    kept = first + -(-100_000 // (size - 4))
+    data = data[: kept * size]
+    data[28:32] = kept.to_bytes(4, "big")
+    data[92:96] = data[24:28]
+    path.write_bytes(bytes(data))
+    shard = KeyValueShard(tmp_path)
+    assert shard.get_many([keys[0]] * 8) == [b"v" * 100_000] * 8
+    with pytest.raises(IntegrityError, match="rows share their values"):
+        shard.get_many(keys)

@@ -1,5 +1,6 @@
 """The LanceDB backend against float64 brute force, over every family, metric and size that matters."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +343,133 @@ def test_pair_distances_are_the_definition(metric: DistanceMetric) -> None:
     )
     if metric is not DistanceMetric.DOT_PRODUCT:
         assert pair_distances(rows, rows, metric).tolist() == [0.0] * 40
+
+
+# Datasets of strangers.
+
+
+def stranger(folder: Path, vectors: Float32, ids: pa.Array | None = None) -> Any:
+    columns = {
+        "id": pa.array(list(range(len(vectors)))) if ids is None else ids,
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+        "payload": pa.array([f'{{"n": {n}}}' for n in range(len(vectors))]),
+    }
+    fill: Any = {"on_bad_vectors": "fill", "fill_value": float("nan")}
+    return lancedb.connect(str(folder)).create_table("vector_index", pa.table(columns), **fill)
+
+
+def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, scan_bytes: int = 1 << 40) -> LanceDBShard:
+    return LanceDBBackend().open(folder, metric=metric, dim=DIM, scan_bytes=scan_bytes)
+
+
+def test_a_dataset_that_reads_from_another_place_is_refused(tmp_path: Path) -> None:
+    stranger(tmp_path / "whole", clustered(60, DIM)).create_index(
+        "vector", config=IvfFlat(distance_type="l2", num_partitions=1)
+    )
+    assert opened(tmp_path / "whole").rows == 60
+    source = str(tmp_path / "whole" / "vector_index.lance")
+    clone: Any = lancedb.connect(str(tmp_path / "clone"))
+    clone.clone_table("vector_index", source, is_shallow=True)
+    with pytest.raises(IntegrityError, match=r"\.manifest: the dataset reads from other places \(base_paths\)"):
+        opened(tmp_path / "clone")
+
+
+def _rewritten(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Changes the message of a manifest, and its length with it."""
+    data = path.read_bytes()
+    at = int.from_bytes(data[-16:-8], "little")
+    message = change(data[at + 4 : -16])
+    path.write_bytes(data[:at] + len(message).to_bytes(4, "little") + message + data[-16:])
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (b"\x12\x0b\x12\x09\x0a\x07/etc/pw", "names the file b'/etc/pw'"),
+        (b"\x12\x0b\x12\x09\x0a\x07../../x", "names the file b'../../x'"),
+        (b"\x12\x0b\x12\x09\x0a\x07s3://xy", "names the file b's3://xy'"),
+        (b"\x12\x09\x32\x07\x0a\x05/etc/", "names the file b'/etc/'"),
+        (b"\x12\x0d\x5a\x0b\x0a\x09\x0a\x07/etc/pw", "names the file b'/etc/pw'"),
+        (b"\x92\x01\x00", "reads from other places"),
+        (b"\x92\x01\x04\x22\x02/x", "reads from other places"),
+        (b"\xa2\x01\x01b", "is a branch of another"),
+        (b"\x30\xff\xff\xff\xff\x7f", "has no room for"),
+        (b"\x12\x7f", "no room for the 127 bytes of field 2"),
+        (b"\x13", "unknown kind 3"),
+        (b"\xff" * 11, "a number that does not end"),
+        (b"\x10\x01", "field 2 of the manifest is a number"),
+    ],
+)
+def test_manifests_that_name_other_files_are_refused(tmp_path: Path, added: bytes, message: str) -> None:
+    stranger(tmp_path, clustered(5, DIM))
+    (path,) = (tmp_path / "vector_index.lance").rglob("*.manifest")
+    _rewritten(path, lambda data: data)
+    assert opened(tmp_path).rows == 5
+    _rewritten(path, lambda data: data + added)
+    with pytest.raises(IntegrityError) as caught:
+        opened(tmp_path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_manifests_without_an_end_or_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger(tmp_path, clustered(5, DIM))
+    (path,) = (tmp_path / "vector_index.lance").rglob("*.manifest")
+    data = path.read_bytes()
+    for broken in (b"", data[:-1], data[:-16] + (1 << 60).to_bytes(8, "little") + data[-8:], data[-16:]):
+        path.write_bytes(broken)
+        with pytest.raises(IntegrityError, match="manifest"):
+            opened(tmp_path)
+    path.write_bytes(data)
+    monkeypatch.setattr("sf_pipelines.snapshot.index.lance_file._MAX_BYTES", len(data) - 1)
+    with pytest.raises(IntegrityError, match="the manifests are larger than"):
+        opened(tmp_path)
+
+
+def test_an_index_that_names_files_of_its_own_is_refused(tmp_path: Path) -> None:
+    stranger(tmp_path, clustered(60, DIM)).create_index("vector", config=IvfFlat(num_partitions=1))
+    assert opened(tmp_path).rows == 60
+    for path in (tmp_path / "vector_index.lance").rglob("*.manifest"):
+        path.write_bytes(
+            path.read_bytes().replace(
+                b"/lance.index.pb.VectorIndexDetails", b"/x.FragmentReuseIndexDetails".rjust(34, b"x")
+            )
+        )
+    with pytest.raises(IntegrityError, match="FragmentReuseIndexDetails', which may read from other places"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("metric", DistanceMetric)
+def test_rows_of_strangers_that_are_not_finite_are_in_no_answer(
+    tmp_path: Path, metric: DistanceMetric, bad: float
+) -> None:
+    vectors = clustered(50, DIM)
+    vectors[3, 2] = bad
+    stranger(tmp_path, vectors)
+    shard, queries = opened(tmp_path, metric), clustered(4, DIM, seed=1)
+    hits = shard.search(queries, 50)
+    others = np.delete(np.arange(50), 3)
+    assert hits.counts.tolist() == [49] * 4
+    assert [sorted(ids) for ids in hits.ids[:, :49].tolist()] == [others.tolist()] * 4
+    truth = np.sort(exact_distances(queries, vectors[others], metric), axis=1)
+    np.testing.assert_allclose(hits.scores[:, :49], truth, rtol=1e-6, atol=1e-6)
+    assert shard.payloads(hits.rows[0, :49]) == [{"n": n} for n in hits.ids[0, :49].tolist()]
+    np.testing.assert_array_equal(shard.vectors(hits.rows[0, :49]), vectors[hits.ids[0, :49]])
+
+
+def test_ids_that_no_int64_holds_are_refused(tmp_path: Path) -> None:
+    stranger(tmp_path, clustered(5, DIM), pa.array([2**63 + n for n in range(5)], pa.uint64()))
+    with pytest.raises(IntegrityError, match="column 'id' is uint64 with values that are no int64"):
+        opened(tmp_path).search(clustered(1, DIM), 1)
+
+
+def test_repeated_ids_of_an_indexed_shard_do_not_crowd_out_others(tmp_path: Path) -> None:
+    spread = np.random.default_rng(0).standard_normal((4000, DIM)) * 1e-3
+    vectors = (np.repeat(clustered(100, DIM), 40, axis=0) + spread).astype(np.float32)
+    shard = make(tmp_path, vectors, [n // 40 for n in range(4000)], metric=DistanceMetric.L2)
+    hits = shard.search(vectors[:3], 10)
+    nearest = exact_distances(vectors[:3], vectors, DistanceMetric.L2).reshape(3, 100, 40).min(axis=2)
+    for at in range(3):
+        found = list(dict.fromkeys(hits.ids[at, : hits.counts[at]].tolist()))[:10]
+        assert found == np.argsort(nearest[at])[:10].tolist()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from sf_pipelines.snapshot.index.key_value import KeyValueShard, write_key_value
 from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.index.scan import MemoryScan, rank_values
 from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend, SqliteVecShard, load_extension
+from sf_pipelines.snapshot.index.vec_file import VectorChunks
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines_tests.snapshots import brute_force, clustered, table_of
 
@@ -340,6 +343,42 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "id is null": (_run("""UPDATE vec_id_map SET original_id = '{"v": null, "t": "str"}'"""), "no id for row 0"),
     "id is a fraction": (_run("""UPDATE vec_id_map SET original_id = '{"v": 1.5, "t": "int"}'"""), "no id for row 0"),
     "id is half a character": (_run("""UPDATE vec_id_map SET original_id = '{"v": "\\ud800"}'"""), "cannot read"),
+    "id says int and is a truth value": (
+        _run("""UPDATE vec_id_map SET original_id = '{"v": true, "t": "int"}'"""),
+        "no id for row 0",
+    ),
+    "id says int and is text": (
+        _run("""UPDATE vec_id_map SET original_id = '{"v": "7", "t": "int"}'"""),
+        "no id for row 0",
+    ),
+    "text for a row number": (
+        _run("DROP TABLE vec_id_map", "CREATE TABLE vec_id_map (internal_id TEXT PRIMARY KEY, original_id TEXT)"),
+        "column 'internal_id' of table 'vec_id_map' is declared 'TEXT'; expected INTEGER",
+    ),
+    "fractions for row numbers": (
+        _run("DROP TABLE vec_id_map", "CREATE TABLE vec_id_map (internal_id REAL PRIMARY KEY, original_id TEXT)"),
+        "is declared 'REAL'",
+    ),
+    "null for a row number": (
+        _run(
+            "DROP TABLE vec_id_map",
+            "CREATE TABLE vec_id_map (internal_id INTEGER PRIMARY KEY DESC, original_id TEXT)",
+            """INSERT INTO vec_id_map VALUES (NULL, '{"v": 1, "t": "int"}')""",
+        ),
+        "'vec_id_map' names row None",
+    ),
+    "fraction for a row number": (
+        _run(
+            "DROP TABLE vec_id_map",
+            "CREATE TABLE vec_id_map (internal_id INTEGER PRIMARY KEY DESC, original_id TEXT)",
+            """INSERT INTO vec_id_map VALUES (1.5, '{"v": 1, "t": "int"}')""",
+        ),
+        "'vec_id_map' names row 1.5",
+    ),
+    "text for a payload's row number": (
+        _run("DROP TABLE vec_payloads", "CREATE TABLE vec_payloads (rowid TEXT PRIMARY KEY, payload TEXT)"),
+        "column 'rowid' of table 'vec_payloads' is declared 'TEXT'",
+    ),
     "many objects": (_run(*(f"CREATE TABLE t{n} (a)" for n in range(501))), "more than 500 objects"),
     "long text in the schema": (
         _run(f"CREATE TABLE t ({', '.join(f'c{n}' for n in range(2000))} {'x' * 9000})"),
@@ -452,3 +491,86 @@ def test_mixed_values_are_ranked_numbers_first() -> None:
     assert rank_values(np.array([3, -1], dtype=object)).tolist() == [3, -1]
     assert rank_values(np.array([], dtype=object)).tolist() == []
     assert np.argsort(rank_values(np.array(["b", "a"], dtype=object))).tolist() == [1, 0]
+
+
+# Files whose rows share their values.
+
+
+def share_a_value(path: Path, table: str, value: bytes, rows: int, *, text: bool) -> None:
+    """Fills an empty rowid table of (rowid, value) with rows that all point to the same overflow pages.
+
+    See the file format of SQLite, 1.6: a cell holds the first bytes of its record and the number of the page on
+    which the rest begins.
+    """
+    connection = apsw.Connection(str(path))
+    root: Any = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).get
+    connection.close()
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[16:18], "big")
+    kind = _varint(len(value) * 2 + (13 if text else 12))
+    record = bytes([len(kind) + 2, 0]) + kind + value
+    least = (size - 12) * 32 // 255 - 23
+    local = least + (len(record) - least) % (size - 4)
+    local = local if local <= size - 35 else least
+    first = len(data) // size + 1
+    rest = [record[at : at + size - 4] for at in range(local, len(record), size - 4)]
+    for number, part in enumerate(rest):
+        following = first + number + 1 if number + 1 < len(rest) else 0
+        data += (following.to_bytes(4, "big") + part).ljust(size, b"\0")
+    page, end = bytearray(size), size
+    for row in range(rows):
+        cell = _varint(len(record)) + _varint(row) + record[:local] + first.to_bytes(4, "big")
+        end -= len(cell)
+        page[end : end + len(cell)] = cell
+        page[8 + 2 * row : 10 + 2 * row] = end.to_bytes(2, "big")
+    assert end > 8 + 2 * rows, "the rows do not fit into one page"
+    page[0], page[3:5], page[5:7] = 13, rows.to_bytes(2, "big"), end.to_bytes(2, "big")
+    data[(root - 1) * size : root * size] = page
+    data[28:32] = (len(data) // size).to_bytes(4, "big")
+    data[92:96] = data[24:28]
+    path.write_bytes(bytes(data))
+
+
+def _varint(number: int) -> bytes:
+    out = [number & 0x7F]
+    while number := number >> 7:
+        out.append(number & 0x7F | 0x80)
+    return bytes(reversed(out))
+
+
+def test_ids_that_share_their_pages_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    stock_file(tmp_path, clustered(4, DIM), [])
+    value = json.dumps({"v": "x" * 500_000, "t": "str"}).encode()
+    share_a_value(tmp_path / "shard.db", "vec_id_map", value, 1, text=True)
+    assert opened(tmp_path).sample(1)[0].tolist() == ["x" * 500_000]
+    share_a_value(tmp_path / "shard.db", "vec_id_map", value, 4, text=True)
+    with pytest.raises(IntegrityError, match="rows share their values: they are larger than the file"):
+        opened(tmp_path)
+
+
+def test_payloads_that_share_their_pages_are_refused(tmp_path: Path) -> None:
+    stock_file(tmp_path, clustered(4, DIM), as_json([0, 1, 2, 3]))
+    value = json.dumps({"t": "x" * 500_000}).encode()
+    share_a_value(tmp_path / "shard.db", "vec_payloads", value, 4, text=True)
+    shard = opened(tmp_path)
+    assert shard.payloads(np.array([2, 2])) == [{"t": "x" * 500_000}] * 2
+    with pytest.raises(IntegrityError, match="rows share their values"):
+        shard.payloads(np.arange(4))
+
+
+def test_threads_on_a_cold_shard_read_its_vectors_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path, table_of(list(range(40)), clustered(40, DIM)))
+    shard, loads, read = opened(tmp_path), [], VectorChunks.vectors
+
+    def slow(self: VectorChunks, positions: Any) -> Float32:
+        loads.append(len(positions))
+        time.sleep(0.05)
+        return read(self, positions)
+
+    monkeypatch.setattr(VectorChunks, "vectors", slow)
+    threads = [threading.Thread(target=shard.search, args=(clustered(1, DIM), 3)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == [40]

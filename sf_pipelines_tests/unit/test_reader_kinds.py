@@ -244,7 +244,7 @@ def test_fp16_queries_are_routed_as_rounded_and_scored_as_given(store: Store, tm
             assert hit.score == pytest.approx(float(np.square(vectors[home].astype(float) - query).sum()), rel=1e-9)
 
 
-def test_rounding_keeps_numbers_finite_and_directions(store: Store) -> None:
+def test_what_float16_cannot_stand_for_is_routed_as_it_is(store: Store) -> None:
     publish_by_hand(
         store,
         [0],
@@ -255,12 +255,13 @@ def test_rounding_keeps_numbers_finite_and_directions(store: Store) -> None:
         vector_type="float16",
     )
     state = load_current(store)
-    rows = np.zeros((3, DIM), dtype=np.float32)
-    rows[:, 0] = (1e30, -1e30, 1e-9)
+    rows = np.zeros((4, DIM), dtype=np.float32)
+    rows[:, 0] = (1e30, -1e30, 1e-9, 1.0001)
+    rows[:3, 1] = rows[:3, 0] / 3
     found = routable(state, rows)
-    assert found[:, 0].tolist() == [65504.0, -65504.0, np.float32(1e-9)]
-    assert not found[:, 1:].any()
-    assert plan_for(state, rows, Wanted()).shards.tolist() == [[0]] * 3
+    np.testing.assert_array_equal(found[:3], rows[:3])
+    assert found[3, 0] == np.float16(1.0001)
+    assert plan_for(state, rows, Wanted()).shards.tolist() == [[0]] * 4
 
 
 # Which reader, which backend.

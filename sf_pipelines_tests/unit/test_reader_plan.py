@@ -29,7 +29,8 @@ def test_places_that_stay_empty_ask_nobody() -> None:
     [
         ([[1.0, 2.0]], r"must have 3 numbers \(got 2\)"),
         ([[[1.0, 2.0, 3.0]]], r"must have 3 numbers \(got 1x3\)"),
-        ([1.0, 2.0, 3.0], r"must have 3 numbers \(got a single number\)"),
+        ([1.0, 2.0, 3.0], "must be rows of 3 numbers, not one row; search takes a single query"),
+        ([1.0, 2.0], r"must have 3 numbers \(got a single number\)"),
         ([[1.0, np.nan, 0.0]], "query 0 holds NaN"),
         ([[1.0, 0, 0], [np.inf, 0, 0]], "query 1 holds NaN, infinity"),
         ([[1e300, 0, 0]], "beyond float32"),

@@ -29,6 +29,7 @@ from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, manifest_name
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+from sf_pipelines.snapshot.reader import searching
 from sf_pipelines.snapshot.reader.state import read_current
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.store import Store
@@ -499,3 +500,33 @@ def test_searches_never_see_half_of_a_refresh(store: Store, tmp_path: Path) -> N
         stop.set()
         assert all(future.result() > 0 for future in running)
         assert swaps >= 3
+
+
+def test_age_counts_from_when_the_pointer_came_back(store: Store, tmp_path: Path) -> None:
+    publish(store)
+    first = read_current(store)
+    with opened(store, tmp_path) as reader:
+        point_at(store, "manifests/2020-01-01T00:00:00.000000Z_run_id=gone/manifest", "gone")
+        assert reader.refresh().status == "failed"
+        name = first.manifest_ref.removeprefix(store.url + "/")
+        point_at(store, name, first.run_id, first.manifest_digest)
+        assert reader.refresh().status == "unchanged"
+        assert reader.health().last_error is None
+        assert reader.snapshot_info().published_at == read_current(store).updated_at != first.updated_at
+
+
+def test_batches_of_any_size_are_planned_in_parts(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store)
+    with opened(store, tmp_path) as reader:
+        whole = reader.search_arrays(VECTORS, 5)
+        answers = reader.batch_search(VECTORS, 5)
+        # Some queries at a time, for routing and for merging.
+        monkeypatch.setattr(searching, "_CELLS", 40)
+        parts = reader.search_arrays(VECTORS, 5)
+        np.testing.assert_array_equal(parts.ids, whole.ids)
+        np.testing.assert_array_equal(parts.scores, whole.scores)
+        found = reader.batch_search(VECTORS, 5)
+        assert [answer.results for answer in found] == [answer.results for answer in answers]
+        assert [answer.shard_ids for answer in found] == [answer.shard_ids for answer in answers]

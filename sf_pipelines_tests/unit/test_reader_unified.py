@@ -12,6 +12,7 @@ from sf_pipelines.snapshot.errors import (
     CountMismatchError,
     DigestMismatchError,
     IntegrityError,
+    NoShardError,
     QueryError,
     ReaderClosedError,
     SnapshotKindError,
@@ -236,7 +237,7 @@ def test_an_expression_over_more_needs_a_context(store: Store, tmp_path: Path) -
         assert reader.snapshot_info().cel_columns == {"key": "int", "tier": "int"}
 
 
-def test_a_key_that_no_shard_can_hold_is_an_error_not_an_absence(store: Store, tmp_path: Path) -> None:
+def test_a_key_that_no_shard_can_hold_is_not_there(store: Store, tmp_path: Path) -> None:
     routing = CelRouting("key", {"key": "int"}, SHARDS, (10, 20, 30, 40))
     keys = [10, 20, 30, 40]
     publish_by_hand(
@@ -252,9 +253,24 @@ def test_a_key_that_no_shard_can_hold_is_an_error_not_an_absence(store: Store, t
     )
     with opened(store, tmp_path) as reader:
         assert reader.multi_get(keys) == dict(zip(keys, VALUES, strict=False))
-        for call in (lambda: reader.get(50), lambda: reader.multi_get([10, 50])):
-            with pytest.raises(QueryError, match="not among routing_values"):
-                call()
+        assert reader.get(50) is None
+        assert reader.multi_get([10, 50]) == {10: VALUES[0], 50: None}
+        with pytest.raises(NoShardError, match="gives no shard for key 50"):
+            reader.route_key(50)
+        for wrong in (5, None, b"ab", bytearray(b"ab")):
+            with pytest.raises(QueryError, match="keys must be several keys"):
+                reader.multi_get(wrong)  # pyright: ignore[reportArgumentType]
+        for context in ("abc", [1], 5):
+            with pytest.raises(QueryError, match="routing_context must be a mapping"):
+                reader.get(10, routing_context=context)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(QueryError, match=f"key {10**30} "):
+            reader.multi_get([10**30] * 40)
+        assert reader.search(VECTORS[0], top_k=10**12).num_shards_queried == SHARDS
+        with pytest.raises(QueryError, match="top_k must be at most"):
+            reader.search_arrays(VECTORS[:1], 10**12)
+        first, second = reader.batch_search(VECTORS[[0, 0]], 1)
+        assert first.results[0] == second.results[0]
+        assert first.results[0].payload is None or first.results[0].payload is not second.results[0].payload
 
 
 # What is there.

@@ -106,7 +106,9 @@ def test_float16_vectors_are_rounded_before_they_are_routed_and_stored() -> None
 
 
 def test_what_float16_cannot_hold_is_rejected() -> None:
-    rows = batch([70_000.0, 0.0], [1e-9, 0.0], [1.0, 0.0])
+    rows = batch([70_000.0, 0.0], [1e-9, 0.0], [1e-7, 2.5e-7], [1.0, 0.0])
     reasons = half_contract("cosine").check(SourceBatch(rows, 0, "f", 0)).rejects
-    assert reasons.column("reason").to_pylist() == ["not_finite", "zero_norm"]
+    assert reasons.column("reason").to_pylist() == ["not_finite", "zero_norm", "norm_out_of_range"]
+    kept = half_contract("l2").check(SourceBatch(rows, 0, "f", 0)).rejects
+    assert kept.column("reason").to_pylist() == ["not_finite"]
     assert reasons.column("detail")[0].as_py() == "NaN or infinity (as float16)"

@@ -171,7 +171,7 @@ class KeyValueShard:
         self._lock = threading.Lock()
         self._rows: int | None = None
         try:
-            self._file.require("kv", ("k", "v"), key="k")
+            self._file.require("kv", {"k": "BLOB", "v": "BLOB"}, key="k")
         except IntegrityError:
             self._file.close()
             raise
@@ -201,11 +201,11 @@ class KeyValueShard:
         with self._lock:
             file = self._opened()
             if len(keys) <= _FEW:
-                for key in keys:
-                    found.update(file.query("SELECT k, v FROM kv WHERE k = ?", (key,)))
+                each = ((key,) for key in dict.fromkeys(keys))
+                found.update(file.query_within("SELECT k, v FROM kv WHERE k = ?", *each))
             else:
                 names = json.dumps([key.hex() for key in keys])
-                found.update(file.query(_GET_MANY, (names,)))
+                found.update(file.query_within(_GET_MANY, (names,)))
         strange = {type(value) for value in found.values()} - {bytes}
         if strange:
             names = ", ".join(sorted(kind.__name__ for kind in strange))

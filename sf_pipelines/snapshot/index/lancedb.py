@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError
+from sf_pipelines.snapshot.index.lance_file import check_within
 from sf_pipelines.snapshot.index.payloads import parse_payload
 from sf_pipelines.snapshot.index.protocol import (
     SCAN_BYTES,
@@ -25,7 +26,15 @@ from sf_pipelines.snapshot.index.protocol import (
     ShardHits,
     VectorType,
 )
-from sf_pipelines.snapshot.index.scan import MemoryScan, first_k, id_ranks, id_values, no_hits
+from sf_pipelines.snapshot.index.scan import (
+    MemoryScan,
+    distinct,
+    first_k,
+    id_ranks,
+    id_values,
+    no_hits,
+    replaced,
+)
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 
 if TYPE_CHECKING:
@@ -108,6 +117,7 @@ class LanceDBBackend:
 
         if not (folder / self.directory).is_dir():
             raise IntegrityError(f"{folder} holds no {self.directory}")
+        check_within(folder / self.directory)
         with _library(IntegrityError, f"cannot open the LanceDB table in {folder}"):
             table = lancedb.connect(str(folder)).open_table(TABLE)
             return LanceDBShard(table, str(folder), metric, dim, scan_bytes)
@@ -129,7 +139,7 @@ class LanceDBShard:
         self._lock = threading.Lock()
         self._table: Table | None = table
         self._scan: MemoryScan | None = None
-        self._payloads: pa.ChunkedArray | None = None
+        self._payloads: tuple[NDArray[np.int64], pa.ChunkedArray] | None = None
         self._payload_bytes = 0
         self._keeps_payloads = self._scans
 
@@ -150,14 +160,10 @@ class LanceDBShard:
         if self.rows == 0 or self._scans or _over_fetch(k) * 2 >= self.rows:
             return self._scan_search(queries, k)
         hits = self._index_search(queries, k)
-        # The library leaves out rows that it cannot rank (zero vectors under cosine); a scan knows them.
+        # The library leaves out rows that it cannot rank (zero vectors under cosine), and a stranger's repeated id
+        # crowds out others; a scan knows all rows.
         short = np.flatnonzero(hits.counts < k)
-        if len(short):
-            full = self._scan_search(queries[short], k)
-            width = hits.rows.shape[1]
-            hits.rows[short], hits.ids[short] = full.rows[:, :width], full.ids[:, :width]
-            hits.scores[short], hits.counts[short] = full.scores[:, :width], np.minimum(full.counts, width)
-        return hits
+        return hits if not len(short) else replaced(hits, short, self._scan_search(queries[short], k))
 
     def _scan_search(self, queries: Float32, k: int) -> ShardHits:
         if self.rows == 0:
@@ -168,10 +174,13 @@ class LanceDBShard:
         fetch = _over_fetch(k)
         found = self._query(queries, fetch, ["id", "vector", "_distance"], declared=True)
         query = found["query_index"].to_numpy()
+        ids, rows = self._ids(found), found["_rowid"].to_numpy().astype(np.int64)
+        ranks = id_ranks(ids)
         scores = pair_distances(queries[query], _matrix(found["vector"], self._dim), self._metric)
-        best = first_k(query, scores, id_ranks(_ids(found)), len(queries), k)
-        ids = _ids(found).take(pa.array(best.flat))
-        return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, scores)
+        kept = distinct(query, scores, ranks)
+        best = first_k(query[kept], scores[kept], ranks[kept], len(queries), k)
+        chosen = kept[best.flat]
+        return best.hits(rows[chosen], ids.take(pa.array(chosen)), scores[kept])
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
         """No options, the library's own distance for a score."""
@@ -179,7 +188,7 @@ class LanceDBShard:
         query = found["query_index"].to_numpy()
         scores = found["_distance"].to_numpy().astype(np.float64)
         best = first_k(query, scores, np.arange(len(query)), len(queries), k)
-        ids = _ids(found).take(pa.array(best.flat))
+        ids = self._ids(found).take(pa.array(best.flat))
         return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, scores)
 
     def _query(self, queries: Float32, k: int, columns: list[str], *, declared: bool) -> pa.Table:
@@ -212,12 +221,13 @@ class LanceDBShard:
         texts = self._payload_column()
         if texts is None:
             return _parse(self._take(rows, "payload"))
-        return _parse(texts.take(pa.array(np.searchsorted(self._memory().rows, rows))))
+        return _parse(texts[1].take(pa.array(np.searchsorted(texts[0], rows))))
 
     def vectors(self, rows: NDArray[np.int64]) -> Float32:
         """Stored vectors."""
-        if self._scan is not None:
-            return self._scan.vectors[np.searchsorted(self._scan.rows, rows)]
+        scan = self._scan
+        if scan is not None and len(scan.rows) == self.rows:
+            return scan.vectors[np.searchsorted(scan.rows, rows)]
         return _matrix(self._take(rows, "vector"), self._dim)
 
     def sample(self, n: int) -> tuple[IdArray, Float32]:
@@ -226,7 +236,7 @@ class LanceDBShard:
         with _library(IntegrityError, f"reading the shard in {self._where} failed"):
             query: Any = self._open_table().take_offsets([int(at) for at in offsets])
             found = _in_row_order(query.select(["id", "vector"]).with_row_id().to_arrow())
-        return id_values(_ids(found)), _matrix(found["vector"], self._dim)
+        return id_values(self._ids(found)), _matrix(found["vector"], self._dim)
 
     def close(self) -> None:
         """Lets go of the table and of everything held in memory."""
@@ -248,19 +258,30 @@ class LanceDBShard:
                 found = self._column("id", "vector")
                 row_ids = found["_rowid"].to_numpy().astype(np.int64)
                 vectors = _matrix(found["vector"], self._dim)
-                self._scan = MemoryScan(_ids(found), row_ids, vectors, self._metric)
+                self._scan = MemoryScan(self._ids(found), row_ids, vectors, self._metric)
             return self._scan
 
-    def _payload_column(self) -> pa.ChunkedArray | None:
-        """The whole column of a shard that is scanned in memory, where it is small; else None."""
+    def _payload_column(self) -> tuple[NDArray[np.int64], pa.ChunkedArray] | None:
+        """Rows and the whole column of a shard that is scanned in memory, where it is small; else None."""
         with self._lock:
             if self._payloads is None and self._keeps_payloads:
-                found = self._column("payload")["payload"]
-                size = found.nbytes
-                self._keeps_payloads = size <= _PAYLOAD_BYTES
+                found = self._column("payload")
+                self._keeps_payloads = found["payload"].nbytes <= _PAYLOAD_BYTES
                 if self._keeps_payloads:
-                    self._payloads, self._payload_bytes = found, size
+                    self._payloads = found["_rowid"].to_numpy().astype(np.int64), found["payload"]
+                    self._payload_bytes = found.nbytes
             return self._payloads
+
+    def _ids(self, found: pa.Table) -> pa.Array:
+        column = found["id"].combine_chunks()
+        if column.null_count:
+            raise IntegrityError(f"{self._where}: {column.null_count} rows of the shard have no id")
+        try:
+            return column.cast(pa.int64() if pa.types.is_integer(column.type) else pa.string())
+        except pa.ArrowInvalid as error:
+            raise IntegrityError(
+                f"{self._where}: column 'id' is {column.type} with values that are no {self.id_type}: {error}"
+            ) from error
 
     def _column(self, *names: str) -> pa.Table:
         with _library(IntegrityError, f"reading the shard in {self._where} failed"):
@@ -355,13 +376,6 @@ def _check_schema(schema: pa.Schema, where: str, dim: int) -> IdType:
     raise IntegrityError(f"{where}: column 'id' is {kind}; int64 and string are understood")
 
 
-def _ids(found: pa.Table) -> pa.Array:
-    column = found["id"].combine_chunks()
-    if column.null_count:
-        raise IntegrityError(f"{column.null_count} rows of a shard have no id")
-    return column.cast(pa.int64() if pa.types.is_integer(column.type) else pa.string())
-
-
 def _in_row_order(found: pa.Table) -> pa.Table:
     rows = found["_rowid"].to_numpy()
     return found if bool(np.all(rows[1:] > rows[:-1])) else found.sort_by("_rowid")
@@ -373,7 +387,8 @@ def _matrix(column: pa.ChunkedArray, dim: int) -> Float32:
     if array.null_count:
         raise IntegrityError(f"{array.null_count} rows of a shard have no vector")
     flat = array.flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32, copy=False).reshape(-1, dim)
+    with np.errstate(over="ignore"):  # A stranger's float64 may be too large: infinite, and in no answer.
+        return flat.astype(np.float32, copy=False).reshape(-1, dim)
 
 
 def _parse(texts: pa.ChunkedArray | pa.Array) -> list[dict[str, Any] | None]:

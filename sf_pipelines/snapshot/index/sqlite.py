@@ -123,12 +123,12 @@ class SqliteFile:
             elif kind != "index" or sql is not None or not name.startswith(_AUTO_INDEX):
                 raise IntegrityError(f"{self.path}: the schema holds the {kind} {name[:80]!r}; a shard has tables only")
 
-    def require(self, name: str, columns: tuple[str, ...], *, key: str | None) -> None:
+    def require(self, name: str, columns: Mapping[str, str | None], *, key: str | None) -> None:
         """Checks that an ordinary table is there, with exactly these columns and nothing computed.
 
         Args:
             name: of the table.
-            columns: it has, in order.
+            columns: it has, in order, each with its declared type; None does not ask.
             key: the one that is its primary key; None does not ask.
 
         Raises:
@@ -138,15 +138,21 @@ class SqliteFile:
             what = "a virtual table" if name in self.virtual else "missing"
             raise IntegrityError(f"{self.path}: the table {name!r} is {what}; a shard has it as an ordinary table")
         with reading(self.path):
-            found = self.connection.execute(
-                "SELECT name, pk, hidden FROM pragma_table_xinfo(?) LIMIT 100", (name,)
+            found: list[tuple[Any, ...]] = self.connection.execute(
+                "SELECT name, pk, hidden, upper(type) FROM pragma_table_xinfo(?) LIMIT 100", (name,)
             ).fetchall()
-        if tuple(column for column, _, _ in found) != columns or any(hidden for _, _, hidden in found):
-            names = ", ".join(f"{column} (computed)" if hidden else str(column) for column, _, hidden in found)
+        if [column for column, *_ in found] != list(columns) or any(hidden for _, _, hidden, _ in found):
+            names = ", ".join(f"{column} (computed)" if hidden else str(column) for column, _, hidden, _ in found)
             raise IntegrityError(
                 f"{self.path}: table {name!r} has columns {names[:200]}; expected {', '.join(columns)}"
             )
-        keys = [column for column, place, _ in found if place]
+        for column, _, _, declared in found:
+            if columns[column] not in {None, declared}:
+                raise IntegrityError(
+                    f"{self.path}: column {column!r} of table {name!r} is declared {str(declared)[:80]!r}; "
+                    f"expected {columns[column]}"
+                )
+        keys = [column for column, place, *_ in found if place]
         if key is not None and keys != [key]:
             raise IntegrityError(f"{self.path}: table {name!r} has primary key {keys}; expected {key!r}")
 
@@ -158,6 +164,41 @@ class SqliteFile:
         """
         with reading(self.path):
             return self.connection.execute(sql, values).fetchall()
+
+    def query_within(self, sql: str, *several: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+        """All rows of a query, asked with several values, for keys and values that lie in the file once.
+
+        In a stranger's file many values may share the same pages: of a small file, they would fill the memory.
+
+        Raises:
+            IntegrityError: the file cannot be read, or the values are larger than it is.
+        """
+        out: list[tuple[Any, Any]] = []
+        room = self.size
+        with reading(self.path):
+            for values in several:
+                for key, value in self.connection.execute(sql, values):
+                    room -= len(value) if isinstance(value, bytes | str) else 0
+                    if room < 0:
+                        raise self._too_large()
+                    out.append((key, value))
+        return out
+
+    def check_size(self, name: str, column: str, most: int) -> None:
+        """Checks that the first ``most`` values of a column have room in the file, without reading them.
+
+        Raises:
+            IntegrityError: the file cannot be read, or the values are larger than it is.
+        """
+        # The lengths stand in front of a row's values.
+        sql = f"SELECT total(n) FROM (SELECT octet_length({column}) AS n FROM {name} LIMIT ?)"  # noqa: S608 - our names
+        if self.query(sql, (most,))[0][0] > self.size:
+            raise self._too_large()
+
+    def _too_large(self) -> IntegrityError:
+        return IntegrityError(
+            f"{self.path}: rows share their values: they are larger than the file of {self.size} bytes"
+        )
 
     def close(self) -> None:
         """Closes the file."""

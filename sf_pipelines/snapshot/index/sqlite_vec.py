@@ -143,7 +143,8 @@ class SqliteVecShard:
         # Known once a vector was read, NaN before; inf where the vector is not finite.
         self._lengths = np.full(self.rows, np.nan)
         self._repeats = int(np.unique(self._ranks, return_counts=True)[1].max(initial=1))
-        self._lock = threading.Lock()
+        # Held while all vectors are read, so that threads on a cold shard read them once.
+        self._lock = threading.RLock()
         self._file: SqliteFile | None = file
         self._scan: MemoryScan | None = None
         self._extended = False
@@ -219,7 +220,7 @@ class SqliteVecShard:
         """Payload of each row, parsed; text that is no JSON object gives None."""
         sql = "SELECT rowid, payload FROM vec_payloads WHERE rowid IN (SELECT value FROM json_each(?))"
         with self._lock:
-            texts = dict(self._opened().query(sql, (json.dumps(rows.tolist()),)))
+            texts = dict(self._opened().query_within(sql, (json.dumps(rows.tolist()),)))
         return [parse_payload(texts.get(row)) for row in rows.tolist()]
 
     def vectors(self, rows: NDArray[np.int64]) -> Float32:
@@ -254,28 +255,19 @@ class SqliteVecShard:
         scan = self._scan
         if scan is not None:
             return scan
-        scan = self._scan_of(np.arange(self.rows), self._chunks.rowids, self._ids)
         with self._lock:
-            self._opened()
-            self._scan = scan
-        return scan
+            if self._scan is None:
+                self._scan = self._scan_of(np.arange(self.rows), self._chunks.rowids, self._ids)
+            return self._scan
 
     def _scan_of(self, positions: NDArray[np.int64], rows: NDArray[np.int64], ids: Ids) -> MemoryScan:
-        """A scan over these positions, without vectors of strangers that are not finite: they are at no distance."""
+        """A scan over these positions."""
         with self._lock:
             self._opened()
             vectors = self._chunks.vectors(positions)
         lengths = self._lengths[positions]
         if np.isnan(lengths).any():
             lengths = self._lengths[positions] = np.nan_to_num(lengths_of(vectors), nan=np.inf, posinf=np.inf)
-        finite = np.isfinite(lengths)
-        if not finite.all():
-            rows, ids, vectors, lengths = (
-                rows[finite],
-                take_ids(ids, np.flatnonzero(finite)),
-                vectors[finite],
-                lengths[finite],
-            )
         return MemoryScan(ids, rows, vectors, self._metric, lengths)
 
     def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,13 +19,17 @@ from sf_pipelines.snapshot.metric import Float32
 
 EMBEDDING = "embedding"
 
-_TABLES: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "vec_index_info": (("key", "value"), None),
-    "vec_index_chunks": (("chunk_id", "size", "validity", "rowids"), "chunk_id"),
-    "vec_index_rowids": (("rowid", "id", "chunk_id", "chunk_offset"), "rowid"),
-    "vec_index_vector_chunks00": (("rowid", "vectors"), None),
-    "vec_payloads": (("rowid", "payload"), "rowid"),
-    "vec_id_map": (("internal_id", "original_id"), "internal_id"),
+# Columns with their declared types, and the primary key.
+_TABLES: dict[str, tuple[dict[str, str | None], str | None]] = {
+    "vec_index_info": ({"key": None, "value": None}, None),
+    "vec_index_chunks": (
+        {"chunk_id": "INTEGER", "size": "INTEGER", "validity": "BLOB", "rowids": "BLOB"},
+        "chunk_id",
+    ),
+    "vec_index_rowids": ({"rowid": "INTEGER", "id": None, "chunk_id": "INTEGER", "chunk_offset": "INTEGER"}, "rowid"),
+    "vec_index_vector_chunks00": ({"rowid": None, "vectors": "BLOB"}, None),
+    "vec_payloads": ({"rowid": "INTEGER", "payload": "TEXT"}, "rowid"),
+    "vec_id_map": ({"internal_id": "INTEGER", "original_id": "TEXT"}, "internal_id"),
 }
 _DECLARED = re.compile(
     r"""\s*CREATE\s+VIRTUAL\s+TABLE\s+["'`\[]?vec_index["'`\]]?\s+USING\s+vec0\s*\((.*)\)\s*;?\s*""",
@@ -41,9 +45,12 @@ SELECT c.chunk_id, c.size, typeof(c.validity), length(c.validity), typeof(c.rowi
 FROM vec_index_chunks c LEFT JOIN vec_index_vector_chunks00 v ON v._rowid_ = c.chunk_id
 ORDER BY c.chunk_id LIMIT ?
 """
+# An int that is none comes back as bytes, which are no id.
 _IDS = """
 SELECT internal_id, CASE json_extract(original_id, '$.t')
-    WHEN 'int' THEN json_extract(original_id, '$.v') ELSE CAST(json_extract(original_id, '$.v') AS TEXT) END
+    WHEN 'int' THEN CASE json_type(original_id, '$.v')
+        WHEN 'integer' THEN json_extract(original_id, '$.v') ELSE CAST(original_id AS BLOB) END
+    ELSE CAST(json_extract(original_id, '$.v') AS TEXT) END
 FROM vec_id_map ORDER BY internal_id LIMIT ?
 """
 # Slots of a chunk: sqlite-vec takes multiples of 8 up to 4,096.
@@ -140,17 +147,19 @@ def read_ids(file: SqliteFile, rowids: NDArray[np.int64]) -> pa.Array | IdArray:
         IntegrityError: an id is neither.
     """
     # A row of the map takes more than four bytes.
-    found = file.query(
-        _IDS,
-        (file.size // 4,),
-    )
+    most = file.size // 4
+    file.check_size("vec_id_map", "original_id", most)
+    found = file.query(_IDS, (most,))
     rows, values = zip(*found, strict=True) if found else ((), ())
+    if not frozenset(map(type, rows)) <= _INT:
+        odd = next(row for row in rows if type(row) is not int)
+        raise IntegrityError(f"{file.path}: table 'vec_id_map' names row {repr(odd)[:80]}; rows are whole numbers")
     mapped = np.fromiter(rows, dtype=np.int64, count=len(rows))
     kinds = frozenset(map(type, values))
     if not kinds <= _INT | _STR:
         strange = next(n for n, value in enumerate(values) if type(value) not in {int, str})
         raise IntegrityError(
-            f"{file.path}: table 'vec_id_map' has no id for row {rows[strange]}, but {values[strange]!r}"
+            f"{file.path}: table 'vec_id_map' has no id for row {rows[strange]}, but {repr(values[strange])[:200]}"
         )
     if kinds == _INT and np.array_equal(mapped, rowids):
         return pa.array(values, pa.int64())

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -186,6 +187,9 @@ class ReaderCore:
         pointer = read_current(self.store)
         same_digest = pointer.manifest_digest in {None, old.manifest_digest}
         if key_of_pointer(pointer) == old.manifest_key and same_digest:
+            with self._lock:
+                # The pointer may have been elsewhere in between: its age counts from when it came back.
+                self._serving.state = replace(old, published_at=pointer.updated_at)
             return None
         return self._make(load_pointed(self.store, pointer))
 
@@ -203,15 +207,13 @@ class ReaderCore:
             max_memory=self._max_memory,
             scan_bytes=self._scan_bytes,
         )
-        if self._preload:
-            try:
-                for shard in state.shards:
-                    if shard.key is not None:
-                        with handles.borrow(shard.db_id) as opened:
-                            opened.open_all()
-            except SfPipelinesError:
-                handles.close()
-                raise
+        with ExitStack() as on_failure:
+            on_failure.callback(handles.close)
+            for shard in state.shards if self._preload else ():
+                if shard.key is not None:
+                    with handles.borrow(shard.db_id) as opened:
+                        opened.open_all()
+            on_failure.pop_all()
         return Serving(state, handles)
 
     def _swap(self, fresh: Serving) -> None:
@@ -223,6 +225,7 @@ class ReaderCore:
                 self._serving = fresh
         if closed:
             fresh.handles.close()
+            raise ReaderClosedError(f"the reader of {self.store.url} was closed while it was refreshed")
 
     # Searching.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from sf_pipelines.snapshot.config import KeyEncoding
-from sf_pipelines.snapshot.errors import QueryError
+from sf_pipelines.snapshot.errors import NoShardError, QueryError
 from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.plan import Context
@@ -19,6 +19,7 @@ from sf_pipelines.snapshot.routing.protocol import Int32
 _KEY = "key"
 # From so many keys on, a column of one type is made of them.
 _MANY = 32
+_BEYOND = 2**63
 _ALIKE: tuple[set[type], ...] = ({int}, {str}, {bytes})
 
 
@@ -36,8 +37,10 @@ def get_many(core: ReaderCore, keys: Iterable[Key], routing_context: Context | N
         StoreError: a shard cannot be fetched.
         IntegrityError: a shard is damaged.
     """
-    if isinstance(keys, str | bytes):
+    if isinstance(keys, str | bytes | bytearray | memoryview) or not isinstance(keys, Iterable):
         raise QueryError(f"keys must be several keys, not one {type(keys).__name__}; use get for one")
+    if routing_context is not None and not isinstance(routing_context, Mapping):
+        raise QueryError(f"routing_context must be a mapping, not {type(routing_context).__name__}")
     with core.serving() as serving:
         state, given = serving.state, list(keys)
         stored = _encoded(given, state.key_encoding)
@@ -51,27 +54,35 @@ def get_many(core: ReaderCore, keys: Iterable[Key], routing_context: Context | N
             for place, value in zip(at, found, strict=True):
                 values[place] = value
 
-        filled = [shard for shard in np.unique(shards).tolist() if state.shards[shard].key is not None]
+        # A key for which the expression gives no shard cannot have been stored.
+        filled = [shard for shard in np.unique(shards).tolist() if shard >= 0 and state.shards[shard].key is not None]
         core.spread(fetch, filled, serving.handles.is_open)
     return dict(zip(given, values, strict=True))
 
 
 def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> int:
-    """Shard that holds a key if any does; see ``get_many``."""
+    """Shard that holds a key if any does; see ``get_many``.
+
+    Raises:
+        NoShardError: the expression gives no shard for the key.
+    """
     with core.serving() as serving:
         state = serving.state
-        return int(_shards_of(state, [key], [encode_key(key, state.key_encoding)], routing_context)[0])
+        shard = int(_shards_of(state, [key], [encode_key(key, state.key_encoding)], routing_context)[0])
+    if shard < 0:
+        raise NoShardError(f"the expression that this snapshot is sharded by gives no shard for key {key!r}")
+    return shard
 
 
 def _encoded(keys: list[Key], encoding: KeyEncoding) -> list[bytes]:
     """The bytes under which keys are stored."""
-    if len(keys) >= _MANY and set(map(type, keys)) in _ALIKE:
+    if len(keys) >= _MANY and set(map(type, keys)) in _ALIKE and not _has_huge(keys):
         return encode_keys(key_array(keys), encoding).to_pylist()
     return [encode_key(key, encoding) for key in keys]
 
 
 def _shards_of(state: SnapshotState, keys: list[Key], stored: list[bytes], context: Context | None) -> Int32:
-    """Shard of each key, shape (n,)."""
+    """Shard of each key, shape (n,); -1 for a key that can be in none."""
     routing = state.routing
     if isinstance(routing, HashRouting):
         if context is not None:
@@ -91,10 +102,35 @@ def _shards_of(state: SnapshotState, keys: list[Key], stored: list[bytes], conte
         )
     if _KEY not in names:
         return np.full(len(keys), routing.locate(context or {}), dtype=np.int32)
-    return np.fromiter((routing.locate(_with_key(context or {}, key)) for key in keys), dtype=np.int32, count=len(keys))
+    given = (_locate(routing, _with_key(routing, context or {}, key)) for key in keys)
+    return np.fromiter(given, dtype=np.int32, count=len(keys))
 
 
-def _with_key(context: Mapping[str, Any], key: Key) -> dict[str, Any]:
-    if _KEY in context and context[_KEY] != key:
-        raise QueryError(f"routing_context says key {context[_KEY]!r}, asked is {key!r}; leave it out")
+def _locate(routing: CelRouting, values: Mapping[str, Any]) -> int:
+    """Shard of a key; -1 where the key alone decides and leads nowhere: no row can have it."""
+    try:
+        return routing.locate(values)
+    except NoShardError:
+        if set(routing.columns) == {_KEY}:
+            return -1
+        raise
+
+
+def _with_key(routing: CelRouting, context: Mapping[str, Any], key: Key) -> dict[str, Any]:
+    said = context.get(_KEY, key)
+    if type(said) is not type(key) or said != key:
+        raise QueryError(f"routing_context says key {said!r}, asked is {key!r}; leave it out")
+    kind = routing.cel_columns[_KEY]
+    if kind == "bytes" and isinstance(key, str):
+        return {**context, _KEY: key.encode()}
+    if kind == "string" and isinstance(key, bytes):
+        try:
+            return {**context, _KEY: key.decode()}
+        except UnicodeDecodeError as error:
+            raise QueryError(f"key {key!r} is no text, and the keys of this snapshot are: {error.reason}") from error
     return {**context, _KEY: key}
+
+
+def _has_huge(keys: list[Any]) -> bool:
+    """Whether there are numbers that no column can hold; one by one they are told by name."""
+    return isinstance(keys[0], int) and (max(keys) >= _BEYOND or min(keys) < -_BEYOND)

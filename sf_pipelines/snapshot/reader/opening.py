@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.reader.core import open_root
-from sf_pipelines.snapshot.reader.state import load_current, load_state
+from sf_pipelines.snapshot.errors import SnapshotKindError
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
 
@@ -14,7 +13,7 @@ def open_reader(
     root: str | Path, *, s3: S3Options | None = None, manifest_key: str | None = None, **options: Any
 ) -> ShardedVectorReader | UnifiedShardedReader:
     """A reader of the kind of the snapshot that is current; arguments and errors as of ``BlockingReader``."""
-    store = open_root(root, s3)
-    state = load_current(store) if manifest_key is None else load_state(store, manifest_key)
-    face = UnifiedShardedReader if state.kind == "unified" else ShardedVectorReader
-    return face(root, s3=s3, manifest_key=manifest_key, **options)
+    try:
+        return ShardedVectorReader(root, s3=s3, manifest_key=manifest_key, **options)
+    except SnapshotKindError:
+        return UnifiedShardedReader(root, s3=s3, manifest_key=manifest_key, **options)

@@ -1,6 +1,6 @@
 """Which shards are asked for which queries. Pure functions over a batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.errors import QueryError
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, as_float16
 from sf_pipelines.snapshot.reader.state import SnapshotState
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
@@ -16,8 +16,6 @@ from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
 Int64 = NDArray[np.int64]
 Context = Mapping[str, Any]
-
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,14 @@ class Wanted:
     shard_ids: Sequence[int] | None = None
     routing_context: Context | Sequence[Context] | None = None
     homes: Int32 | None = None
+
+    def of(self, part: slice, queries: int) -> "Wanted":
+        """The same for a part of so many queries; a wrong number of contexts is left for the plan to refuse."""
+        contexts = self.routing_context
+        if isinstance(contexts, Sequence) and not isinstance(contexts, str | bytes) and len(contexts) == queries:
+            contexts = contexts[part]
+        homes = None if self.homes is None else self.homes[part]
+        return Wanted(self.num_probes, self.shard_ids, contexts, homes)
 
 
 def plan_for(state: SnapshotState, queries: Float32, wanted: Wanted) -> Plan:
@@ -116,16 +122,13 @@ def order_for(state: SnapshotState, queries: Float32, homes: Int32 | None) -> In
 def routable(state: SnapshotState, queries: Float32) -> Float32:
     """Queries as they are compared with what routes: rounded as the stored vectors are.
 
-    A stored vector so always finds the shard that it was put in. Numbers beyond float16 become its largest; what
-    rounds to zero would lose its direction and stays as it is.
+    A stored vector so always finds the shard that it was put in. What float16 cannot stand for was never stored and
+    is routed as it is.
     """
     if state.vector_type != "float16":
         return queries
-    rounded = np.clip(queries, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16).astype(np.float32)
-    if state.metric.normalises:
-        lost = ~rounded.any(axis=1)
-        rounded[lost] = queries[lost]
-    return rounded
+    rounded, kept = as_float16(queries, state.metric)
+    return np.where(kept[:, None], rounded, queries)
 
 
 def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
@@ -142,6 +145,8 @@ def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
         given = given.reshape(0, dim).astype(np.float32)
     if given.dtype.kind not in "fiu":
         raise QueryError(f"a query must be numbers, not {given.dtype}")
+    if given.ndim == 1 and given.shape[0] == dim:
+        raise QueryError(f"the queries must be rows of {dim} numbers, not one row; search takes a single query")
     if given.shape[1:] != (dim,):
         got = "x".join(map(str, given.shape[1:])) or "a single number"
         raise QueryError(f"a query must have {dim} numbers (got {got})")
@@ -188,6 +193,8 @@ def named_shards(shard_ids: Sequence[int], num_dbs: int, queries: int) -> Plan:
     Raises:
         QueryError: one is unknown or named twice, or none is named.
     """
+    if isinstance(shard_ids, str | bytes) or not isinstance(shard_ids, Iterable):
+        raise QueryError(f"shard_ids must be several numbers of shards, such as [3], not {shard_ids!r}")
     shards = list(shard_ids)
     for shard in shards:
         if isinstance(shard, bool) or not isinstance(shard, int | np.integer) or not 0 <= shard < num_dbs:

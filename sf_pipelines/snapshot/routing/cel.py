@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.errors import ConfigError, QueryError, SourceSchemaError
+from sf_pipelines.snapshot.errors import ConfigError, NoShardError, QueryError, SourceSchemaError
 from sf_pipelines.snapshot.routing.columns import column_of, is_bytes, is_text, plain_column, plain_type
 from sf_pipelines.snapshot.routing.context import UnusableValueError, as_cel, encode_value
 from sf_pipelines.snapshot.routing.hash import hash_key
@@ -107,7 +107,8 @@ class CelRouting(RowRouting):
                 numpy's scalars count as what they hold.
 
         Raises:
-            QueryError: a name is missing or unknown, a value has the wrong type, or the result is no shard.
+            QueryError: a name is missing or unknown, or a value has the wrong type.
+            NoShardError: the result is no shard: no row can have these values.
         """
         if set(context) != set(self.columns):
             missing = ", ".join(name for name in self.columns if name not in context)
@@ -117,9 +118,14 @@ class CelRouting(RowRouting):
                 + (f"; {missing} is missing" if missing else "")
                 + (f"; {unknown} is unknown" if unknown else "")
             )
-        found = self._outcome(tuple(context[name] for name in self.columns))
+        values = tuple(context[name] for name in self.columns)
+        try:
+            self._as_cel(values)
+        except UnusableValueError as error:
+            raise QueryError(f"routing_context: {error}") from error
+        found = self._outcome(values)
         if isinstance(found, str):
-            raise QueryError(f"routing_context: {found}")
+            raise NoShardError(found)
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -132,9 +138,7 @@ class CelRouting(RowRouting):
     def _outcome(self, values: tuple[Any, ...]) -> int | str:
         """Shard of a combination of values, or why it has none."""
         try:
-            checked = tuple(
-                as_cel(name, kind, value) for (name, kind), value in zip(self.cel_columns.items(), values, strict=True)
-            )
+            checked = self._as_cel(values)
         except UnusableValueError as error:
             return str(error)
         found = self._remembered.get(checked)
@@ -143,6 +147,11 @@ class CelRouting(RowRouting):
             if len(self._remembered) < _MOST_REMEMBERED and _is_short(checked):
                 self._remembered[checked] = found
         return found
+
+    def _as_cel(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            as_cel(name, kind, value) for (name, kind), value in zip(self.cel_columns.items(), values, strict=True)
+        )
 
     def _evaluate(self, data: dict[str, Any]) -> int | str:
         answer = self._program.eval(data=data)

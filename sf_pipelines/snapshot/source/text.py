@@ -19,7 +19,8 @@ def without_invalid_text(rows: pa.RecordBatch, faults: Faults) -> pa.RecordBatch
     for place, field in enumerate(rows.schema):
         if not _has_text(field.type) or _is_valid(columns[place]):
             continue
-        bad = np.array([not _is_valid(columns[place].slice(row, 1)) for row in range(len(rows))])
+        # Taken, not sliced: of a slice of lists all values would be looked at.
+        bad = np.array([not _is_valid(columns[place].take(pa.array([row]))) for row in range(len(rows))])
         faults.add(np.flatnonzero(bad), RejectReason.INVALID_TEXT, f"{field.name}: text that is no UTF-8")
         columns[place] = _blanked(columns[place], bad)
         changed = True

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import VectorSpec
 from sf_pipelines.snapshot.errors import ConfigError, VectorFunctionError
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, as_float16
 from sf_pipelines.snapshot.source.columns import check_vector_type
 from sf_pipelines.snapshot.source.rejects import Faults, RejectReason
 
@@ -72,10 +72,17 @@ class VectorColumn:
         # A null among the numbers becomes NaN and is rejected as such.
         values = column.flatten().to_numpy(zero_copy_only=False)
         with np.errstate(over="ignore"):
-            vectors = values.astype(np.float32, copy=False)
-            if self._half:
-                vectors = vectors.astype(np.float16).astype(np.float32)
-        return vectors.reshape(len(column), self._spec.dim), usable
+            vectors = values.astype(np.float32, copy=False).reshape(len(column), self._spec.dim)
+        return (self._rounded(vectors, usable, faults) if self._half else vectors), usable
+
+    def _rounded(self, vectors: Float32, present: NDArray[np.bool_], faults: Faults) -> Float32:
+        """As float16 holds them; tells ``faults`` of those that would lose their direction."""
+        rounded, kept = as_float16(vectors, self._spec.metric)
+        # What is too large, or becomes zero, is told by ``check``.
+        turned = ~kept & np.isfinite(rounded).all(axis=1) & rounded.any(axis=1)
+        detail = "numbers too small for float16, which would turn the vector; scale the vectors up"
+        faults.add(np.flatnonzero(present)[turned], RejectReason.OUT_OF_RANGE, detail)
+        return rounded
 
     def check(self, vectors: Float32, present: NDArray[np.bool_], faults: Faults) -> None:
         """Tells ``faults`` which of the present vectors cannot be stored or searched."""

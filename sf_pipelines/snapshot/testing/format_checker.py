@@ -6,7 +6,10 @@ that a mistake in those does not excuse itself.
 """
 
 import io
+import struct
 import tempfile
+import tokenize
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +40,7 @@ from sf_pipelines.snapshot.testing.format_routing import (
     check_cel_key,
     check_cluster,
     check_hash,
+    check_ids,
     check_lsh,
     decode_keys,
 )
@@ -45,6 +49,11 @@ from sf_pipelines.snapshot.testing.format_sqlite import DATABASE, SqliteShard, c
 from sf_pipelines.snapshot.testing.format_vector_fields import VectorFields, check_vector_fields
 
 _COMPOSITE = "vector"
+# What numpy raises for damaged headers, which it parses as Python, and for archives; warnings where they are errors.
+_UNREADABLE = (
+    *(ObjectMissingError, ValueError, EOFError, TypeError, LookupError, OverflowError, MemoryError, RecursionError),
+    *(SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile, UserWarning),
+)
 _SIDECAR = "shard.sidecar"
 
 
@@ -77,7 +86,7 @@ def check_format(
     place = Place(Store.open(root, s3))
     findings = Findings(place.store.url, STOCK_DEFECTS if writer == "stock" else frozenset())
     try:
-        _check_snapshot(findings, place, manifest_key, sample)
+        _check_snapshot(findings, place, manifest_key, sample, ids_are_keys=writer == "ours")
     except CannotGoOnError:
         # The fault that stopped the walk is in the report.
         return findings.report
@@ -102,7 +111,9 @@ def assert_format(
         raise AssertionError("\n- ".join([f"{report.root} is not what a stock reader reads:", *report.faults]))
 
 
-def _check_snapshot(findings: Findings, place: Place, manifest_key: str | None, sample: int) -> None:
+def _check_snapshot(
+    findings: Findings, place: Place, manifest_key: str | None, sample: int, *, ids_are_keys: bool
+) -> None:
     named = None
     key = manifest_key
     if key is None:
@@ -119,7 +130,10 @@ def _check_snapshot(findings: Findings, place: Place, manifest_key: str | None, 
     other_runs(findings, place, key, manifest)
     array = _routing_array(findings, place, fields)
     with tempfile.TemporaryDirectory(prefix="format_checker_") as folder:
-        _ShardCheck(findings, place, manifest, fields, array, sample, Path(folder)).run(shards)
+        check = _ShardCheck(
+            findings, place, manifest, fields, array, sample, Path(folder), ids_are_keys=ids_are_keys and fields.unified
+        )
+        check.run(shards)
 
 
 def _routing_array(findings: Findings, place: Place, fields: VectorFields) -> NDArray[Any] | None:
@@ -130,7 +144,7 @@ def _routing_array(findings: Findings, place: Place, fields: VectorFields) -> ND
     expect, duty = findings.expect, Duty.ROUTING_ARRAYS
     try:
         array = np.load(io.BytesIO(place.store.get(key)))
-    except (ObjectMissingError, ValueError, EOFError) as error:
+    except _UNREADABLE as error:
         expect(duty, False, f"{key} cannot be loaded ({error}): ReaderStateError at open")
         return None
     rows = fields.num_dbs if fields.strategy == "cluster" else fields.num_hash_bits
@@ -157,6 +171,8 @@ class _ShardCheck:
         array: NDArray[Any] | None,
         sample: int,
         folder: Path,
+        *,
+        ids_are_keys: bool,
     ) -> None:
         self._findings = findings
         self._place = place
@@ -164,6 +180,7 @@ class _ShardCheck:
         self._array = array
         self._sample = sample
         self._folder = folder
+        self._ids_are_keys = ids_are_keys
         self._sidecars = "sqlite_sidecar" in manifest.custom
         self._families: dict[str, str | None] = {}
         self._backends: set[str] = set()
@@ -193,6 +210,7 @@ class _ShardCheck:
         fields = self._fields
         with_database = fields.unified or backend == "sqlite-vec"
         database = self._database(shard, local, vectors=backend == "sqlite-vec") if with_database else None
+        stored = database.stored if database is not None else None
         if backend == "lancedb":
             found = check_lance(
                 self._findings,
@@ -204,9 +222,11 @@ class _ShardCheck:
             )
             if found is not None:
                 self._families[str(shard)] = found.family
-                self._vectors(shard, found.stored)
-        elif database is not None and database.stored is not None:
-            self._vectors(shard, database.stored)
+                stored = found.stored
+        if stored is not None:
+            self._vectors(shard, stored)
+            if self._ids_are_keys and database is not None:
+                check_ids(self._findings, str(shard), database.keys, stored.ids, fields.key_encoding)
         self._weigh(shard, objects, with_database=with_database)
 
     def _backend(self, shard: ShardEntry, names: set[str]) -> str | None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.testing.format_distance import Scores, check_search
+from sf_pipelines.snapshot.testing.format_lance_bases import check_own_files
 from sf_pipelines.snapshot.testing.format_report import Duty, Findings, some
 
 TABLE = "vector_index"
@@ -53,6 +54,8 @@ def check_lance(
     """Opens ``folder/vector_index.lance`` and checks table, index and search; None where it cannot be read."""
     import lancedb
 
+    if not check_own_files(findings, where, folder / DATASET):
+        return None
     try:
         table = lancedb.connect(str(folder)).open_table(TABLE)
         if not _check_schema(findings, where, table.schema, dim):

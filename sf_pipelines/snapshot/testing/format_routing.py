@@ -13,6 +13,8 @@ from sf_pipelines.snapshot.testing.format_report import Duty, Findings, some
 _TIE = 1e-5
 # A projection this near to a hyperplane has no certain sign in float32.
 _ON_PLANE = 1e-6
+# Types of results that can name a shard, and the type of routing values that they are compared with.
+_RESULTS = {"INT": int, "UINT": int, "STRING": str, "BYTES": dict}
 _INT_ENCODINGS = {"u64be": 8, "u32be": 4}
 
 
@@ -33,11 +35,20 @@ class CelFormula:
     num_dbs: int
 
     def problem(self) -> str | None:
-        """Why the expression does not compile; None when it does."""
+        """Why the expression cannot name a shard; None when it can.
+
+        It must compile, and its type must be known to be int, uint, string or bytes, and that of the routing values.
+        """
         try:
-            self._compiled()
+            result = self._compiled().return_type().name()
         except (RuntimeError, ValueError, TypeError) as error:
-            return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            return f"does not compile ({reason})"
+        if result not in _RESULTS:
+            return f"gives {result.lower()}, must give int, uint, string or bytes"
+        others = [value for value in self.values or [] if not isinstance(value, _RESULTS[result])]
+        if others:
+            return f"gives {result.lower()}, but routing_values has {some(others)}"
         return None
 
     def shards(self, column: str, values: list[Any]) -> list[int | None]:
@@ -134,6 +145,32 @@ def decode_keys(findings: Findings, where: str, keys: list[bytes], encoding: str
         f"{where}: kv.k {some(bad)} is no key of the encoding {encoding}: no lookup finds it",
     )
     return found
+
+
+def check_ids(findings: Findings, where: str, keys: list[bytes], ids: list[Any], encoding: str) -> None:
+    """The vectors' ids are the keys of the same shard: numbers, text, and of bytes the hex digits."""
+    wanted: dict[tuple[type, Any], int] = {}
+    for at, key in enumerate(keys):
+        wanted |= dict.fromkeys(((type(name), name) for name in _names(key, encoding)), at)
+    foreign = [row_id for row_id in ids if (type(row_id), row_id) not in wanted]
+    findings.expect(
+        Duty.KEY_VALUES,
+        not foreign,
+        f"{where}: the vectors' ids {some(foreign)} are no keys of the shard: hits cannot be looked up",
+    )
+    found = {wanted.get((type(row_id), row_id)) for row_id in ids}
+    bare = [key for at, key in enumerate(keys) if at not in found]
+    findings.expect(Duty.KEY_VALUES, not bare, f"{where}: the keys {some(bare)} have no vector of that id")
+
+
+def _names(key: bytes, encoding: str) -> list[Any]:
+    """Ids that the vector of a key may have; raw keys are text or bytes, which the manifest does not say."""
+    width = _INT_ENCODINGS.get(encoding)
+    names = [key.hex()] if encoding == "raw" else []
+    try:
+        return [*names, _decode(key, "utf8" if encoding == "raw" else encoding, width)]
+    except ValueError:
+        return names
 
 
 def _decode(key: bytes, encoding: str, width: int | None) -> Any:

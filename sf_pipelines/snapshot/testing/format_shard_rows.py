@@ -18,6 +18,9 @@ from sf_pipelines.snapshot.testing.format_manifest import (
 )
 from sf_pipelines.snapshot.testing.format_report import CannotGoOnError, Duty, Findings, some
 
+# S3 takes keys of up to 1,024 bytes; scheme and bucket come before.
+_LONGEST_URL = 1200
+
 
 @dataclass(frozen=True)
 class ShardEntry:
@@ -137,15 +140,18 @@ def _shard_key(
     segments = (key or "").split("/")
     if not expect(
         Duty.SHARD_ROWS,
-        is_plain(key or ""),
-        f"{where}: db_url {url!r} ends in a slash or has empty or dotted segments: the object client refuses it",
+        is_plain(key or "") and len(url) <= _LONGEST_URL,
+        f"{where}: db_url {url!r:.300} ends in a slash, has empty or dotted segments or more than {_LONGEST_URL} "
+        "characters: the object client refuses it",
     ):
         return None
-    last = re.fullmatch(r"attempt=(\d{2,})(-[A-Za-z0-9._-]+)?", segments[-1])
+    last = re.fullmatch(r"attempt=([0-9]{2,})(-[A-Za-z0-9._-]+)?", segments[-1])
+    attempt = row["attempt"]
+    name = f"attempt={attempt:02d}" if is_int(attempt) else f"the attempt, which is {attempt!r:.80}"
     expect(
         Duty.SHARD_ROWS,
-        last is not None and int(last[1]) == row["attempt"],
-        f"{where}: db_url {url!r} does not end in attempt={row['attempt']:02d}: cleanup goes by that name",
+        last is not None and is_int(attempt) and int(last[1]) == attempt,
+        f"{where}: db_url {url!r} does not end in {name}: cleanup goes by that name",
     )
     expect(
         Duty.SHARD_ROWS,

@@ -101,7 +101,7 @@ def _check_sharding(findings: Findings, manifest: ManifestContent) -> None:
     )
     findings.require(
         Duty.SHARDING,
-        strategy in {"hash", "cel"},
+        isinstance(strategy, str) and strategy in {"hash", "cel"},
         f"build_meta.sharding.strategy is {strategy!r}, legal are hash and cel: ManifestParseError",
     )
     given = [name for name in _CEL_FIELDS if record.get(name) is not None]
@@ -119,7 +119,7 @@ def _unified(findings: Findings, _place: Place, manifest: ManifestContent, vecto
     backend, keys = vector.get("backend"), vector.get("kv_backend")
     findings.require(
         Duty.VECTOR,
-        backend in _KV_BACKENDS,
+        isinstance(backend, str) and backend in _KV_BACKENDS,
         f"custom.vector.backend is {backend!r}, not sqlite-vec or lancedb: ConfigValidationError",
     )
     expect(
@@ -243,7 +243,7 @@ def _formula(findings: Findings, duty: Duty, where: str, record: dict[str, Any],
         return None
     formula = CelFormula(str(text), dict(columns or {}), values, num_dbs)
     problem = formula.problem()
-    expect(duty, problem is None, f"{where}.cel_expr {text!r} does not compile ({problem}): no row can be routed")
+    expect(duty, problem is None, f"{where}.cel_expr {text!r} {problem}: no row can be routed")
     return formula if problem is None else None
 
 

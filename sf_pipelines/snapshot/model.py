@@ -32,7 +32,7 @@ def describe_validation(owner: str, error: ValidationError) -> str:
         where = ".".join([owner, *fields])
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            lines.extend(where + line[line.index(".") :] if "." in line else line for line in str(cause).split("; "))
+            lines.extend(_inside(where, line) for line in str(cause).split("; "))
             continue
         message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if item["type"] == "extra_forbidden":
@@ -43,3 +43,13 @@ def describe_validation(owner: str, error: ValidationError) -> str:
             f"{where}: {message}" + ("" if silent else f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})")
         )
     return "; ".join(lines)
+
+
+def _inside(where: str, line: str) -> str:
+    """A line about a nested model, told from the outer one: ``VectorSpec.dim: …`` becomes ``….vector_spec.dim: …``."""
+    field, colon, message = line.partition(": ")
+    if not colon or " " in field:
+        # The rest of a message with a semicolon.
+        return line
+    _, dot, inner = field.partition(".")
+    return f"{where}{dot}{inner}: {message}"

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judged:
-    """The manifest that is judged and the receipts that it was made from."""
+    """The manifest that is judged and the receipts that it was made from, each read from the store once."""
 
     build: Build
     ledger: Ledger
     receipt: ManifestReceipt
 
-    @property
+    @cached_property
     def sampled(self) -> SampleReceipt:
         """The build's samples."""
         return self.ledger.need(SampleReceipt)
@@ -69,12 +70,12 @@ class Judged:
         """A reader of the staged manifest."""
         return self.build.reader(self.receipt.manifest_key)
 
-    @property
+    @cached_property
     def run(self) -> RunReceipts:
         """What the run did before its shards were built."""
         return self.build.receipts(self.receipt.run_id)
 
-    @property
+    @cached_property
     def shards(self) -> list[ShardReceipt]:
         """The shards that the manifest was assembled from."""
         return [self.ledger.read(ShardReceipt, key) for key in self.receipt.shards]

@@ -64,7 +64,8 @@ def as_float16(vectors: Float32, metric: DistanceMetric) -> tuple[Float32, NDArr
         rounded = vectors.astype(np.float16).astype(np.float32)
         kept: NDArray[np.bool_] = np.asarray(np.isfinite(rounded).all(axis=1))
         if metric.normalises:
-            lost = np.einsum("ij,ij->i", rounded - vectors, rounded - vectors, dtype=np.float64)
+            change = rounded - vectors
+            lost = np.einsum("ij,ij->i", change, change, dtype=np.float64)
             size = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
             kept = np.logical_and(kept, lost <= _FLOAT16_LOSS**2 * size)
     return rounded, kept

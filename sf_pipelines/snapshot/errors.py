@@ -226,3 +226,23 @@ class NoShardError(QueryError):
     """The values are of the right types, but the sharding expression gives no shard for them."""
 
     kind = "reader.query.no_shard"
+
+
+class RateLimitError(ReaderError, TimeoutError):
+    """The rate limiter would have made the caller wait longer than its timeout; no tokens were taken."""
+
+    kind = "reader.rate_limit"
+    retryable = True
+
+
+class DeadlineError(ReaderError, TimeoutError):
+    """The answer was not there when its time was up. Shards that were being opened go on opening."""
+
+    kind = "reader.deadline"
+    retryable = True
+
+
+class ReaderForkedError(ReaderError, RuntimeError):
+    """The reader, or a library that it needs, was in use when this process was forked; locks and threads are lost."""
+
+    kind = "reader.forked"

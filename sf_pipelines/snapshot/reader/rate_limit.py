@@ -1,0 +1,228 @@
+"""A token bucket for threads and asyncio tasks at once."""
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import takewhile
+from numbers import Real
+
+from sf_pipelines.snapshot.errors import ConfigError, RateLimitError
+from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, guarded
+
+_SLICE = 0.05  # seconds after which a waiting caller looks whether others gave up and its turn came forward
+_INSTANT = 1e-6  # seconds that are no wait: rounding must not refuse a full bucket's worth
+
+
+class _Ticket:
+    """A place in the queue.
+
+    Attributes:
+        seconds: time in which the bucket makes its tokens.
+        due: instant at which the last of them is its own.
+    """
+
+    __slots__ = ("due", "seconds")
+
+    def __init__(self, seconds: float, due: float) -> None:
+        self.seconds = seconds
+        self.due = due
+
+
+class RateLimiter:
+    """Lets tokens through at a rate, in the order in which they were asked for. Thread-safe and task-safe.
+
+    The bucket starts full. Whoever asks takes a place in one queue for threads and tasks alike and is served when the
+    bucket has made the tokens of all before it and its own. More tokens than the bucket holds are served in parts, as
+    they are made, and take as long as they take. In any t seconds at most ``burst + rate * t`` tokens go through; a
+    caller who gives up frees its place, and those behind it move up within that bound.
+
+    The arithmetic is that of the generic cell rate algorithm (ITU-T I.371): in place of a level it keeps the instant
+    at which all that was asked for is served, so nothing runs in the background.
+
+    Args:
+        rate: tokens a second.
+        burst: tokens that the bucket holds; None is one second's worth, at least 1.
+        events: told ``rate_limiter.throttled`` when a caller has to wait, ``rate_limiter.denied`` when it is refused.
+        clock: seconds that never go back; for tests.
+        sleep: how threads wait; for tests.
+        sleep_async: how tasks wait; for tests.
+
+    Raises:
+        ConfigError: ``rate`` or ``burst`` is no finite number above 0.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        burst: float | None = None,
+        events: ReaderEvents = SILENT,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        sleep_async: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._rate = _positive(rate, "rate")
+        self._burst = max(self._rate, 1.0) if burst is None else _positive(burst, "burst")
+        self._full = self._seconds(self._burst)
+        self._events = guarded(events)
+        self._clock = clock
+        self._sleep = sleep
+        self._sleep_async = sleep_async
+        self._lock = threading.Lock()
+        self._waiting: deque[_Ticket] = deque()
+        self._edge = clock() - self._full  # all that was asked for is served then; before now by what is in the bucket
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self._rate
+
+    @property
+    def burst(self) -> float:
+        """Tokens that the bucket holds."""
+        return self._burst
+
+    def reserve(self, n: float) -> float:
+        """Takes tokens for good and leaves the waiting to the caller.
+
+        Returns:
+            Seconds until they are the caller's; 0 is now.
+
+        Raises:
+            ConfigError: ``n`` is no finite number above 0.
+        """
+        seconds = self._seconds(_positive(n, "n"))
+        with self._lock:
+            now = self._clock()
+            return self._enter(seconds, now).due - now
+
+    def try_acquire(self, n: float = 1) -> bool:
+        """Takes tokens if that needs no wait; more than ``burst`` always do.
+
+        Raises:
+            ConfigError: ``n`` is no finite number above 0.
+        """
+        wait = self._enter_within(n, 0.0)[1]
+        if wait:
+            self._tell(EventName.DENIED, n, wait)
+        return not wait
+
+    def acquire(self, n: float = 1, timeout: float | None = None) -> None:
+        """Takes tokens and blocks the thread until they are its own.
+
+        An exception during the wait (an interrupt) gives them back.
+
+        Args:
+            n: tokens; more than ``burst`` are served in parts.
+            timeout: longest wait in seconds; None waits as long as it takes.
+
+        Raises:
+            RateLimitError: the wait would be longer than ``timeout``. Raised at once, and no tokens were taken.
+            ConfigError: ``n`` is no finite number above 0, or ``timeout`` one below 0.
+        """
+        with self._queued(n, timeout) as ticket:
+            while (left := self._left(ticket)) > 0:
+                self._sleep(min(left, _SLICE))
+
+    # asyncio.timeout would hold a place in the queue until it runs out; here nothing is taken.
+    async def acquire_async(self, n: float = 1, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """As ``acquire``, but the task waits; cancellation gives the tokens back."""
+        with self._queued(n, timeout) as ticket:
+            while (left := self._left(ticket)) > 0:
+                await self._sleep_async(min(left, _SLICE))
+
+    @contextmanager
+    def _queued(self, n: float, timeout: float | None) -> Iterator[_Ticket]:
+        ticket, wait = self._enter_within(n, _limit(timeout))
+        if ticket is None:
+            self._tell(EventName.DENIED, n, wait)
+            raise RateLimitError(
+                f"{n} tokens would take {wait:.3f} s at {self._rate} tokens a second, longer than the timeout of "
+                f"{timeout} s; try again later, allow a longer wait, or raise the limiter's rate"
+            )
+        with ExitStack() as on_failure:
+            on_failure.callback(self._give_back, ticket)
+            if wait:
+                self._tell(EventName.THROTTLED, n, wait)
+            yield ticket
+            on_failure.pop_all()
+
+    def _enter_within(self, n: float, limit: float) -> tuple[_Ticket | None, float]:
+        """A place in the queue unless its wait is longer than the limit, and the wait."""
+        seconds = self._seconds(_positive(n, "n"))
+        with self._lock:
+            now = self._clock()
+            wait = self._wait(seconds, now)
+            return (None if wait > limit else self._enter(seconds, now)), wait
+
+    def _wait(self, seconds: float, now: float) -> float:
+        wait = self._edge_at(now) + seconds - now
+        return wait if wait > _INSTANT else 0.0
+
+    def _enter(self, seconds: float, now: float) -> _Ticket:
+        ticket = _Ticket(seconds, now + self._wait(seconds, now))
+        self._edge = self._edge_at(now) + seconds
+        self._drop_served(now)
+        if ticket.due > now:
+            self._waiting.append(ticket)
+        return ticket
+
+    def _edge_at(self, now: float) -> float:
+        # A full bucket makes no more tokens.
+        return max(self._edge, now - self._full)
+
+    def _left(self, ticket: _Ticket) -> float:
+        with self._lock:
+            return ticket.due - self._clock()
+
+    def _give_back(self, ticket: _Ticket) -> None:
+        with self._lock:
+            now = self._clock()
+            self._drop_served(now)
+            if ticket.due > now:
+                # Of a request larger than the bucket no more than a bucketful comes back of what it was served.
+                served = now - (ticket.due - ticket.seconds)
+                freed = ticket.seconds - max(0.0, served - self._full)
+                behind = list(takewhile(lambda other: other is not ticket, reversed(self._waiting)))
+                self._waiting.remove(ticket)
+            else:
+                # Served but not used. The bucket has been filling since then, and both together are at most full:
+                # else many who give up at once would let through more than a burst.
+                freed = max(0.0, min(ticket.seconds, self._full) - (now - ticket.due))
+                behind = list(self._waiting)
+            self._edge = self._edge_at(now) - freed
+            for other in behind:
+                other.due = max(now, other.due - freed)
+
+    def _drop_served(self, now: float) -> None:
+        while self._waiting and self._waiting[0].due <= now:
+            self._waiting.popleft()
+
+    def _seconds(self, tokens: float) -> float:
+        seconds = tokens / self._rate
+        if not math.isfinite(seconds):
+            raise ConfigError(f"{tokens} tokens at a rate of {self._rate} tokens a second would never be served")
+        return seconds
+
+    def _tell(self, name: EventName, n: float, wait: float) -> None:
+        if self._events is not SILENT:
+            self._events.emit(name, {EventField.TOKENS: float(n), EventField.WAIT_MS: wait * 1000})
+
+
+def _positive(value: float, name: str) -> float:
+    # NaN fails the comparison.
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} of a rate limiter must be a finite number above 0 (got {value!r})")
+    return float(value)
+
+
+def _limit(timeout: float | None) -> float:
+    if timeout is None:
+        return math.inf
+    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout >= 0:
+        raise ConfigError(f"timeout of a rate limiter must be a number of seconds of at least 0 (got {timeout!r})")
+    return float(timeout)

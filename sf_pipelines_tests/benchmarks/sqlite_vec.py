@@ -91,12 +91,12 @@ def _search(rows: pa.Table, folder: Path, out: Console) -> None:
         part = folder / str(count)
         _ours(rows.slice(0, count), part)
         times: list[float] = []
-        for scan_bytes in (1 << 40, 0):
-            shard = SqliteVecBackend().open(part, metric=DistanceMetric.COSINE, dim=_DIM, scan_bytes=scan_bytes)
-            if scan_bytes:
+        for in_memory in (True, False):
+            shard = SqliteVecBackend().open(part, metric=DistanceMetric.COSINE, dim=_DIM, in_memory=in_memory)
+            if in_memory:
                 times.append(_once(lambda shard=shard: shard.search(queries[:1], 10)))
             times.append(_each(lambda query, shard=shard: shard.search(query, 10), queries))
-            if not scan_bytes:
+            if not in_memory:
                 times.append(_each(lambda query, shard=shard: shard.search_raw(query, 10), queries))
             shard.close()
         first, memory, blocks, match = times

@@ -30,14 +30,14 @@ def make(
     *,
     family: IndexFamily = IndexFamily.FLAT,
     metric: DistanceMetric = DistanceMetric.COSINE,
-    scan_bytes: int = 0,
+    in_memory: bool = False,
     vector_type: VectorType = "float32",
 ) -> LanceDBShard:
     backend = LanceDBBackend()
     rows = table_of(list(range(len(vectors))) if ids is None else ids, vectors)
     report = backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
     assert report.rows == report.indexed_rows == len(vectors)
-    return backend.open(folder, metric=metric, dim=vectors.shape[1], scan_bytes=scan_bytes)
+    return backend.open(folder, metric=metric, dim=vectors.shape[1], in_memory=in_memory)
 
 
 @pytest.mark.parametrize("metric", DistanceMetric)
@@ -62,11 +62,11 @@ def test_scores_are_those_of_exact_distances(
     assert found == 1.0 if family is IndexFamily.FLAT or size < SIZES[-1] else found > floor
 
 
-@pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("family", [IndexFamily.IVF_SQ, IndexFamily.HNSW])
-def test_a_batch_answers_as_single_queries_do(tmp_path: Path, family: IndexFamily, scan_bytes: int) -> None:
+def test_a_batch_answers_as_single_queries_do(tmp_path: Path, family: IndexFamily, in_memory: bool) -> None:
     vectors, queries = clustered(2000, DIM), clustered(40, DIM, seed=3)
-    shard = make(tmp_path, vectors, family=family, scan_bytes=scan_bytes)
+    shard = make(tmp_path, vectors, family=family, in_memory=in_memory)
     batch = shard.search(queries, 7)
     for at in range(len(queries)):
         one = shard.search(queries[at : at + 1], 7)
@@ -100,7 +100,7 @@ def test_a_scan_tells_apart_what_float32_products_cannot(tmp_path: Path, metric:
     vectors = (1000 + rng.standard_normal((400, DIM)) * 0.01).astype(np.float32)
     queries = (1000 + rng.standard_normal((20, DIM)) * 0.01).astype(np.float32)
     truth = np.argsort(exact_distances(queries, vectors, metric), axis=1, kind="stable")[:, :5]
-    shard = make(tmp_path, vectors, metric=metric, scan_bytes=1 << 30)
+    shard = make(tmp_path, vectors, metric=metric, in_memory=True)
     scores = np.take_along_axis(exact_distances(queries, vectors, metric), truth, axis=1)
     np.testing.assert_allclose(shard.search(queries, 5).scores, scores, rtol=1e-9, atol=1e-12)
 
@@ -108,35 +108,35 @@ def test_a_scan_tells_apart_what_float32_products_cannot(tmp_path: Path, metric:
 def test_a_scan_breaks_ties_by_id(tmp_path: Path) -> None:
     vectors = np.tile(np.linspace(1, 2, DIM, dtype=np.float32), (500, 1))
     ids = np.random.default_rng(0).permutation(500)
-    shard = make(tmp_path, vectors, ids.tolist(), scan_bytes=1 << 30)
+    shard = make(tmp_path, vectors, ids.tolist(), in_memory=True)
     assert shard.search(vectors[:1], 5).ids[0].tolist() == [0, 1, 2, 3, 4]
-    text = make(tmp_path / "text", vectors, [str(i) for i in ids], scan_bytes=1 << 30)
+    text = make(tmp_path / "text", vectors, [str(i) for i in ids], in_memory=True)
     assert text.search(vectors[:1], 5).ids[0].tolist() == ["0", "1", "10", "100", "101"]
 
 
-@pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize(
     ("ids", "kind"),
     [([7, -3, 2**62], int), (["a", "bé", "c\0d"], str), (["007", "7", "42"], str)],
     ids=["int", "text", "digits"],
 )
-def test_ids_keep_their_type(tmp_path: Path, ids: list[object], kind: type, scan_bytes: int) -> None:
+def test_ids_keep_their_type(tmp_path: Path, ids: list[object], kind: type, in_memory: bool) -> None:
     vectors = np.eye(3, DIM, dtype=np.float32)
-    shard = make(tmp_path, vectors, ids, scan_bytes=scan_bytes)
+    shard = make(tmp_path, vectors, ids, in_memory=in_memory)
     found = shard.search(vectors, 1).ids.tolist()
     assert found == [[value] for value in ids]
     assert all(type(value) is kind for row in found for value in row)
     assert shard.id_type == ("int64" if kind is int else "string")
 
 
-@pytest.mark.parametrize("scan_bytes", [0, 1 << 30])
-def test_rows_give_back_their_payloads_and_vectors_in_order(tmp_path: Path, scan_bytes: int) -> None:
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_rows_give_back_their_payloads_and_vectors_in_order(tmp_path: Path, in_memory: bool) -> None:
     vectors = clustered(300, DIM)
     backend = LanceDBBackend()
     payloads = [None if i % 3 == 0 else {"i": i} for i in range(300)]
     rows = table_of(list(range(300)), vectors, payloads)
     backend.build(rows, tmp_path, family=IndexFamily.IVF_FLAT, metric=DistanceMetric.L2, params=IndexParams())
-    shard = backend.open(tmp_path, metric=DistanceMetric.L2, dim=DIM, scan_bytes=scan_bytes)
+    shard = backend.open(tmp_path, metric=DistanceMetric.L2, dim=DIM, in_memory=in_memory)
     hits = shard.search(vectors[[5, 250, 3]], 20)
     for ids, at in zip(hits.ids.tolist(), hits.rows, strict=True):
         assert shard.payloads(at) == [payloads[i] for i in ids]
@@ -174,7 +174,7 @@ def test_foreign_shards_are_searched_in_the_declared_metric(tmp_path: Path, stat
         extra = clustered(5, DIM, seed=9)
         table.add(table_of(list(range(rows, rows + 5)), extra))
         vectors = np.concatenate([vectors, extra])
-    shard = LanceDBBackend().open(tmp_path, metric=metric, dim=DIM, scan_bytes=0)
+    shard = LanceDBBackend().open(tmp_path, metric=metric, dim=DIM, in_memory=False)
     truth = exact_distances(queries, vectors, metric)
     hits = shard.search(queries, 5)
     assert hits.ids.tolist() == np.argsort(truth, axis=1)[:, :5].tolist()
@@ -193,7 +193,7 @@ def test_rows_that_the_index_leaves_out_are_found_all_the_same(tmp_path: Path) -
 
 def test_repeated_foreign_ids_do_not_crowd_out_others(tmp_path: Path) -> None:
     vectors = np.concatenate([np.tile(np.eye(1, DIM, dtype=np.float32), (6, 1)), np.eye(4, DIM, dtype=np.float32)[1:]])
-    shard = make(tmp_path, vectors, [1] * 6 + [2, 3, 4], scan_bytes=1 << 30)
+    shard = make(tmp_path, vectors, [1] * 6 + [2, 3, 4], in_memory=True)
     assert set(shard.search(vectors[:1], 3).ids[0].tolist()) >= {1, 2, 3}
 
 
@@ -271,7 +271,7 @@ def test_filter_columns_of_large_shards_have_an_index_beside_that_of_the_vector(
     trees = dict.fromkeys(("many", "share", "day", "large"), "BTree")
     assert kinds == {"vector": "IvfSq", "section": "Bitmap", "flag": "Bitmap", **trees}
     assert len(list(lancedb.connect(tmp_path / "small").open_table("vector_index").list_indices())) == 1
-    shard = backend.open(tmp_path / "large", metric=DistanceMetric.L2, dim=DIM, scan_bytes=0)
+    shard = backend.open(tmp_path / "large", metric=DistanceMetric.L2, dim=DIM, in_memory=False)
     assert shard.indexed_rows == 2000
     assert not shard._scans
 
@@ -313,7 +313,7 @@ def test_building_fails_loudly(tmp_path: Path) -> None:
 
 
 def test_a_closed_shard_says_so(tmp_path: Path) -> None:
-    shard = make(tmp_path, clustered(5, DIM), scan_bytes=1 << 30)
+    shard = make(tmp_path, clustered(5, DIM), in_memory=True)
     shard.search(clustered(1, DIM), 1)
     assert shard.memory_bytes > 0
     shard.close()
@@ -358,8 +358,8 @@ def stranger(folder: Path, vectors: Float32, ids: pa.Array | None = None) -> Any
     return lancedb.connect(str(folder)).create_table("vector_index", pa.table(columns), **fill)
 
 
-def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, scan_bytes: int = 1 << 40) -> LanceDBShard:
-    return LanceDBBackend().open(folder, metric=metric, dim=DIM, scan_bytes=scan_bytes)
+def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, in_memory: bool = True) -> LanceDBShard:
+    return LanceDBBackend().open(folder, metric=metric, dim=DIM, in_memory=in_memory)
 
 
 def test_a_dataset_that_reads_from_another_place_is_refused(tmp_path: Path) -> None:

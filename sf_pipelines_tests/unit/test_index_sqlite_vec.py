@@ -26,15 +26,15 @@ from sf_pipelines_tests.snapshots import brute_force, clustered, table_of
 
 DIM = 8
 METRICS = (DistanceMetric.COSINE, DistanceMetric.L2)
-IN_MEMORY = [pytest.param(1 << 40, id="in memory"), pytest.param(0, id="in blocks")]
+IN_MEMORY = [pytest.param(True, id="in memory"), pytest.param(False, id="in blocks")]
 
 
 def build(folder: Path, rows: pa.Table, metric: DistanceMetric = DistanceMetric.L2) -> None:
     SqliteVecBackend().build(rows, folder, family=IndexFamily.FLAT, metric=metric, params=IndexParams())
 
 
-def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, scan_bytes: int = 1 << 40) -> SqliteVecShard:
-    return SqliteVecBackend().open(folder, metric=metric, dim=DIM, scan_bytes=scan_bytes)
+def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, in_memory: bool = True) -> SqliteVecShard:
+    return SqliteVecBackend().open(folder, metric=metric, dim=DIM, in_memory=in_memory)
 
 
 def database(folder: Path) -> apsw.Connection:
@@ -143,8 +143,8 @@ def test_filter_columns_are_metadata_with_a_column_of_nulls(tmp_path: Path) -> N
     assert opened(tmp_path).rows == 2
 
 
-@pytest.mark.parametrize("scan_bytes", IN_MEMORY)
-def test_ids_of_strangers(tmp_path: Path, scan_bytes: int) -> None:
+@pytest.mark.parametrize("in_memory", IN_MEMORY)
+def test_ids_of_strangers(tmp_path: Path, in_memory: bool) -> None:
     vectors = np.eye(6, DIM, dtype=np.float32)
     id_map = [
         *as_json([3, "3", "a"]),
@@ -153,7 +153,7 @@ def test_ids_of_strangers(tmp_path: Path, scan_bytes: int) -> None:
         (99, '{"v": 1, "t": "int"}'),
     ]
     stock_file(tmp_path, vectors, id_map)
-    shard = opened(tmp_path, scan_bytes=scan_bytes)
+    shard = opened(tmp_path, in_memory=in_memory)
     found = shard.search(vectors, 1).ids[:, 0].tolist()
     assert found == [3, "3", "a", "no type", "12", 5]
     assert [type(value) for value in found] == [int, str, str, str, str, int]
@@ -163,8 +163,8 @@ def test_ids_of_strangers(tmp_path: Path, scan_bytes: int) -> None:
     assert shard.search_raw(vectors, 1).ids[:, 0].tolist() == found
 
 
-@pytest.mark.parametrize("scan_bytes", IN_MEMORY)
-def test_rows_of_strangers_may_lie_in_any_order_with_gaps(tmp_path: Path, scan_bytes: int) -> None:
+@pytest.mark.parametrize("in_memory", IN_MEMORY)
+def test_rows_of_strangers_may_lie_in_any_order_with_gaps(tmp_path: Path, in_memory: bool) -> None:
     vectors = clustered(2100, DIM)
     rowids = np.random.default_rng(0).permutation(5000)[:2100]
     stock_file(tmp_path, vectors, [], rowids=rowids.tolist())
@@ -172,7 +172,7 @@ def test_rows_of_strangers_may_lie_in_any_order_with_gaps(tmp_path: Path, scan_b
         connection.execute("DELETE FROM vec_index WHERE rowid % 7 = 0")
     connection.close()
     kept = rowids % 7 != 0
-    shard, queries = opened(tmp_path, scan_bytes=scan_bytes), clustered(9, DIM, seed=2)
+    shard, queries = opened(tmp_path, in_memory=in_memory), clustered(9, DIM, seed=2)
     order, scores = brute_force(queries, vectors[kept], DistanceMetric.L2, 12)
     hits = shard.search(queries, 12)
     assert shard.rows == kept.sum()
@@ -181,14 +181,14 @@ def test_rows_of_strangers_may_lie_in_any_order_with_gaps(tmp_path: Path, scan_b
     np.testing.assert_array_equal(shard.vectors(hits.rows[0]), vectors[kept][order[0]])
 
 
-@pytest.mark.parametrize("scan_bytes", IN_MEMORY)
+@pytest.mark.parametrize("in_memory", IN_MEMORY)
 @pytest.mark.parametrize("metric", DistanceMetric)
-def test_zero_and_nan_rows_of_strangers_harm_no_answer(tmp_path: Path, metric: DistanceMetric, scan_bytes: int) -> None:
+def test_zero_and_nan_rows_of_strangers_harm_no_answer(tmp_path: Path, metric: DistanceMetric, in_memory: bool) -> None:
     vectors = clustered(40, DIM)
     vectors[3], vectors[5], vectors[9, 2] = 0, np.nan, np.inf
     stock_file(tmp_path, vectors, as_json(list(range(40))), metric="cosine")
     finite = np.isfinite(vectors).all(axis=1)
-    shard, queries = opened(tmp_path, metric, scan_bytes), clustered(4, DIM, seed=1)
+    shard, queries = opened(tmp_path, metric, in_memory=in_memory), clustered(4, DIM, seed=1)
     order, scores = brute_force(queries, vectors[finite], metric, 38)
     hits = shard.search(queries, 40)
     assert hits.counts.tolist() == [38] * 4
@@ -198,11 +198,11 @@ def test_zero_and_nan_rows_of_strangers_harm_no_answer(tmp_path: Path, metric: D
     assert not set(shard.search_raw(queries, 40).ids[0].tolist()) & {3, 5} - {0}
 
 
-@pytest.mark.parametrize("scan_bytes", IN_MEMORY)
-def test_repeated_ids_of_strangers_do_not_crowd_out_others(tmp_path: Path, scan_bytes: int) -> None:
+@pytest.mark.parametrize("in_memory", IN_MEMORY)
+def test_repeated_ids_of_strangers_do_not_crowd_out_others(tmp_path: Path, in_memory: bool) -> None:
     vectors = np.concatenate([np.tile(np.eye(1, DIM, dtype=np.float32), (6, 1)), np.eye(4, DIM, dtype=np.float32)[1:]])
     stock_file(tmp_path, vectors, as_json([1] * 6 + [2, 3, 4]))
-    assert set(opened(tmp_path, scan_bytes=scan_bytes).search(vectors[:1], 3).ids[0].tolist()) >= {1, 2, 3}
+    assert set(opened(tmp_path, in_memory=in_memory).search(vectors[:1], 3).ids[0].tolist()) >= {1, 2, 3}
 
 
 def test_blocks_and_memory_agree_over_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_blocks_and_memory_agree_over_several_blocks(tmp_path: Path, monkeypatch
     vectors, queries = clustered(5000, DIM), clustered(30, DIM, seed=1)
     vectors[4000:] = vectors[:1000]
     build(tmp_path, table_of([f"x{n}" for n in range(5000)], vectors))
-    whole, blocks = opened(tmp_path).search(queries, 25), opened(tmp_path, scan_bytes=0).search(queries, 25)
+    whole, blocks = opened(tmp_path).search(queries, 25), opened(tmp_path, in_memory=False).search(queries, 25)
     assert whole.ids.tolist() == blocks.ids.tolist()
     assert whole.scores.tolist() == blocks.scores.tolist()
     assert whole.rows.tolist() == blocks.rows.tolist()

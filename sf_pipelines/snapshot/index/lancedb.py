@@ -18,7 +18,6 @@ from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, Reader
 from sf_pipelines.snapshot.index.lance_file import check_within
 from sf_pipelines.snapshot.index.payloads import parse_payload
 from sf_pipelines.snapshot.index.protocol import (
-    SCAN_BYTES,
     BuildReport,
     IdArray,
     IdType,
@@ -32,7 +31,6 @@ from sf_pipelines.snapshot.index.scan import (
     first_k,
     id_ranks,
     id_values,
-    no_hits,
     replaced,
 )
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
@@ -57,6 +55,10 @@ _FILTER_INDEX_ROWS = 20_000
 _BITMAP_VALUES = 1_000
 _BITMAP_TYPES = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_string)
 _STORED_COLUMNS = frozenset({"id", "vector", "payload"})
+# Up to here a scan of the whole shard takes less time than the index, which costs 4 ms whatever it finds.
+_SCAN_BYTES = 64 * 1024 * 1024
+# Payloads fetched one by one up to this many: a call that takes several at once costs 20 us.
+_FEW = 16
 # Queries of one call: the library plans and buffers each of them separately, all at once.
 _BATCH = 64
 # Scanning 1,000 rows of 8-bit numbers costs less than telling 1,000 rows apart by more centres, and building an index
@@ -73,6 +75,7 @@ class LanceDBBackend:
     directory = f"{TABLE}.lance"
     subfolder = "vector"
     metrics = frozenset(_DISTANCES)
+    scan_bytes = _SCAN_BYTES
 
     def build(
         self,
@@ -111,7 +114,7 @@ class LanceDBBackend:
             raise IndexBuildError(f"{folder}: the {family} index covers {indexed} of {rows.num_rows} rows")
         return BuildReport(rows.num_rows, indexed, stats.index_type, time.perf_counter() - started)
 
-    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, scan_bytes: int = SCAN_BYTES) -> "LanceDBShard":
+    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> "LanceDBShard":
         """Opens a local shard directory; see ``IndexBackend.open``."""
         import lancedb
 
@@ -120,13 +123,13 @@ class LanceDBBackend:
         check_within(folder / self.directory)
         with _library(IntegrityError, f"cannot open the LanceDB table in {folder}"):
             table = lancedb.connect(str(folder)).open_table(TABLE)
-            return LanceDBShard(table, str(folder), metric, dim, scan_bytes)
+            return LanceDBShard(table, str(folder), metric, dim, in_memory=in_memory)
 
 
 class LanceDBShard:
     """An opened table; see ``ShardIndex``."""
 
-    def __init__(self, table: "Table", where: str, metric: DistanceMetric, dim: int, scan_bytes: int) -> None:
+    def __init__(self, table: "Table", where: str, metric: DistanceMetric, dim: int, *, in_memory: bool) -> None:
         self.rows = table.count_rows()
         self.id_type: IdType = _check_schema(table.schema, where, dim)
         self._where = where
@@ -135,11 +138,11 @@ class LanceDBShard:
         self._has_payload = "payload" in table.schema.names
         self.indexed_rows, self._index_bytes, trusted = _index_of(table, metric)
         covered = trusted and self.indexed_rows == self.rows
-        self._scans = not covered or self.rows * dim * 4 <= scan_bytes
+        self._scans = in_memory or not covered
         self._lock = threading.Lock()
         self._table: Table | None = table
         self._scan: MemoryScan | None = None
-        self._payloads: tuple[NDArray[np.int64], pa.ChunkedArray] | None = None
+        self._payloads: tuple[NDArray[np.int64], pa.Array] | None = None
         self._payload_bytes = 0
         self._keeps_payloads = self._scans
 
@@ -155,9 +158,20 @@ class LanceDBShard:
         """Whether a search is a scan of what is held already."""
         return self._scans and self._scan is not None
 
+    def warm(self) -> None:
+        """Loads vectors, and payloads if small, of a shard that is scanned."""
+        if self._scans:
+            self._memory()
+            if self._has_payload:
+                self._payload_column()
+
+    def scan(self) -> MemoryScan | None:
+        """The scan of a shard that is searched in memory; see ``ShardIndex.scan``."""
+        return self._memory() if self._scans else None
+
     def search(self, queries: Float32, k: int) -> ShardHits:
         """Nearest rows with exact scores: by scan where that is cheap or no index helps, else by index."""
-        if self.rows == 0 or self._scans or _over_fetch(k) * 2 >= self.rows:
+        if self._scans or _over_fetch(k) * 2 >= self.rows:
             return self._scan_search(queries, k)
         hits = self._index_search(queries, k)
         # The library leaves out rows that it cannot rank (zero vectors under cosine), and a stranger's repeated id
@@ -166,8 +180,6 @@ class LanceDBShard:
         return hits if not len(short) else replaced(hits, short, self._scan_search(queries[short], k))
 
     def _scan_search(self, queries: Float32, k: int) -> ShardHits:
-        if self.rows == 0:
-            return no_hits(len(queries), pa.array([], pa.int64() if self.id_type == "int64" else pa.string()))
         return self._memory().search(queries, k)
 
     def _index_search(self, queries: Float32, k: int) -> ShardHits:
@@ -221,7 +233,10 @@ class LanceDBShard:
         texts = self._payload_column()
         if texts is None:
             return _parse(self._take(rows, "payload"))
-        return _parse(texts[1].take(pa.array(np.searchsorted(texts[0], rows))))
+        at = np.searchsorted(texts[0], rows)
+        if len(at) <= _FEW:
+            return [parse_payload(texts[1][place].as_py()) for place in at.tolist()]
+        return _parse(texts[1].take(pa.array(at)))
 
     def vectors(self, rows: NDArray[np.int64]) -> Float32:
         """Stored vectors."""
@@ -255,20 +270,32 @@ class LanceDBShard:
             return scan
         with self._lock:
             if self._scan is None:
-                found = self._column("id", "vector")
-                row_ids = found["_rowid"].to_numpy().astype(np.int64)
-                vectors = _matrix(found["vector"], self._dim)
-                self._scan = MemoryScan(self._ids(found), row_ids, vectors, self._metric)
+                self._open_table()
+                self._scan = self._read_scan()
             return self._scan
 
-    def _payload_column(self) -> tuple[NDArray[np.int64], pa.ChunkedArray] | None:
+    def _read_scan(self) -> MemoryScan:
+        if self.rows == 0:
+            ids = pa.array([], pa.int64() if self.id_type == "int64" else pa.string())
+            return MemoryScan(ids, np.empty(0, np.int64), np.empty((0, self._dim), np.float32), self._metric)
+        found = self._column("id", "vector")
+        row_ids = found["_rowid"].to_numpy().astype(np.int64)
+        # A copy: memory of numpy lies in large pages, which a scan reads a tenth faster.
+        vectors = np.array(_matrix(found["vector"], self._dim))
+        return MemoryScan(self._ids(found), row_ids, vectors, self._metric)
+
+    def _payload_column(self) -> tuple[NDArray[np.int64], pa.Array] | None:
         """Rows and the whole column of a shard that is scanned in memory, where it is small; else None."""
+        held = self._payloads
+        if held is not None:
+            return held
         with self._lock:
             if self._payloads is None and self._keeps_payloads:
                 found = self._column("payload")
                 self._keeps_payloads = found["payload"].nbytes <= _PAYLOAD_BYTES
                 if self._keeps_payloads:
-                    self._payloads = found["_rowid"].to_numpy().astype(np.int64), found["payload"]
+                    column = found["payload"].combine_chunks()
+                    self._payloads = found["_rowid"].to_numpy().astype(np.int64), column
                     self._payload_bytes = found.nbytes
             return self._payloads
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
+
+if TYPE_CHECKING:
+    from sf_pipelines.snapshot.index.scan import MemoryScan
 
 # "mixed" (int and str in one shard) is what stock writers may leave in SQLite shards; ours never write it.
 IdType = Literal["int64", "string", "mixed"]
@@ -23,10 +26,6 @@ IdArray = NDArray[Any]
 FLAT_ROWS = 4_000
 # `auto`: up to this many rows IVF_SQ is built 10 to 90 times faster than a graph, at similar latency.
 IVF_ROWS = 200_000
-
-
-# Up to this many bytes of vectors, a scan in memory is both exact and faster than any index.
-SCAN_BYTES = 16 * 1024 * 1024
 
 
 class IndexFamily(StrEnum):
@@ -122,6 +121,18 @@ class ShardIndex(Protocol):
         """Whether a search is a scan of what is held already: too quick to be worth another thread."""
         ...
 
+    def warm(self) -> None:
+        """Loads what searches will hold in memory anyway: of a scanned shard its vectors, and payloads if small."""
+        ...
+
+    def scan(self) -> "MemoryScan | None":
+        """The scan of a shard that is searched in memory, loaded on first use; None where ``search`` does more.
+
+        A reader that asks several shards for their rough candidates scores fewer rows than one that asks each for its
+        answer.
+        """
+        ...
+
     def search(self, queries: Float32, k: int) -> ShardHits:
         """The nearest rows in the declared metric, with exact scores.
 
@@ -165,12 +176,14 @@ class IndexBackend(Protocol):
         subfolder: where the index lies below the directory of a unified shard; empty where it shares the file with
             the keys and values.
         metrics: distances that it knows.
+        scan_bytes: a scan in memory answers sooner than the index where a shard has up to so many bytes of vectors.
     """
 
     name: str
     directory: str
     subfolder: str
     metrics: frozenset[DistanceMetric]
+    scan_bytes: int
 
     def build(
         self,
@@ -198,15 +211,16 @@ class IndexBackend(Protocol):
         """
         ...
 
-    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, scan_bytes: int = SCAN_BYTES) -> ShardIndex:
+    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> ShardIndex:
         """Opens a local shard's index for searching.
 
         Args:
             folder: where it was built.
             metric: declared metric.
             dim: numbers in a vector.
-            scan_bytes: a shard with at most so many bytes of vectors is searched by an exact scan in memory; 0 always
-                asks the index where it covers the shard and knows the metric.
+            in_memory: keep the vectors in memory and scan them exactly. Else the index is asked where it covers the
+                shard and knows the metric; where it does not, a library without a way to scan its file keeps the
+                vectors in memory all the same.
 
         Raises:
             IntegrityError: what is there is no readable shard of this dimension.

@@ -1,15 +1,28 @@
-"""The one merge of all readers: hits of several shards to one answer per query."""
+"""The one merge of all readers: candidates of several shards to one answer per query.
+
+Shards that are scanned in memory give rough candidates (``Near``), which are scored here once for all shards; shards
+that are asked by their index give scored hits. Everything is flat: one number per candidate, so that a batch costs
+what its candidates cost.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
-from sf_pipelines.snapshot.index.scan import rank_values
-from sf_pipelines.snapshot.metric import Float64
+from sf_pipelines.snapshot.index.scan import (
+    Near,
+    distinct,
+    exact_scores,
+    first_k,
+    id_values,
+    is_numbers,
+    rank_values,
+    take_ids,
+)
+from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
 
 Int64 = NDArray[np.int64]
@@ -21,15 +34,15 @@ class ShardAnswer:
 
     Attributes:
         shard: its number.
-        queries: queries that were asked, shape (m,).
+        queries: queries that were asked, ascending, shape (m,).
         places: place of the shard in each query's order, shape (m,).
-        hits: for these queries.
+        hits: for these queries: exact ones, or candidates of a scan.
     """
 
     shard: int
     queries: Int64
     places: Int64
-    hits: ShardHits
+    hits: ShardHits | Near
 
 
 @dataclass(frozen=True)
@@ -48,108 +61,181 @@ class Merged:
 
 
 class Candidates:
-    """Hits of all shards side by side: query, place in the query's order, rank within the shard.
+    """What all shards answered to a batch.
 
     Args:
         answers: of the shards.
-        queries: number of queries.
-        places: shards that each query asked.
+        queries: the batch, float32, shape (n, dim).
+        places: most shards that a query asked.
+        unique: no id is in two shards. Then candidates that others outdo are dropped across shards before they are
+            scored, and ids need not be compared.
     """
 
-    def __init__(self, answers: Sequence[ShardAnswer], queries: int, places: int) -> None:
-        width = max((answer.hits.rows.shape[1] for answer in answers), default=0)
-        shape = (queries, places, width)
-        kinds = {answer.hits.ids.dtype for answer in answers}
-        # Others may have written numbers into one shard and text into the next: objects hold both.
-        kind = np.dtype(np.int64) if kinds <= {np.dtype(np.int64)} else np.dtype(object)
-        self.ids: IdArray = np.full(shape, 0 if kind == np.int64 else None, dtype=kind)
-        self.scores: Float64 = np.full(shape, np.inf)
-        self.rows: Int64 = np.full(shape, -1, dtype=np.int64)
-        self.shards: Int64 = np.full(shape, -1, dtype=np.int64)
-        for answer in answers:
-            hits = answer.hits
-            at = (answer.queries, answer.places, slice(0, hits.rows.shape[1]))
-            self.ids[at] = hits.ids
-            self.scores[at] = np.where(np.isnan(hits.scores), np.inf, hits.scores)
-            self.rows[at] = hits.rows
-            self.shards[at] = np.where(hits.rows < 0, -1, answer.shard)
-        self.ranks = self._ranks()
+    def __init__(self, answers: Sequence[ShardAnswer], queries: Float32, places: int, *, unique: bool = False) -> None:
+        self._queries = queries
+        self._places = places
+        self._scans = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, Near)]
+        self._indexed = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, ShardHits)]
+        self._unique = unique and all(near.scan.repeats == 1 for _, near in self._scans)
 
     def merge(self, k: int) -> Merged:
         """The k best of each query over all of its shards."""
-        n = len(self.scores)
-        picked = _best(self.scores.reshape(n, -1), self.ranks.reshape(n, -1), k)
-        cells = np.where(picked < 0, -1, picked + np.arange(n)[:, None] * (self.scores[0].size if n else 0))
-        return Merged(self._arrays(cells), self._at(self.shards, cells, -1), self._at(self.rows, cells, -1))
+        least = self._least(k) if self._unique and self._places > 1 and self._scans else None
+        found = self._scored(None if least is None else np.broadcast_to(least[:, None], (len(least), self._places)))
+        return found.table(found.best(np.arange(len(found.query)), k), len(self._queries), k)
 
     def curve(self, k: int) -> Iterator[SearchArrays]:
         """The answers of the first shard of each query, of its first two, and so on."""
-        n, places, width = self.scores.shape
-        # The best so far, with the cell of the table that each comes from.
-        scores, ranks = np.full((n, k), np.inf), np.zeros((n, k), dtype=np.int64)
-        cells = np.full((n, k), -1, dtype=np.int64)
-        table = np.arange(n * places * width).reshape(n, places, width)
-        for place in range(places):
-            scores = np.concatenate([scores, self.scores[:, place]], axis=1)
-            ranks = np.concatenate([ranks, self.ranks[:, place]], axis=1)
-            cells = np.concatenate([cells, table[:, place]], axis=1)
-            picked = _best(scores, ranks, k)
-            scores = np.where(picked < 0, np.inf, np.take_along_axis(scores, picked, axis=1))
-            ranks = np.take_along_axis(ranks, picked, axis=1)
-            cells = np.where(picked < 0, -1, np.take_along_axis(cells, picked, axis=1))
-            yield self._arrays(cells)
+        found = self._scored(self._least_of_prefixes(k) if self._unique and self._scans else None)
+        # Candidates of each place, behind one another.
+        order = np.argsort(found.place, kind="stable")
+        ends = np.searchsorted(found.place[order], np.arange(self._places), side="right")
+        best = np.empty(0, dtype=np.int64)
+        start = 0
+        for end in ends.tolist():
+            best = found.best(np.concatenate([best, order[start:end]]), k)
+            start = end
+            yield found.table(best, len(self._queries), k).arrays
 
-    def _arrays(self, cells: Int64) -> SearchArrays:
-        hit = cells >= 0
-        ids = self._at(self.ids, cells, 0 if self.ids.dtype == np.int64 else None)
-        if not hit.all():
-            ids = ids.astype(object)
-            ids[~hit] = None
-        return SearchArrays(ids, self._at(self.scores, cells, np.nan), hit.sum(axis=1))
+    def _bounds(self) -> Float64:
+        """What rows of the scanned shards have at least for a key, shape (n, places, width); -inf where there is none.
 
-    @staticmethod
-    def _at(values: NDArray[Any], cells: Int64, fill: Any) -> NDArray[Any]:
-        out = np.full(cells.shape, fill, dtype=values.dtype)
-        hit = cells >= 0
-        out[hit] = values.reshape(-1)[cells[hit]]
+        Each number is another row's.
+        """
+        width = max(near.best.shape[1] for _, near in self._scans)
+        out = np.full((len(self._queries), self._places, width), -np.inf)
+        for answer, near in self._scans:
+            out[answer.queries, answer.places, : near.best.shape[1]] = near.best - near.bound[:, None]
         return out
 
-    def _ranks(self) -> Int64:
-        """Numbers that sort as the ids do; where there is no hit they mean nothing."""
-        if self.ids.dtype == np.int64:
-            return self.ids
-        out = np.zeros(self.ids.shape, dtype=np.int64)
-        hit = self.rows >= 0
-        if hit.any():
-            out[hit] = rank_values(self.ids[hit])
+    def _least(self, k: int) -> Float64:
+        """A lower bound of the k-th best key of each query over its scanned shards, shape (n,)."""
+        bounds = self._bounds()
+        return _kth(bounds.reshape(len(bounds), -1), k)[1]
+
+    def _least_of_prefixes(self, k: int) -> Float64:
+        """The same over the first shard of each query, over its first two, and so on, shape (n, places)."""
+        bounds = self._bounds()
+        out = np.empty(bounds.shape[:2])
+        best = bounds[:, 0, :0]
+        for place in range(self._places):
+            best, out[:, place] = _kth(np.concatenate([best, bounds[:, place]], axis=1), k)
         return out
 
+    def _scored(self, least: Float64 | None) -> "_Found":
+        """All hits with their exact scores, but for candidates whose key cannot reach the least of query and place."""
+        parts = [_Part(answer, near, self._kept(answer, near, least)) for answer, near in self._scans]
+        pairs = [(near.scan, part.query, part.position) for part, (_, near) in zip(parts, self._scans, strict=True)]
+        scores = [exact_scores(self._queries, pairs)]
+        for answer, hits in self._indexed:
+            at = np.nonzero(np.isfinite(hits.scores) & (hits.rows >= 0))
+            parts.append(_Part(answer, hits, at))
+            scores.append(hits.scores[at])
+        return _Found(parts, np.concatenate(scores), unique=self._unique)
 
-def _best(scores: Float64, ranks: Int64, k: int) -> Int64:
-    """Columns of the k best of each row, by score, then by id; each id once.
+    def _kept(self, answer: ShardAnswer, near: Near, least: Float64 | None) -> tuple[Int64, Int64]:
+        if least is None:
+            return near.query, near.column
+        least = least[answer.queries, answer.places] - near.bound
+        kept = np.flatnonzero(near.key >= least[near.query])
+        return near.query[kept], near.column[kept]
+
+
+class _Part:
+    """Hits of one shard, flat.
+
+    Attributes:
+        query, place: of each hit.
+        position: in the scan; else slot of the hit.
+        rows, ids: of each hit.
+        numbers: ids are numbers.
+    """
+
+    def __init__(self, answer: ShardAnswer, hits: ShardHits | Near, at: tuple[Int64, Int64]) -> None:
+        own, self.position = at
+        self.shard = answer.shard
+        self.query = answer.queries[own]
+        self.place = answer.places[own]
+        self.ids: IdArray
+        if isinstance(hits, Near):
+            self.rows = hits.scan.rows[self.position]
+            self.ids = id_values(take_ids(hits.scan.ids, self.position))
+            self.numbers = is_numbers(hits.scan.ids)
+        else:
+            self.rows, self.ids = hits.rows[at], hits.ids[at]
+            self.numbers = is_numbers(hits.ids)
+
+
+class _Found:
+    """Scored hits of all shards, flat.
 
     Args:
-        scores: shape (n, m), inf where there is no hit.
-        ranks: order of the ids, shape (n, m).
-        k: most hits of a row.
-
-    Returns:
-        Shape (n, k), -1 where there are fewer.
+        parts: of the shards.
+        scores: of all hits, in the order of the parts.
+        unique: no id of a query comes twice.
     """
-    scores = _without_repeats(scores, ranks)
-    order = np.lexsort((ranks, scores), axis=1)[:, :k]
-    picked = np.where(np.isinf(np.take_along_axis(scores, order, axis=1)), -1, order)
-    return np.pad(picked, ((0, 0), (0, k - picked.shape[1])), constant_values=-1)
+
+    def __init__(self, parts: list[_Part], scores: Float64, *, unique: bool) -> None:
+        none = np.empty(0, dtype=np.int64)
+        self.scores = scores
+        self.query: Int64 = np.concatenate([none, *(part.query for part in parts)])
+        self.place: Int64 = np.concatenate([none, *(part.place for part in parts)])
+        self._rows: Int64 = np.concatenate([none, *(part.rows for part in parts)])
+        self._shards = np.repeat(
+            np.array([part.shard for part in parts], dtype=np.int64), [len(part.query) for part in parts]
+        )
+        # Others may have written numbers into one shard and text into the next: objects hold both.
+        self._numbers = all(part.numbers for part in parts)
+        kind = np.dtype(np.int64) if self._numbers else np.dtype(object)
+        self._ids: IdArray = np.concatenate([none.astype(kind), *(part.ids.astype(kind) for part in parts)])
+        self._unique = unique
+        self._ranks: Int64 | None = self._ids if self._numbers else None
+
+    def best(self, hits: Int64, k: int) -> Int64:
+        """The k best of each query among these hits, by score, then by id; each id once. Ordered by query.
+
+        Texts are ranked only where an answer depends on it.
+        """
+        query, scores = self.query[hits], self.scores[hits]
+        if not self._unique:
+            hits = hits[distinct(query, scores, self._ranked[hits])]
+            query, scores = self.query[hits], self.scores[hits]
+        n = int(query.max(initial=-1)) + 1
+        if self._ranks is None and not _tied(query, scores):
+            return hits[first_k(query, scores, query, n, k).flat]
+        return hits[first_k(query, scores, self._ranked[hits], n, k).flat]
+
+    def table(self, best: Int64, n: int, k: int) -> Merged:
+        """The chosen hits as tables of shape (n, k)."""
+        query = self.query[best]
+        counts = np.bincount(query, minlength=n)
+        at = query, np.arange(len(best)) - (np.cumsum(counts) - counts)[query]
+        whole = len(best) == n * k
+        ids = np.empty((n, k), dtype=self._ids.dtype if whole else object)
+        ids[at] = self._ids[best]
+        scores = np.full((n, k), np.nan)
+        scores[at] = self.scores[best]
+        shards, rows = np.full((n, k), -1, dtype=np.int64), np.full((n, k), -1, dtype=np.int64)
+        shards[at], rows[at] = self._shards[best], self._rows[best]
+        return Merged(SearchArrays(ids, scores, counts), shards, rows)
+
+    @property
+    def _ranked(self) -> Int64:
+        if self._ranks is None:
+            self._ranks = rank_values(self._ids)
+        return self._ranks
 
 
-def _without_repeats(scores: Float64, ranks: Int64) -> Float64:
-    """The scores, inf for a hit whose id is there with a better one."""
-    order = np.lexsort((scores, ranks), axis=1)
-    ids, values = np.take_along_axis(ranks, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    repeated = (ids[:, 1:] == ids[:, :-1]) & np.isfinite(values[:, 1:])
-    if not repeated.any():
-        return scores
-    rows, columns = np.nonzero(repeated)
-    out = scores.copy()
-    out[rows, order[rows, columns + 1]] = np.inf
-    return out
+def _kth(values: Float64, k: int) -> tuple[Float64, Float64]:
+    """The k largest of each row, or all, and the k-th of them; -inf where there are fewer."""
+    width = values.shape[1]
+    if width < k:
+        return values, np.full(len(values), -np.inf)
+    kept = np.partition(values, width - k, axis=1)[:, width - k :]
+    return kept, kept[:, 0]
+
+
+def _tied(query: Int64, scores: Float64) -> bool:
+    """Whether a query has two hits of one score."""
+    order = np.lexsort((scores, query))
+    return bool(((np.diff(query[order]) == 0) & (np.diff(scores[order]) == 0)).any())

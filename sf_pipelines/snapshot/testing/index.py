@@ -24,7 +24,6 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.index.protocol import IndexBackend, IndexFamily, ShardHits, ShardIndex, VectorType
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
 
-_WHOLE_IN_MEMORY, _NEVER_IN_MEMORY = 1 << 40, 0
 _TOLERANCE = 1e-5
 
 
@@ -51,9 +50,9 @@ class IndexConformance:
             vectors, queries = self.vectors(rows, kind=kind), self.vectors(7, seed=1)
             folder = tmp_path / str(n)
             self._build(folder, vectors, metric=metric, family=family, vector_type=kind)
-            for scan_bytes in (_NEVER_IN_MEMORY, _WHOLE_IN_MEMORY):
-                shard = self.backend.open(folder, metric=metric, dim=self.dim, scan_bytes=scan_bytes)
-                what = f"{rows} rows, {metric}, {family}, {kind}, scan_bytes {scan_bytes}"
+            for in_memory in (False, True):
+                shard = self.backend.open(folder, metric=metric, dim=self.dim, in_memory=in_memory)
+                what = f"{rows} rows, {metric}, {family}, {kind}, in_memory {in_memory}"
                 _expect(shard.rows == shard.indexed_rows == rows, f"{what}: {shard.indexed_rows} of {shard.rows} rows")
                 _expect_exact(shard.search(queries, 10), _distances(queries, vectors, metric), what)
                 shard.close()
@@ -70,18 +69,18 @@ class IndexConformance:
         ids = np.random.default_rng(0).permutation(1500)
         for metric in self._metrics():
             self._build(tmp_path / metric, vectors, ids.tolist(), metric=metric)
-            shard = self.backend.open(tmp_path / metric, metric=metric, dim=self.dim, scan_bytes=_WHOLE_IN_MEMORY)
+            shard = self.backend.open(tmp_path / metric, metric=metric, dim=self.dim, in_memory=True)
             _expect(shard.search(vectors[:1], 5).ids.tolist() == [[0, 1, 2, 3, 4]], f"{metric}: ties are not by id")
             _expect(sorted(shard.search(vectors[:1], 9999).ids[0][:1500].tolist()) == list(range(1500)), "rows lost")
 
     def test_ids_keep_their_type(self, tmp_path: Path) -> None:
         """Numbers stay numbers, text that looks like a number stays text, odd characters survive."""
         for n, ids in enumerate(([7, -3, 2**62], ["a", 'b"é\\\n', "c\0d"], ["007", "7", ""])):
-            for scan_bytes in (_NEVER_IN_MEMORY, _WHOLE_IN_MEMORY):
-                folder = tmp_path / f"{n}-{scan_bytes}"
+            for in_memory in (False, True):
+                folder = tmp_path / f"{n}-{in_memory}"
                 vectors = np.eye(3, self.dim, dtype=np.float32)
                 self._build(folder, vectors, ids)
-                shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, scan_bytes=scan_bytes)
+                shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
                 found = shard.search(vectors, 1).ids[:, 0].tolist()
                 _expect(found == ids and {type(one) for one in found} == {type(ids[0])}, f"{ids} came back as {found}")
                 _expect(shard.id_type == ("int64" if n == 0 else "string"), f"{ids} are said to be {shard.id_type}")
@@ -92,8 +91,8 @@ class IndexConformance:
         payloads = [None if n % 3 == 0 else f'{{"n": {n}}}' for n in range(1300)]
         expected = [None if n % 3 == 0 else {"n": n} for n in range(1300)]
         self._build(tmp_path, vectors, payloads=payloads)
-        for scan_bytes in (_NEVER_IN_MEMORY, _WHOLE_IN_MEMORY):
-            shard = self.backend.open(tmp_path, metric=DistanceMetric.L2, dim=self.dim, scan_bytes=scan_bytes)
+        for in_memory in (False, True):
+            shard = self.backend.open(tmp_path, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
             hits = shard.search(vectors[[5, 1250]], 20)
             for ids, rows in zip(hits.ids.tolist(), hits.rows, strict=True):
                 again = rows[[1, 1, 0]]
@@ -132,10 +131,10 @@ class IndexConformance:
     def test_threads_get_the_same_answers(self, tmp_path: Path) -> None:
         """One opened shard serves several threads."""
         vectors, queries = self.vectors(1500), self.vectors(3, seed=3)
-        for scan_bytes in (_NEVER_IN_MEMORY, _WHOLE_IN_MEMORY):
-            folder = tmp_path / str(scan_bytes)
+        for in_memory in (False, True):
+            folder = tmp_path / str(in_memory)
             self._build(folder, vectors)
-            shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, scan_bytes=scan_bytes)
+            shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
 
             def ask(_: int, shard: ShardIndex = shard) -> tuple[Any, ...]:
                 hits = shard.search(queries, 6)
@@ -203,7 +202,7 @@ class IndexConformance:
 
     def _shard(self, folder: Path, vectors: Float32, metric: DistanceMetric) -> ShardIndex:
         self._build(folder, vectors, metric=metric)
-        return self.backend.open(folder, metric=metric, dim=self.dim, scan_bytes=_WHOLE_IN_MEMORY)
+        return self.backend.open(folder, metric=metric, dim=self.dim, in_memory=True)
 
     def _build(
         self,

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from sf_pipelines.snapshot.config import IndexParams, KeyValueSpec, RecallGate, S3Options, VectorSpec, WriteConfig
     from sf_pipelines.snapshot.metric import DistanceMetric
     from sf_pipelines.snapshot.pipeline import BuildResult, build_snapshot
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+    from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader, AsyncUnifiedShardedReader
+    from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
     from sf_pipelines.snapshot.reader.types import SearchResult, VectorSearchResponse
-    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
     from sf_pipelines.snapshot.sharding import (
         CelSharding,
         ClusterSharding,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "AsyncShardedVectorReader": "sf_pipelines.snapshot.reader.asynchronous",
+    "AsyncUnifiedShardedReader": "sf_pipelines.snapshot.reader.asynchronous",
     "BuildResult": "sf_pipelines.snapshot.pipeline",
     "CelSharding": "sf_pipelines.snapshot.sharding",
     "ClusterSharding": "sf_pipelines.snapshot.sharding",
@@ -32,11 +35,12 @@ _HOMES = {
     "IndexParams": "sf_pipelines.snapshot.config",
     "KeyValueSpec": "sf_pipelines.snapshot.config",
     "LshSharding": "sf_pipelines.snapshot.sharding",
+    "RateLimiter": "sf_pipelines.snapshot.reader.rate_limit",
     "RecallGate": "sf_pipelines.snapshot.config",
     "S3Options": "sf_pipelines.snapshot.config",
     "SearchResult": "sf_pipelines.snapshot.reader.types",
     "ShardedVectorReader": "sf_pipelines.snapshot.reader.sync",
-    "UnifiedShardedReader": "sf_pipelines.snapshot.reader.unified",
+    "UnifiedShardedReader": "sf_pipelines.snapshot.reader.sync",
     "VectorSearchResponse": "sf_pipelines.snapshot.reader.types",
     "VectorSpec": "sf_pipelines.snapshot.config",
     "WriteConfig": "sf_pipelines.snapshot.config",
@@ -44,6 +48,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncShardedVectorReader",
+    "AsyncUnifiedShardedReader",
     "BuildResult",
     "CelSharding",
     "ClusterSharding",
@@ -53,6 +59,7 @@ __all__ = [
     "IndexParams",
     "KeyValueSpec",
     "LshSharding",
+    "RateLimiter",
     "RecallGate",
     "S3Options",
     "SearchResult",

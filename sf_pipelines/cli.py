@@ -21,8 +21,7 @@ from sf_pipelines.snapshot.config import S3Options, WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, QueryError, SfPipelinesError
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 
 app = typer.Typer(
     name="sf-pipelines",
@@ -131,7 +130,7 @@ def get(
 
     Values are shown as text; those that are none as 0x and their hexadecimal digits.
     """
-    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
 
     with _typed_errors(), UnifiedShardedReader(store, s3=_s3(endpoint_url)) as reader:
         whole = reader.snapshot_info().key_encoding in {"u64be", "u32be"}

@@ -32,8 +32,7 @@ from sf_pipelines.snapshot.source.files import SourceListing
 from sf_pipelines.snapshot.store import Store
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-    from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 
 
 _RENEW_SECONDS = 20.0
@@ -167,8 +166,7 @@ class Build:
 
         It asks the index of every shard: what is proven must hold where shards are too large to be scanned, too.
         """
-        from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-        from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+        from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 
         if self._reader is None or self._reader[0] != manifest_key:
             self.close()
@@ -179,7 +177,7 @@ class Build:
                 cache_dir=self.cache_dir,
                 manifest_key=manifest_key,
                 max_cached_shards=_OPEN_SHARDS,
-                scan_bytes=0,
+                exact_scan=False,
             )
             self._reader = (manifest_key, reader)
         return self._reader[1]

@@ -20,9 +20,8 @@ from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.metric import Float32, pair_distances
 from sf_pipelines.snapshot.reader.state import load_state
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
-from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
 from sf_pipelines.snapshot.receipts import ManifestReceipt, RouteReceipt, RunReceipts, SampleReceipt, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.routing import needs_training

@@ -24,8 +24,7 @@ from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.handles import open_index
 from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.protocol import Int32

@@ -21,7 +21,7 @@ ROWS, DIM, SHARDS, QUERIES = 50_000, 384, 8, 300
 
 
 def work(
-    source: str, store: str, spec: dict[str, Any], scan_bytes: int | None = None, queries: int = QUERIES
+    source: str, store: str, spec: dict[str, Any], exact_scan: bool = True, queries: int = QUERIES
 ) -> dict[str, Any]:
     """One build, gated at 0.95, and searches; in a process of its own.
 
@@ -29,7 +29,7 @@ def work(
         source: Parquet file.
         store: root.
         spec: fields of ``VectorSpec``.
-        scan_bytes: of the reader; None is its default.
+        exact_scan: of the reader.
         queries: timed searches at each number of probes.
     """
     from sf_pipelines import ShardedVectorReader, WriteConfig, build_snapshot
@@ -57,8 +57,7 @@ def work(
     seconds = time.perf_counter() - started
     peak = child.peak_megabytes()
     rows = next(pq.ParquetFile(source).iter_batches(queries)).column("vector").flatten().to_numpy().reshape(-1, DIM)
-    options: dict[str, Any] = {} if scan_bytes is None else {"scan_bytes": scan_bytes}
-    with ShardedVectorReader(store, cache_dir=cache, preload=True, **options) as reader:
+    with ShardedVectorReader(store, cache_dir=cache, preload=True, exact_scan=exact_scan) as reader:
         latencies = {probes: _latencies(reader, rows, probes) for probes in (1, 2, result.num_probes, SHARDS)}
     return {
         "seconds": seconds,

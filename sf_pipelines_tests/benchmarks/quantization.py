@@ -33,7 +33,7 @@ def main() -> None:
                 source=source,
                 store=str(name / str(place) / "store"),
                 spec=spec,
-                scan_bytes=0,
+                exact_scan=False,
                 queries=100,
             )
             p50, p99 = done["latencies"][str(SHARDS)]

@@ -203,7 +203,7 @@ def test_an_index_takes_any_number_of_queries(tmp_path: Path) -> None:
     vectors = write_source(tmp_path / "source.parquet", rows=1500)
     spec = VectorSpec(dim=16, index_type="ivf_sq")
     build_snapshot(small_config(tmp_path, num_dbs=1, vector_spec=spec), cache_dir=tmp_path / "cache")
-    with ShardedVectorReader(tmp_path / "store", cache_dir=tmp_path / "cache", scan_bytes=0) as reader:
+    with ShardedVectorReader(tmp_path / "store", cache_dir=tmp_path / "cache", exact_scan=False) as reader:
         for count in (1, 63, 64, 65, 128, 129):
             found = reader.search_arrays(vectors[:count], 3)
             assert found.ids[:, 0].tolist() == list(range(count))

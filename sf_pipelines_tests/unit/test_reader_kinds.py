@@ -13,8 +13,7 @@ from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.plan import Wanted, plan_for, routable
 from sf_pipelines.snapshot.reader.state import load_current
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting

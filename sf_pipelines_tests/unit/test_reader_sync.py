@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.errors import (
+    ConfigError,
     CountMismatchError,
     DigestMismatchError,
     ManifestError,
@@ -410,10 +411,10 @@ def test_at_most_so_many_shards_stay_open(store: Store, tmp_path: Path) -> None:
     with opened(store, tmp_path, max_cached_shards=1) as reader:
         reader.search_arrays(QUERIES, 3, num_probes=5)
         assert len(reader._core._serving.handles.open_shards) == 1
-    with opened(store, tmp_path, max_memory=0) as reader:
+    with opened(store, tmp_path, memory_budget=0) as reader:
         reader.search_arrays(QUERIES, 3, num_probes=5)
         assert reader._core._serving.handles.open_shards == []
-    with pytest.raises(QueryError, match="max_cached_shards"):
+    with pytest.raises(ConfigError, match="max_cached_shards"):
         opened(store, tmp_path, max_cached_shards=0)
 
 
@@ -427,20 +428,20 @@ class Watched:
         self.closed: list[int] = []
         self.hold: threading.Event | None = None
         self.reached = threading.Event()
-        close, search = LanceDBShard.close, LanceDBShard.search
+        close, scan = LanceDBShard.close, LanceDBShard.scan
 
         def watched_close(shard: LanceDBShard) -> None:
             self.closed.append(id(shard))
             close(shard)
 
-        def watched_search(shard: LanceDBShard, queries: Float32, k: int) -> Any:
+        def watched_scan(shard: LanceDBShard) -> Any:
             if self.hold is not None:
                 self.reached.set()
                 assert self.hold.wait(30)
-            return search(shard, queries, k)
+            return scan(shard)
 
         monkeypatch.setattr(LanceDBShard, "close", watched_close)
-        monkeypatch.setattr(LanceDBShard, "search", watched_search)
+        monkeypatch.setattr(LanceDBShard, "scan", watched_scan)
 
 
 @pytest.mark.parametrize("end", ["refresh", "close"])

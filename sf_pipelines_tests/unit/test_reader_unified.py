@@ -20,8 +20,7 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.reader.opening import open_reader
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
-from sf_pipelines.snapshot.reader.unified import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.hash import HashRouting, hash_key
 from sf_pipelines.snapshot.store import Store

@@ -55,6 +55,7 @@ class Pointer(WireModel):
         build_key: digest of source version and config.
         gate_key: digest of the gate that the snapshot passed.
         hold: build key that a rollback blocked.
+        withdrawn: builds that rollbacks took out of service and that nobody brought back.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -71,6 +72,7 @@ class Pointer(WireModel):
     build_key: str | None = None
     gate_key: str | None = None
     hold: str | None = None
+    withdrawn: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     @field_serializer("updated_at")
     def _write_moment(self, value: datetime) -> str:

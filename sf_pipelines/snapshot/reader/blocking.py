@@ -1,77 +1,104 @@
-"""What the blocking readers have in common: they call the shared core and wait."""
+"""The blocking readers: they call the shared core and wait."""
 
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, Unpack
 
 from numpy.typing import ArrayLike
 
-from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.index.protocol import SCAN_BYTES
-from sf_pipelines.snapshot.reader import describing, searching
-from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES
-from sf_pipelines.snapshot.reader.core import DEFAULT_MEMORY, ReaderCore
-from sf_pipelines.snapshot.reader.plan import Wanted
+from sf_pipelines.snapshot.reader import searching
+from sf_pipelines.snapshot.reader.calls import Terms
+from sf_pipelines.snapshot.reader.core import ReaderCore
+from sf_pipelines.snapshot.reader.facing import Facing
+from sf_pipelines.snapshot.reader.options import ReaderOptions, ReaderSettings
+from sf_pipelines.snapshot.reader.plan import Context, Wanted
 from sf_pipelines.snapshot.reader.state import SnapshotKind
-from sf_pipelines.snapshot.reader.types import Health, RefreshOutcome, SearchArrays, ShardDetail, SnapshotInfo
+from sf_pipelines.snapshot.reader.types import RefreshOutcome, SearchArrays, VectorSearchResponse
 from sf_pipelines.snapshot.routing.protocol import Int32
 
 
-class BlockingReader:
+class BlockingReader(Facing):
     """Serves the snapshot that a root's current pointer names. Thread-safe.
 
     Shards are read from verified local copies. Opening a shard for the first time fetches it; a shard that is not
     what the manifest recorded is an error that names the object, never an answer.
+
+    Args:
+        root: ``s3://bucket/prefix`` or a folder.
+        options: see ``ReaderSettings``.
+
+    Raises:
+        ConfigError: an option is wrong.
+        SnapshotNotFoundError: nothing is published under the root.
+        SnapshotKindError: the snapshot is of another kind; names the reader for it.
+        IntegrityError: manifest or routing artifacts are damaged.
+        StoreError: the store cannot be read.
     """
 
     _kind: ClassVar[SnapshotKind]
 
-    def __init__(
+    def __init__(self, root: str | Path, **options: Unpack[ReaderOptions]) -> None:
+        self._core = ReaderCore(root, ReaderSettings(**options), self._kind)
+
+    def search(
         self,
-        root: str | Path,
+        query: ArrayLike,
+        top_k: int = 10,
         *,
-        s3: S3Options | None = None,
-        cache_dir: Path | None = None,
-        cache_bytes: int = DEFAULT_BYTES,
-        manifest_key: str | None = None,
-        max_cached_shards: int | None = None,
-        max_memory: int = DEFAULT_MEMORY,
-        scan_bytes: int = SCAN_BYTES,
-        preload: bool = False,
-    ) -> None:
-        """Opens the current snapshot.
+        num_probes: int | None = None,
+        shard_ids: Sequence[int] | None = None,
+        routing_context: Context | None = None,
+        include_vectors: bool = False,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> VectorSearchResponse:
+        """The nearest rows of one query.
+
+        Which shards are asked: ``shard_ids`` where they are given; in a snapshot sharded by an expression (CEL) the one
+        of ``routing_context``; where the vector decides (CLUSTER, LSH) the ``num_probes`` shards nearest to the query;
+        in a unified snapshot all. Where rows named their shards themselves (EXPLICIT), ``shard_ids`` must be given.
 
         Args:
-            root: ``s3://bucket/prefix`` or a folder.
-            s3: credentials and endpoint; None takes the environment's.
-            cache_dir: folder for verified local copies, shared by processes; None is ``$SF_PIPELINES_CACHE`` or a
-                folder among the temporary files.
-            cache_bytes: size that this folder is held to.
-            manifest_key: serve exactly this manifest (a key below the root), whatever the pointer says.
-            max_cached_shards: shards kept open while nobody uses them; None is all.
-            max_memory: bytes of vectors that open shards may keep in memory while nobody searches them.
-            scan_bytes: a shard with at most so many bytes of vectors is searched by an exact scan in memory, a larger
-                one by its index; 0 asks the index of every shard.
-            preload: open every shard now, and at each refresh before the new snapshot is served.
+            query: shape (dim,).
+            top_k: results wanted; where fewer come back, ``shortfall`` says why.
+            num_probes: shards to ask, nearest first; None is the snapshot's own number, more than there are is all.
+            shard_ids: ask exactly these shards.
+            routing_context: a value for each column of the expression, as the rows have it.
+            include_vectors: return the stored vectors too.
+            timeout: seconds after which shards that have not answered count as failed; None waits.
+            partial: answer without shards that fail, and name them in ``missing_shards``, in place of an error.
 
         Raises:
-            SnapshotNotFoundError: nothing is published under the root.
-            SnapshotKindError: the snapshot is of another kind; names the reader for it.
-            IntegrityError: manifest or routing artifacts are damaged.
-            StoreError: the store cannot be read.
+            QueryError: an argument is wrong, or the shards cannot be told.
+            ReaderClosedError: the reader was closed.
+            StoreError: a shard cannot be fetched.
+            IntegrityError: a shard is damaged.
+            DeadlineError: a shard did not answer in time.
+            RateLimitError: the rate limiter would have taken longer than ``timeout``.
         """
-        self._core = ReaderCore(
-            root,
-            s3=s3,
-            cache_dir=cache_dir,
-            cache_bytes=cache_bytes,
-            manifest_key=manifest_key,
-            max_cached_shards=max_cached_shards,
-            max_memory=max_memory,
-            scan_bytes=scan_bytes,
-            preload=preload,
-            kind=self._kind,
-        )
+        wanted, terms = Wanted(num_probes, shard_ids, routing_context), Terms(timeout, partial)
+        call = searching.search_one(self._core, query, top_k, wanted, terms, include_vectors=include_vectors)
+        return self._core.run(call)
+
+    def batch_search(
+        self,
+        queries: ArrayLike,
+        top_k: int = 10,
+        *,
+        num_probes: int | None = None,
+        shard_ids: Sequence[int] | None = None,
+        routing_context: Context | Sequence[Context] | None = None,
+        include_vectors: bool = False,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> list[VectorSearchResponse]:
+        """The nearest rows of many queries, shape (n, dim); the same answers as one by one. See ``search``.
+
+        ``routing_context`` is one for all queries, or one for each.
+        """
+        wanted, terms = Wanted(num_probes, shard_ids, routing_context), Terms(timeout, partial)
+        call = searching.search(self._core, queries, top_k, wanted, terms, include_vectors=include_vectors)
+        return self._core.run(call)
 
     # Measuring.
 
@@ -93,7 +120,8 @@ class BlockingReader:
             StoreError: a shard cannot be fetched.
             IntegrityError: a shard is damaged.
         """
-        return searching.search_arrays(self._core, queries, top_k, Wanted(num_probes=num_probes, homes=homes))
+        wanted = Wanted(num_probes=num_probes, homes=homes)
+        return self._core.run(searching.search_arrays(self._core, queries, top_k, wanted))
 
     def probe_curve(self, queries: ArrayLike, top_k: int, *, homes: Int32 | None = None) -> list[SearchArrays]:
         """Answers for 1, 2, … shards per query, asking each shard only once for all queries; see ``search_arrays``.
@@ -102,7 +130,7 @@ class BlockingReader:
             Where the vector decides, item ``i`` is ``search_arrays(queries, top_k, num_probes=i + 1)``; else the one
             item ``search_arrays(queries, top_k, homes=homes)``.
         """
-        return searching.probe_curve(self._core, queries, top_k, homes)
+        return self._core.run(searching.probe_curve(self._core, queries, top_k, homes))
 
     def stock_style(
         self, queries: ArrayLike, top_k: int, num_probes: int, *, homes: Int32 | None = None
@@ -115,7 +143,7 @@ class BlockingReader:
             num_probes: shards to ask; means nothing where the vector does not decide.
             homes: see ``search_arrays``.
         """
-        return searching.stock_style(self._core, queries, top_k, num_probes, homes)
+        return self._core.run(searching.stock_style(self._core, queries, top_k, num_probes, homes))
 
     def route_batch(self, queries: ArrayLike, *, homes: Int32 | None = None) -> Int32:
         """All shards that queries may ask, in the order of their turn, shape (n, shards).
@@ -133,22 +161,6 @@ class BlockingReader:
             ReaderClosedError: the reader was closed.
         """
         return self._core.refresh()
-
-    def health(self, staleness_threshold: timedelta | float | None = None) -> Health:
-        """State of the reader; answers after ``close`` too.
-
-        Args:
-            staleness_threshold: age (or seconds) of the snapshot from which it counts as degraded.
-        """
-        return describing.health(self._core, staleness_threshold)
-
-    def snapshot_info(self) -> SnapshotInfo:
-        """The snapshot that is served."""
-        return describing.snapshot_info(self._core)
-
-    def shard_details(self) -> list[ShardDetail]:
-        """Every shard, empty ones included."""
-        return describing.shard_details(self._core)
 
     def close(self) -> None:
         """Ends the reader. Calls that are under way finish."""

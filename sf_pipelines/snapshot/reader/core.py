@@ -1,56 +1,51 @@
-"""What all readers share: the served snapshot, its replacement, and the fan-out over shards."""
+"""What all readers share: the served snapshot, its replacement, and the running of calls."""
 
+import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
     ObjectMissingError,
     ReaderClosedError,
+    ReaderForkedError,
     SfPipelinesError,
     SnapshotKindError,
     SnapshotNotFoundError,
 )
-from sf_pipelines.snapshot.index.protocol import SCAN_BYTES, ShardHits, ShardIndex
 from sf_pipelines.snapshot.manifest.pointer import manifest_key as key_of_pointer
-from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES, ShardCache
-from sf_pipelines.snapshot.reader.handles import ShardHandles
-from sf_pipelines.snapshot.reader.merge import Candidates, ShardAnswer
-from sf_pipelines.snapshot.reader.plan import Plan, positive
-from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, load_pointed, load_state, read_current
+from sf_pipelines.snapshot.reader.cache import ShardCache
+from sf_pipelines.snapshot.reader.calls import Call, Steps, Tokens
+from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, Value, guarded
+from sf_pipelines.snapshot.reader.finding import find_snapshot
+from sf_pipelines.snapshot.reader.handles import Limits, ShardHandles
+from sf_pipelines.snapshot.reader.options import ReaderSettings
+from sf_pipelines.snapshot.reader.refreshing import BackgroundRefresh
+from sf_pipelines.snapshot.reader.running import Runner
+from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, load_pointed, read_current
 from sf_pipelines.snapshot.reader.types import RefreshOutcome
 from sf_pipelines.snapshot.store import Store
 
-DEFAULT_MEMORY = 2 * 1024**3
-_THREADS = 4
 _KINDS: dict[SnapshotKind, str] = {"vector": "vector-only snapshot", "unified": "unified snapshot (keys and vectors)"}
 _READERS: dict[SnapshotKind, str] = {"vector": "ShardedVectorReader", "unified": "UnifiedShardedReader"}
 
-JobT = TypeVar("JobT")
-AnswerT = TypeVar("AnswerT")
-Ask = Callable[[ShardIndex, Float32, int], ShardHits]
-
-
-def exactly(index: ShardIndex, queries: Float32, k: int) -> ShardHits:
-    """Nearest rows with exact scores."""
-    return index.search(queries, k)
-
-
-def as_stock(index: ShardIndex, queries: Float32, k: int) -> ShardHits:
-    """What a stock reader gets."""
-    return index.search_raw(queries, k)
+ResultT = TypeVar("ResultT")
 
 
 class Serving:
-    """A snapshot and its opened shards, counted: closed after it was replaced and the last search on it ended."""
+    """A snapshot and its opened shards, counted: closed after it was replaced and the last call on it ended.
+
+    Attributes:
+        state: the snapshot.
+        handles: its shards.
+        users: calls on it.
+        retired: whether another one is served, or none.
+    """
 
     def __init__(self, state: SnapshotState, handles: ShardHandles) -> None:
         self.state = state
@@ -59,55 +54,66 @@ class Serving:
         self.retired = False
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """Why the reader does not serve what it should.
+
+    Attributes:
+        text: what happened.
+        since: when, by ``time.monotonic``.
+    """
+
+    text: str
+    since: float
+
+
 class ReaderCore:
-    """The served snapshot under a lock, and searches over its shards.
+    """The served snapshot under a lock, and calls on its shards.
 
     Args:
         root: of the snapshot.
-        s3: credentials and endpoint; None takes the environment's.
-        cache_dir: folder for verified local copies; None is the default.
-        cache_bytes: size that the folder is held to.
-        manifest_key: serve exactly this manifest, whatever the pointer says.
-        max_cached_shards: shards kept open; None is all.
-        max_memory: bytes that open shards may hold.
-        scan_bytes: see ``IndexBackend.open``.
-        preload: open every shard before a snapshot is served.
+        settings: of the reader.
         kind: of the snapshots that are served.
+
+    Attributes:
+        store: opened on the root.
+        kind: of the snapshots that are served.
+        events: told what happens; never raises.
+        closed: whether it was closed.
+        fallback: what should be served and why it is not, where an older snapshot is.
+        failure: why the last refresh failed; None after a good one.
 
     Raises:
         SnapshotNotFoundError: nothing is published under the root.
         SnapshotKindError: the snapshot is of another kind.
+        IntegrityError: manifest, routing artifacts or preloaded shards are damaged.
+        StoreError: the store cannot be read.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        *,
-        s3: S3Options | None,
-        cache_dir: Path | None,
-        cache_bytes: int = DEFAULT_BYTES,
-        manifest_key: str | None,
-        max_cached_shards: int | None,
-        max_memory: int = DEFAULT_MEMORY,
-        scan_bytes: int = SCAN_BYTES,
-        preload: bool,
-        kind: SnapshotKind,
-    ) -> None:
-        self._max_open = None if max_cached_shards is None else positive(max_cached_shards, "max_cached_shards")
-        self._max_memory = max_memory
-        self._scan_bytes = scan_bytes
-        self._pinned = manifest_key
-        self._preload = preload
-        self._kind = kind
-        self.store = open_root(root, s3)
-        self._cache = ShardCache(cache_dir, cache_bytes)
+    def __init__(self, root: str | Path, settings: ReaderSettings, kind: SnapshotKind) -> None:
+        started = time.perf_counter()
+        self._settings = settings
+        self._process = os.getpid()
+        self.kind: SnapshotKind = kind
+        self.events = guarded(settings.events)
+        self.store = open_root(root, settings.s3)
+        self._cache = ShardCache(settings.cache_dir, settings.cache_bytes)
+        self._limits = Limits(settings.max_cached_shards, settings.memory_budget, settings.exact_scan)
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="sf-pipelines-shard")
-        self._searches = 0
+        self._calls = 0
         self.closed = False
-        self.last_error: str | None = None
-        self._serving = self._make(self._load_first())
+        self.failure: Trouble | None = None
+        found = find_snapshot(self.store, settings.manifest_key, settings.fallback)
+        self.fallback = None if found.instead_of is None else Trouble(found.instead_of, time.monotonic())
+        self._runner = Runner(settings.max_concurrency, settings.rate_limiter)
+        with ExitStack() as on_failure:
+            on_failure.callback(self._runner.shut_down)
+            self._serving = self._make(found.state, range(len(found.state.shards)) if settings.preload else ())
+            on_failure.pop_all()
+        every = settings.refresh_interval
+        self._background = None if every is None else BackgroundRefresh(self, every)
+        self._tell(EventName.INITIALIZED, {EventField.SHARDS: len(found.state.shards)}, started)
 
     # The served snapshot.
 
@@ -117,102 +123,148 @@ class ReaderCore:
 
         Raises:
             ReaderClosedError: the reader was closed.
+            ReaderForkedError: it was opened by the process that this one was forked from.
         """
+        self._check_process()
         with self._lock:
-            if self.closed:
-                raise ReaderClosedError(f"the reader of {self.store.url} was closed; open another one")
+            self._check_open()
             serving = self._serving
             serving.users += 1
-            self._searches += 1
+            self._calls += 1
         try:
             yield serving
         finally:
             with self._lock:
                 serving.users -= 1
-                self._searches -= 1
+                self._calls -= 1
                 done = serving.retired and not serving.users
-                last = self.closed and not self._searches
+                last = self.closed and not self._calls
             if done:
                 serving.handles.close()
             if last:
-                self._threads.shutdown(wait=False)
+                self._runner.shut_down()
 
     @property
     def state(self) -> SnapshotState:
         """The snapshot that is served, or was when the reader was closed."""
         return self._serving.state
 
+    @property
+    def served(self) -> Serving:
+        """The same with its shards, for a look; to use them see ``serving``."""
+        return self._serving
+
+    # Calls.
+
+    def run(self, call: Call[ResultT]) -> ResultT:
+        """Runs a call by this thread; errors as of the call."""
+        with call.terms.reported(self.events, call.event, self.kind):
+            self._check_process()
+            return self._runner.run(call)
+
+    async def run_async(self, call: Call[ResultT]) -> ResultT:
+        """Runs a call without blocking the event loop; errors as of the call."""
+        with call.terms.reported(self.events, call.event, self.kind):
+            self._check_process()
+            return await self._runner.run_async(call)
+
+    def admitted(self, count: int) -> Steps[None]:
+        """The part of a call that waits for the rate limiter.
+
+        Args:
+            count: queries or keys.
+
+        Raises:
+            ReaderClosedError: the reader was closed.
+            RateLimitError: it would take longer than the caller's timeout.
+        """
+        with self._lock:
+            self._check_open()
+        if self._runner.limiter is not None and count:
+            yield Tokens(count)
+
+    # Replacing it.
+
     def refresh(self) -> RefreshOutcome:
         """Serves what the pointer names now.
 
-        The new snapshot is loaded and checked before it is swapped in; when that fails, the old one keeps serving.
+        The new snapshot is loaded, checked and warmed before it is swapped in; when that fails, the old one keeps
+        serving.
 
         Raises:
             ReaderClosedError: the reader was closed.
         """
+        started = time.perf_counter()
         with self._refreshing, self.serving() as old:
-            run_id = old.state.manifest.run_id
-            if self._pinned is not None:
-                return RefreshOutcome("unchanged", run_id)
             try:
-                fresh = self._load_if_new(old.state)
+                outcome = self._refreshed(old)
             except SfPipelinesError as error:
-                self.last_error = f"{type(error).__name__}: {error}"
-                return RefreshOutcome("failed", run_id, error)
-            self.last_error = None
-            if fresh is None:
-                return RefreshOutcome("unchanged", run_id)
-            self._swap(fresh)
-            return RefreshOutcome("updated", fresh.state.manifest.run_id)
+                if isinstance(error, ReaderClosedError):
+                    raise
+                self.note_failure(error)
+                outcome = RefreshOutcome("failed", old.state.manifest.run_id, error)
+        facts: dict[str, Value] = {EventField.STATUS: outcome.status}
+        if outcome.error is not None:
+            facts[EventField.ERROR] = outcome.error.kind
+        self._tell(EventName.REFRESHED, facts, started)
+        return outcome
+
+    def note_failure(self, error: Exception) -> None:
+        """Has ``health`` tell why a refresh failed."""
+        self.failure = Trouble(f"{type(error).__name__}: {error}", time.monotonic())
 
     def close(self) -> None:
-        """Ends serving. Searches that are under way finish; the shards are closed after the last one."""
+        """Ends serving. Calls that are under way finish; the shards are closed after the last one."""
+        if os.getpid() != self._process:
+            # What is held belongs to the other process, and so may the locks.
+            self.closed = True
+            return
         with self._lock:
             if self.closed:
                 return
             self.closed = True
             self._serving.retired = True
-            idle, last = not self._serving.users, not self._searches
+            idle, last = not self._serving.users, not self._calls
+        if self._background is not None:
+            self._background.stop()
         if idle:
             self._serving.handles.close()
         if last:
-            self._threads.shutdown(wait=False)
+            self._runner.shut_down()
+        self._tell(EventName.CLOSED, {})
 
-    def _load_first(self) -> SnapshotState:
-        if self._pinned is not None:
-            return load_state(self.store, self._pinned)
-        return load_pointed(self.store, read_current(self.store))
-
-    def _load_if_new(self, old: SnapshotState) -> Serving | None:
+    def _refreshed(self, old: Serving) -> RefreshOutcome:
+        run_id = old.state.manifest.run_id
+        if self._settings.manifest_key is not None:
+            return RefreshOutcome("unchanged", run_id)
         pointer = read_current(self.store)
-        same_digest = pointer.manifest_digest in {None, old.manifest_digest}
-        if key_of_pointer(pointer) == old.manifest_key and same_digest:
+        same_digest = pointer.manifest_digest in {None, old.state.manifest_digest}
+        if key_of_pointer(pointer) == old.state.manifest_key and same_digest:
             with self._lock:
                 # The pointer may have been elsewhere in between: its age counts from when it came back.
-                self._serving.state = replace(old, published_at=pointer.updated_at)
-            return None
-        return self._make(load_pointed(self.store, pointer))
+                self._serving.state = replace(old.state, published_at=pointer.updated_at)
+            self.failure = self.fallback = None
+            return RefreshOutcome("unchanged", run_id)
+        state = load_pointed(self.store, pointer)
+        every = range(len(state.shards))
+        self._swap(
+            self._make(state, every if self._settings.preload else sorted({*every} & {*old.handles.open_shards}))
+        )
+        self.failure = self.fallback = None
+        return RefreshOutcome("updated", state.manifest.run_id)
 
-    def _make(self, state: SnapshotState) -> Serving:
-        if state.kind != self._kind:
+    def _make(self, state: SnapshotState, warm: Iterable[int]) -> Serving:
+        if state.kind != self.kind:
             raise SnapshotKindError(
                 f"manifest {self.store.url_of(state.manifest_key)} is of a {_KINDS[state.kind]}; open it with "
                 f"{_READERS[state.kind]}"
             )
         handles = ShardHandles(
-            state,
-            self.store,
-            self._cache,
-            max_open=self._max_open,
-            max_memory=self._max_memory,
-            scan_bytes=self._scan_bytes,
+            state, self.store, self._cache, limits=self._limits, openers=self._runner.openers, events=self.events
         )
         with ExitStack() as on_failure:
             on_failure.callback(handles.close)
-            for shard in state.shards if self._preload else ():
-                if shard.key is not None:
-                    with handles.borrow(shard.db_id) as opened:
-                        opened.open_all()
+            handles.warm(warm)
             on_failure.pop_all()
         return Serving(state, handles)
 
@@ -227,44 +279,25 @@ class ReaderCore:
             fresh.handles.close()
             raise ReaderClosedError(f"the reader of {self.store.url} was closed while it was refreshed")
 
-    # Searching.
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ReaderClosedError(f"the reader of {self.store.url} was closed; open another one")
 
-    def candidates(self, serving: Serving, plan: Plan, queries: Float32, k: int, ask: Ask = exactly) -> Candidates:
-        """Asks each shard of the plan once, for all queries that want it.
+    def _check_process(self) -> None:
+        # Before any lock: one that another thread held during the fork is never freed here.
+        if os.getpid() != self._process:
+            raise ReaderForkedError(
+                f"the reader of {self.store.url} was opened by process {self._process}, and process {os.getpid()} was "
+                "forked from that: its threads are not here. Open a reader in each process, after the fork"
+            )
 
-        Raises:
-            StoreError: a shard's objects cannot be fetched.
-            IntegrityError: they are not what the manifest says. There are no partial answers.
-        """
-        shards = serving.state.shards
-        jobs = [job for job in plan.by_shard() if shards[job[0]].key is not None]
-
-        def one(job: tuple[int, np.ndarray, np.ndarray]) -> ShardAnswer:
-            shard, which, places = job
-            with serving.handles.borrow(shard) as opened:
-                return ShardAnswer(shard, which, places, ask(opened.index, queries[which], k))
-
-        quick = ask is exactly
-        answers = self.spread(one, jobs, lambda job: quick and serving.handles.in_memory(job[0]))
-        return Candidates(answers, *plan.shards.shape)
-
-    def spread(
-        self, work: Callable[[JobT], AnswerT], jobs: list[JobT], is_quick: Callable[[JobT], bool]
-    ) -> list[AnswerT]:
-        """Runs jobs of different shards side by side, quick ones right here; the first error ends it.
-
-        A scan of a shard in memory takes less than a millisecond and uses all cores itself: handing it to other threads
-        makes it slower.
-        """
-        slow = [place for place, job in enumerate(jobs) if not is_quick(job)]
-        # This thread takes one of them itself.
-        pending = {place: self._threads.submit(work, jobs[place]) for place in slow[1:]}
-        try:
-            own = {place: work(job) for place, job in enumerate(jobs) if place not in pending}
-            return [own[place] if place in own else pending[place].result() for place in range(len(jobs))]
-        finally:
-            for answer in pending.values():
-                answer.cancel()
+    def _tell(self, name: EventName, facts: dict[str, Value], started: float | None = None) -> None:
+        if self.events is SILENT:
+            return
+        about: dict[str, Value] = {EventField.KIND: self.kind, EventField.RUN_ID: self.state.manifest.run_id}
+        if started is not None:
+            about[EventField.LATENCY_MS] = (time.perf_counter() - started) * 1000
+        self.events.emit(name, {**about, **facts})
 
 
 def open_root(root: str | Path, s3: S3Options | None) -> Store:

@@ -1,10 +1,24 @@
 """What readers say of themselves and of the snapshot that they serve."""
 
+import time
 from datetime import UTC, datetime, timedelta
 
+from numpy.typing import ArrayLike
+
+from sf_pipelines.snapshot.manifest.models import CurveRecord
 from sf_pipelines.snapshot.reader.core import ReaderCore
-from sf_pipelines.snapshot.reader.types import Health, ShardDetail, SnapshotInfo, UnifiedVectorMeta
+from sf_pipelines.snapshot.reader.plan import Wanted, as_queries, one, plan_for, routable
+from sf_pipelines.snapshot.reader.state import SnapshotState
+from sf_pipelines.snapshot.reader.types import (
+    ExplainedShard,
+    Explanation,
+    Health,
+    ShardDetail,
+    SnapshotInfo,
+    UnifiedVectorMeta,
+)
 from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.routing.protocol import VectorRouting
 
 
 def health(core: ReaderCore, staleness_threshold: timedelta | float | None) -> Health:
@@ -14,17 +28,24 @@ def health(core: ReaderCore, staleness_threshold: timedelta | float | None) -> H
         core: of the reader.
         staleness_threshold: age (or seconds) of the snapshot from which it counts as degraded.
     """
-    state = core.state
+    served = core.served
+    state, handles = served.state, served.handles
     age = (datetime.now(UTC) - (state.published_at or state.manifest.created_at)).total_seconds()
     limit = staleness_threshold.total_seconds() if isinstance(staleness_threshold, timedelta) else staleness_threshold
-    degraded = core.last_error is not None or (limit is not None and age > limit)
+    trouble = core.failure
+    stale = limit is not None and age > limit
+    degraded = stale or trouble is not None or core.fallback is not None
     return Health(
         status="unhealthy" if core.closed else "degraded" if degraded else "healthy",
         manifest_ref=core.store.url_of(state.manifest_key),
         manifest_age_seconds=age,
         num_shards=state.manifest.num_dbs,
         is_closed=core.closed,
-        last_error=core.last_error,
+        last_error=None if trouble is None else trouble.text,
+        last_error_age_seconds=None if trouble is None else time.monotonic() - trouble.since,
+        fallback=None if core.fallback is None else core.fallback.text,
+        open_shards=handles.open_shards,
+        memory_bytes=handles.memory_bytes,
     )
 
 
@@ -71,6 +92,52 @@ def shard_details(core: ReaderCore) -> list[ShardDetail]:
             )
             for shard in serving.state.shards
         ]
+
+
+def explain(core: ReaderCore, query: ArrayLike, wanted: Wanted) -> Explanation:
+    """What a search for one query would do, without searching.
+
+    Args:
+        core: of the reader.
+        query: shape (dim,).
+        wanted: what the caller says of the shards to ask.
+
+    Raises:
+        QueryError: an argument is wrong.
+        ReaderClosedError: the reader was closed.
+    """
+    with core.serving() as serving:
+        state, loaded = serving.state, serving.handles.in_memory
+        rows = as_queries(one(query), state.dim, state.metric)
+        asked = plan_for(state, rows, wanted).asked()[0]
+        distances: dict[int, float] = {}
+        if isinstance(state.routing, VectorRouting):
+            order, away = state.routing.probe(routable(state, rows))
+            distances = dict(zip(order[0].tolist(), away[0].tolist(), strict=True))
+        turns = [*asked, *(shard for shard in distances if shard not in set(asked))]
+        shards = [
+            ExplainedShard(shard, distances.get(shard), state.shards[shard].rows, place < len(asked), shard in loaded)
+            for place, shard in enumerate(turns)
+        ]
+        point = _measured(state, wanted, len(asked))
+        extras = state.manifest.extras
+    found = sum(shard.rows for shard in shards if shard.asked)
+    return Explanation(
+        shards=shards,
+        num_shards=len(asked),
+        rows=found / max(1, state.manifest.row_count),
+        recall=None if point is None else point.recall,
+        recall_lower=None if point is None else point.lower,
+        recall_k=None if point is None or extras is None or extras.recall is None else extras.recall.k,
+    )
+
+
+def _measured(state: SnapshotState, wanted: Wanted, shards: int) -> CurveRecord | None:
+    """The figures of the gate for searches that ask so many shards; they say nothing of shards that are named."""
+    extras = state.manifest.extras
+    if extras is None or extras.recall is None or wanted.shard_ids is not None:
+        return None
+    return next((point for point in extras.recall.curve if point.num_probes == shards), None)
 
 
 def vector_meta(core: ReaderCore) -> UnifiedVectorMeta:

@@ -2,36 +2,46 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, ReaderClosedError
 from sf_pipelines.snapshot.index import backend_in, backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
-from sf_pipelines.snapshot.index.protocol import SCAN_BYTES, ShardIndex
+from sf_pipelines.snapshot.index.protocol import IndexBackend, ShardIndex
 from sf_pipelines.snapshot.reader.cache import ShardCache
+from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, Value
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState
 from sf_pipelines.snapshot.store import Store
 
 PartT = TypeVar("PartT", ShardIndex, KeyValueShard)
+AnswerT = TypeVar("AnswerT")
 
 
-def open_index(state: SnapshotState, folder: Path, *, scan_bytes: int = SCAN_BYTES) -> ShardIndex:
-    """The vector index of a shard's local copy.
+def open_index(state: SnapshotState, folder: Path) -> ShardIndex:
+    """The vector index of a shard's local copy, with the vectors in memory.
 
     Args:
         state: its snapshot.
         folder: the copy.
-        scan_bytes: see ``IndexBackend.open``.
 
     Raises:
         IntegrityError: it is no readable shard of this snapshot.
     """
-    backend = backend_in(folder) if state.backend is None else backend_named(state.backend)
+    return _open_with(_backend_of(state, folder), state, folder, in_memory=True)
+
+
+def _backend_of(state: SnapshotState, folder: Path) -> IndexBackend:
+    return backend_in(folder) if state.backend is None else backend_named(state.backend)
+
+
+def _open_with(backend: IndexBackend, state: SnapshotState, folder: Path, *, in_memory: bool) -> ShardIndex:
     where = folder / backend.subfolder if state.kind == "unified" else folder
-    return backend.open(where, metric=state.metric, dim=state.dim, scan_bytes=scan_bytes)
+    return backend.open(where, metric=state.metric, dim=state.dim, in_memory=in_memory)
 
 
 class OpenShard:
@@ -42,15 +52,27 @@ class OpenShard:
         entry: the shard.
         folder: the copy.
         where: its address, for errors.
-        scan_bytes: see ``IndexBackend.open``.
+        may_hold: whether so many bytes of vectors may be kept in memory; notes them in ``reserved``.
+
+    Attributes:
+        entry: the shard.
+        reserved: bytes that it may keep, held already or not.
     """
 
-    def __init__(self, state: SnapshotState, entry: ShardEntry, folder: Path, where: str, scan_bytes: int) -> None:
+    def __init__(
+        self,
+        state: SnapshotState,
+        entry: ShardEntry,
+        folder: Path,
+        where: str,
+        may_hold: "Callable[[OpenShard, int], bool]",
+    ) -> None:
+        self.entry = entry
+        self.reserved = 0
         self._state = state
-        self._entry = entry
         self._folder = folder
         self._name = f"shard {entry.db_id} at {where}"
-        self._scan_bytes = scan_bytes
+        self._may_hold = may_hold
         self._lock = threading.Lock()
         self._index: ShardIndex | None = None
         self._keys: KeyValueShard | None = None
@@ -79,23 +101,28 @@ class OpenShard:
                 keys = self._keys = self._keys or self._opened(lambda: KeyValueShard(self._folder), self._check_keys)
         return keys
 
-    def open_all(self) -> None:
-        """Opens every part that a snapshot of this kind has; errors as of ``index``."""
-        _ = self.index
+    def warm(self) -> None:
+        """Opens every part that there is, and loads what is kept in memory; errors as of ``index``."""
+        self.index.warm()
         if self._state.kind == "unified":
             _ = self.keys
 
     @property
     def memory_bytes(self) -> int:
-        """About how much memory it holds at present."""
+        """About how much memory it holds at present, or is about to."""
         index = self._index
-        return 0 if index is None else index.memory_bytes
+        return max(self.reserved, 0 if index is None else index.memory_bytes)
 
     @property
     def in_memory(self) -> bool:
         """Whether a search is a scan of vectors that are held already."""
         index = self._index
         return index is not None and index.in_memory
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether the keys and values are open already."""
+        return self._keys is not None
 
     def close(self) -> None:
         """Closes what was opened."""
@@ -106,7 +133,10 @@ class OpenShard:
                     part.close()
 
     def _open_index(self) -> ShardIndex:
-        return open_index(self._state, self._folder, scan_bytes=self._scan_bytes)
+        backend = _backend_of(self._state, self._folder)
+        size = self.entry.rows * self._state.dim * 4
+        in_memory = size <= backend.scan_bytes and self._may_hold(self, size)
+        return _open_with(backend, self._state, self._folder, in_memory=in_memory)
 
     def _opened(self, opener: Callable[[], PartT], check: Callable[[int], str | None]) -> PartT:
         if self._closed:
@@ -118,29 +148,45 @@ class OpenShard:
         with ExitStack() as on_failure:
             on_failure.callback(part.close)
             if fault := check(part.rows):
-                raise CountMismatchError(f"{self._name} has {part.rows} {fault}, the manifest says {self._entry.rows}")
+                raise CountMismatchError(f"{self._name} has {part.rows} {fault}, the manifest says {self.entry.rows}")
             on_failure.pop_all()
         return part
 
     def _check_vectors(self, rows: int) -> str | None:
         # Others count what they wrote into the table of keys, and a record need not come with a vector.
         strict = self._state.kind == "vector" or self._state.is_ours
-        return "rows" if strict and rows != self._entry.rows else None
+        return "rows" if strict and rows != self.entry.rows else None
 
     def _check_keys(self, rows: int) -> str | None:
         # Others count a key again each time that it is written; the table holds it once.
-        wrong = rows != self._entry.rows if self._state.is_ours else rows > self._entry.rows
+        wrong = rows != self.entry.rows if self._state.is_ours else rows > self.entry.rows
         return "keys" if wrong else None
 
 
-class _Handle:
-    """An opened shard and the hold on its local copy."""
+class Handle:
+    """An opened shard and the hold on its local copy. Its counts belong to ``ShardHandles``."""
 
     def __init__(self, shard: OpenShard, held: ExitStack) -> None:
         self.shard = shard
         self.held = held
         self.users = 0
         self.last_use = time.monotonic()
+        self.counted = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be kept open while nobody uses it.
+
+    Attributes:
+        shards: most shards; None is all.
+        memory: bytes that open shards may hold; vectors are loaded as long as they fit.
+        exact_scan: whether vectors are kept in memory at all where an index could be asked.
+    """
+
+    shards: int | None
+    memory: int
+    exact_scan: bool
 
 
 class ShardHandles:
@@ -150,9 +196,9 @@ class ShardHandles:
         state: the snapshot.
         store: where it is.
         cache: local copies.
-        max_open: shards kept open while nobody uses them; None is all.
-        max_memory: bytes that open shards may hold in memory before those that nobody uses are closed.
-        scan_bytes: see ``IndexBackend.open``.
+        limits: of what stays open.
+        openers: threads that open shards.
+        events: told of shards that were opened and closed.
     """
 
     def __init__(
@@ -161,43 +207,95 @@ class ShardHandles:
         store: Store,
         cache: ShardCache,
         *,
-        max_open: int | None,
-        max_memory: int,
-        scan_bytes: int,
+        limits: Limits,
+        openers: Executor,
+        events: ReaderEvents = SILENT,
     ) -> None:
         self.state = state
         self._store = store
         self._cache = cache
-        self._max_open = max_open
-        self._max_memory = max_memory
-        self._scan_bytes = scan_bytes
+        self._limits = limits
+        self._openers = openers
+        self._events = events
         self._lock = threading.Lock()
-        self._opening = [threading.Lock() for _ in state.shards]
-        self._handles: dict[int, _Handle] = {}
+        self._handles: dict[int, Handle] = {}
+        # Those who wait for shards that are being opened; an entry goes with the last of them.
+        self._waiting: dict[int, list[Future[Handle]]] = {}
+        self._crowded = False
         self._closed = False
+
+    def acquire(self, db_id: int) -> "Future[Handle]":
+        """An opened shard, as soon as there is one; to be given back.
+
+        However many ask for a shard that is not open, it is opened once. A failure is not remembered: the next one who
+        asks tries again.
+
+        Returns:
+            Gives the shard, or raises ``StoreError`` (its objects cannot be fetched), ``IntegrityError`` (they are not
+            what the manifest says) or ``ReaderClosedError``.
+        """
+        future: Future[Handle] = Future()
+        with self._lock:
+            handle = self._handles.get(db_id)
+            waiting = self._waiting.get(db_id)
+            if handle is not None:
+                handle.users += 1
+            elif waiting is not None:
+                waiting.append(future)
+            else:
+                self._waiting[db_id] = [future]
+        if handle is not None:
+            future.set_result(handle)
+        elif waiting is None:
+            self._have_opened(db_id)
+        return future
+
+    def take_open(self, db_id: int, wanted: Callable[[OpenShard], bool]) -> Handle | None:
+        """A shard that is open already and as wanted, to be given back; else None."""
+        with self._lock:
+            handle = self._handles.get(db_id)
+            if handle is None or not wanted(handle.shard):
+                return None
+            handle.users += 1
+            return handle
+
+    def give_back(self, handle: Handle) -> None:
+        """Ends the use of a shard. It is closed when it is one too many and nobody else uses it."""
+        with self._lock:
+            handle.users -= 1
+            handle.last_use = time.monotonic()
+            # Looking through all shards costs more than most searches: only where something may have changed.
+            crowded = self._crowded or self._closed or handle.shard.memory_bytes != handle.counted
+        if crowded:
+            self._close_surplus()
+
+    def abandon(self, future: "Future[Handle]") -> None:
+        """Lets go of a shard that was asked for, whether it came or not."""
+        if not future.cancel():
+            future.add_done_callback(self._unwanted)
+
+    def using(self, handle: Handle, work: Callable[[OpenShard], AnswerT]) -> AnswerT:
+        """Works on an opened shard and gives it back."""
+        try:
+            return work(handle.shard)
+        finally:
+            self.give_back(handle)
 
     @contextmanager
     def borrow(self, db_id: int) -> Iterator[OpenShard]:
-        """An opened shard that stays open for as long as the block lasts.
-
-        Raises:
-            StoreError: its objects cannot be fetched.
-            IntegrityError: they are not what the manifest says.
-        """
-        handle = self._take(db_id)
+        """An opened shard that stays open for as long as the block lasts; errors as of ``acquire``."""
+        handle = self.acquire(db_id).result()
         try:
             yield handle.shard
         finally:
-            self._give_back(handle)
+            self.give_back(handle)
 
-    def is_open(self, db_id: int) -> bool:
-        """Whether a shard is open already."""
-        return db_id in self._handles
-
-    def in_memory(self, db_id: int) -> bool:
-        """Whether a search of a shard is a scan of vectors that are held already."""
-        handle = self._handles.get(db_id)
-        return handle is not None and handle.shard.in_memory
+    def warm(self, shards: Iterable[int]) -> None:
+        """Opens shards and loads what is kept in memory; empty ones are left out. Errors as of ``acquire``."""
+        for db_id in shards:
+            if self.state.shards[db_id].key is not None:
+                with self.borrow(db_id) as opened:
+                    opened.warm()
 
     @property
     def open_shards(self) -> list[int]:
@@ -205,37 +303,57 @@ class ShardHandles:
         with self._lock:
             return sorted(self._handles)
 
+    @property
+    def in_memory(self) -> frozenset[int]:
+        """Numbers of the shards that are searched by a scan of vectors in memory."""
+        with self._lock:
+            return frozenset(db_id for db_id, handle in self._handles.items() if handle.shard.in_memory)
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory all open shards hold."""
+        with self._lock:
+            return self._count_memory()
+
     def close(self) -> None:
         """Closes what nobody uses now, and the rest when it is given back."""
         with self._lock:
             self._closed = True
         self._close_surplus()
 
-    def _take(self, db_id: int) -> _Handle:
-        if (handle := self._known(db_id)) is not None:
-            return handle
-        # One thread opens, the others wait for it. A failure is not remembered: the next one tries again.
-        with self._opening[db_id]:
-            if (handle := self._known(db_id)) is not None:
-                return handle
-            handle = self._open(self.state.shards[db_id])
-            with self._lock:
-                handle.users += 1
-                self._handles[db_id] = handle
-            return handle
+    def _have_opened(self, db_id: int) -> None:
+        try:
+            self._openers.submit(self._open_for_all, db_id)
+        except RuntimeError:
+            # The threads were shut down: the reader was closed in the meantime.
+            error = ReaderClosedError(f"the reader of {self._store.url} was closed; open another one")
+            self._answer(db_id, error)
 
-    def _known(self, db_id: int) -> _Handle | None:
-        with self._lock:
-            handle = self._handles.get(db_id)
-            if handle is not None:
-                handle.users += 1
-            return handle
+    def _open_for_all(self, db_id: int) -> None:
+        """Opens a shard for all who wait for it."""
+        try:
+            found: Handle | BaseException = self._open(self.state.shards[db_id])
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits: here nobody would hear of it
+            found = error
+        self._answer(db_id, found)
 
-    def _give_back(self, handle: _Handle) -> None:
+    def _answer(self, db_id: int, found: Handle | BaseException) -> None:
         with self._lock:
-            handle.users -= 1
-            handle.last_use = time.monotonic()
+            # Who gave up is left out; who gives up from here on gives the shard back.
+            waiting = [future for future in self._waiting.pop(db_id) if future.set_running_or_notify_cancel()]
+            if isinstance(found, Handle):
+                found.users = len(waiting)
+                self._handles[db_id] = found
+        for future in waiting:
+            if isinstance(found, Handle):
+                future.set_result(found)
+            else:
+                future.set_exception(found)
         self._close_surplus()
+
+    def _unwanted(self, future: "Future[Handle]") -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.give_back(future.result())
 
     def _close_surplus(self) -> None:
         with self._lock:
@@ -243,24 +361,50 @@ class ShardHandles:
         for handle in surplus:
             handle.held.close()
 
-    def _surplus(self) -> list[_Handle]:
+    def _surplus(self) -> list[Handle]:
         idle = sorted((handle.last_use, db_id) for db_id, handle in self._handles.items() if not handle.users)
-        memory = sum(handle.shard.memory_bytes for handle in self._handles.values())
-        out: list[_Handle] = []
+        memory = self._count_memory()
+        out: list[Handle] = []
         for _, db_id in idle:
-            too_many = self._max_open is not None and len(self._handles) > self._max_open
-            if not (self._closed or too_many or memory > self._max_memory):
+            if not self._too_many(memory):
                 break
             handle = self._handles.pop(db_id)
-            memory -= handle.shard.memory_bytes
+            memory -= handle.counted
             out.append(handle)
+        self._crowded = self._too_many(memory)
         return out
 
-    def _open(self, shard: ShardEntry) -> _Handle:
+    def _count_memory(self) -> int:
+        for handle in self._handles.values():
+            handle.counted = handle.shard.memory_bytes
+        return sum(handle.counted for handle in self._handles.values())
+
+    def _too_many(self, memory: int) -> bool:
+        most = self._limits.shards
+        return self._closed or memory > self._limits.memory or (most is not None and len(self._handles) > most)
+
+    def _may_hold(self, shard: OpenShard, size: int) -> bool:
+        """Whether vectors of this size fit beside what is held: no other shard is closed for them."""
+        with self._lock:
+            shard.reserved = 0
+            if self._limits.exact_scan and self._count_memory() + size <= self._limits.memory:
+                shard.reserved = size
+            return shard.reserved > 0
+
+    def _open(self, shard: ShardEntry) -> Handle:
         if shard.key is None:
             raise ValueError(f"shard {shard.db_id} is empty and has nothing to open")
+        started = time.perf_counter()
         with ExitStack() as held:
             folder = held.enter_context(self._cache.checkout(self._store, shard.key, shard.objects))
-            opened = OpenShard(self.state, shard, folder, self._store.url_of(shard.key), self._scan_bytes)
+            opened = OpenShard(self.state, shard, folder, self._store.url_of(shard.key), self._may_hold)
+            held.callback(self._tell, EventName.SHARD_CLOSED, shard.db_id)
             held.callback(opened.close)
-            return _Handle(opened, held.pop_all())
+            elapsed = (time.perf_counter() - started) * 1000
+            self._tell(EventName.SHARD_OPENED, shard.db_id, {EventField.LATENCY_MS: elapsed})
+            return Handle(opened, held.pop_all())
+
+    def _tell(self, name: EventName, db_id: int, more: dict[str, Value] | None = None) -> None:
+        if self._events is not SILENT:
+            about: dict[str, Value] = {EventField.KIND: self.state.kind, EventField.RUN_ID: self.state.manifest.run_id}
+            self._events.emit(name, {**about, EventField.SHARD: db_id, **(more or {})})

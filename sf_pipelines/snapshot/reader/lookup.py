@@ -1,6 +1,6 @@
 """Values by key, for all readers of unified snapshots."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,10 @@ import pyarrow as pa
 from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import NoShardError, QueryError
 from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
+from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, Terms, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore
+from sf_pipelines.snapshot.reader.events import EventField, EventName
+from sf_pipelines.snapshot.reader.handles import OpenShard
 from sf_pipelines.snapshot.reader.plan import Context
 from sf_pipelines.snapshot.reader.state import SnapshotState
 from sf_pipelines.snapshot.routing.cel import CelRouting
@@ -23,41 +26,78 @@ _BEYOND = 2**63
 _ALIKE: tuple[set[type], ...] = ({int}, {str}, {bytes})
 
 
-def get_many(core: ReaderCore, keys: Iterable[Key], routing_context: Context | None) -> dict[Key, bytes | None]:
+def get_many(
+    core: ReaderCore, keys: Iterable[Key], routing_context: Context | None, terms: Terms
+) -> Call[dict[Key, bytes | None]]:
     """The value of each key, None for a key that is not there; each shard is asked once.
 
     Args:
         core: of the reader.
         keys: as the snapshot's ``key_encoding`` takes them.
         routing_context: values that name the shard, for snapshots sharded by an expression over more than the key.
+        terms: deadline.
 
     Raises:
         QueryError: a key is of the wrong type, or its shard cannot be told.
         ReaderClosedError: the reader was closed.
         StoreError: a shard cannot be fetched.
         IntegrityError: a shard is damaged.
+        DeadlineError: a shard did not answer in time.
+        RateLimitError: the rate limiter would have taken longer than that.
     """
+    return Call(EventName.MULTI_GET, terms, _values(core, keys, routing_context, terms))
+
+
+def get_one(core: ReaderCore, key: Key, routing_context: Context | None, terms: Terms) -> Call[bytes | None]:
+    """The value of a key, None where it is not there; see ``get_many``."""
+
+    def steps() -> Steps[bytes | None]:
+        found = yield from _values(core, [key], routing_context, terms)
+        terms.facts = {EventField.RESULTS: terms.facts[EventField.RESULTS]}
+        return found[key]
+
+    return Call(EventName.GET, terms, steps())
+
+
+def _values(
+    core: ReaderCore, keys: Iterable[Key], routing_context: Context | None, terms: Terms
+) -> Steps[dict[Key, bytes | None]]:
     if isinstance(keys, str | bytes | bytearray | memoryview) or not isinstance(keys, Iterable):
         raise QueryError(f"keys must be several keys, not one {type(keys).__name__}; use get for one")
     if routing_context is not None and not isinstance(routing_context, Mapping):
         raise QueryError(f"routing_context must be a mapping, not {type(routing_context).__name__}")
+    given, known = list(keys), core.state
+    # A wrong key costs no tokens, and while the call waits for them it holds no snapshot.
+    stored = _encoded(given, known.key_encoding)
+    yield from core.admitted(len(given))
     with core.serving() as serving:
-        state, given = serving.state, list(keys)
-        stored = _encoded(given, state.key_encoding)
+        state = serving.state
+        if state is not known:
+            stored = _encoded(given, state.key_encoding)
         shards = _shards_of(state, given, stored, routing_context)
         values: list[bytes | None] = [None] * len(given)
 
-        def fetch(shard: int) -> None:
+        def fetch_of(shard: int) -> Callable[[OpenShard], None]:
             at = np.flatnonzero(shards == shard).tolist()
-            with serving.handles.borrow(shard) as opened:
+
+            def fetch(opened: OpenShard) -> None:
                 found = opened.keys.get_many([stored[place] for place in at])
-            for place, value in zip(at, found, strict=True):
-                values[place] = value
+                for place, value in zip(at, found, strict=True):
+                    values[place] = value
+
+            return fetch
 
         # A key for which the expression gives no shard cannot have been stored.
         filled = [shard for shard in np.unique(shards).tolist() if shard >= 0 and state.shards[shard].key is not None]
-        core.spread(fetch, filled, serving.handles.is_open)
+        yield from each_shard(serving.handles, [Job(shard, fetch_of(shard)) for shard in filled], terms, _is_open)
+    found = sum(value is not None for value in values)
+    terms.facts = {EventField.KEYS: len(given), EventField.SHARDS: len(filled), EventField.RESULTS: found}
     return dict(zip(given, values, strict=True))
+
+
+def _is_open(opened: OpenShard) -> bool:
+    """A look-up takes microseconds."""
+    return opened.has_keys
 
 
 def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> int:

@@ -14,6 +14,8 @@ from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
+_MOST_HITS = 1_000_000
+
 Int64 = NDArray[np.int64]
 Context = Mapping[str, Any]
 
@@ -176,6 +178,29 @@ def positive(value: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise QueryError(f"{name} must be a whole number of at least 1 (got {value!r})")
     return int(value)
+
+
+def hits_of(state: SnapshotState, top_k: int) -> int:
+    """Results to look for: as many as were asked for, and no more than there can be.
+
+    Raises:
+        QueryError: ``top_k`` is no whole number of at least 1.
+    """
+    # Others count keys, and need not give each a vector, or may give it several.
+    counted = state.kind == "vector" or state.is_ours
+    return min(positive(top_k, "top_k"), max(1, state.manifest.row_count if counted else _MOST_HITS))
+
+
+def columns_of(top_k: int) -> int:
+    """Width of a table of answers, which is filled up where a query has fewer.
+
+    Raises:
+        QueryError: such a table would fill the memory.
+    """
+    k = positive(top_k, "top_k")
+    if k > _MOST_HITS:
+        raise QueryError(f"top_k must be at most {_MOST_HITS} (got {k})")
+    return k
 
 
 def probes_of(num_probes: int | None, default: int, num_dbs: int) -> int:

@@ -1,29 +1,55 @@
 """Searching, for all readers: a query goes to the shards of its plan, their hits become one answer."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sf_pipelines.snapshot.errors import QueryError
+from sf_pipelines.snapshot.errors import SfPipelinesError
+from sf_pipelines.snapshot.index.protocol import ShardHits, ShardIndex
+from sf_pipelines.snapshot.index.scan import Near
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.reader.core import ReaderCore, Serving, as_stock, exactly
-from sf_pipelines.snapshot.reader.merge import Merged
-from sf_pipelines.snapshot.reader.plan import Plan, Wanted, as_queries, order_for, plan_for, positive, stock_plan
+from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, Terms, each_shard
+from sf_pipelines.snapshot.reader.core import ReaderCore, Serving
+from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, Value
+from sf_pipelines.snapshot.reader.handles import OpenShard
+from sf_pipelines.snapshot.reader.merge import Candidates, Merged, ShardAnswer
+from sf_pipelines.snapshot.reader.plan import (
+    Plan,
+    Wanted,
+    as_queries,
+    columns_of,
+    hits_of,
+    one,
+    order_for,
+    plan_for,
+    stock_plan,
+)
 from sf_pipelines.snapshot.reader.types import SearchArrays, SearchResult, VectorSearchResponse
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
 # Cells (queries x shards x hits) that are merged at a time: 2 million take about 100 MB.
 _CELLS = 2_000_000
-_MOST_HITS = 1_000_000
+
+Ask = Callable[[ShardIndex, Float32, int], ShardHits | Near]
+
+
+def exactly(index: ShardIndex, queries: Float32, k: int) -> ShardHits | Near:
+    """Nearest rows with exact scores; of a shard in memory those that may be, to be scored with those of others."""
+    scan = index.scan()
+    return index.search(queries, k) if scan is None else scan.near(queries, k)
+
+
+def as_stock(index: ShardIndex, queries: Float32, k: int) -> ShardHits:
+    """What a stock reader gets."""
+    return index.search_raw(queries, k)
 
 
 def search(
-    core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted, *, include_vectors: bool
-) -> list[VectorSearchResponse]:
+    core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted, terms: Terms, *, include_vectors: bool
+) -> Call[list[VectorSearchResponse]]:
     """The nearest rows of many queries, with payloads.
 
     Args:
@@ -31,6 +57,7 @@ def search(
         queries: shape (n, dim).
         top_k: results wanted.
         wanted: what the caller says of the shards to ask.
+        terms: deadline, and whether partial answers are wanted.
         include_vectors: return the stored vectors too.
 
     Raises:
@@ -38,52 +65,98 @@ def search(
         ReaderClosedError: the reader was closed.
         StoreError: a shard cannot be fetched.
         IntegrityError: a shard is damaged.
+        DeadlineError: a shard did not answer in time.
+        RateLimitError: the rate limiter would have taken longer than that.
     """
-    started = time.perf_counter()
+    return Call(EventName.SEARCH, terms, _search(core, queries, top_k, wanted, terms, include_vectors))
+
+
+def search_one(
+    core: ReaderCore, query: ArrayLike, top_k: int, wanted: Wanted, terms: Terms, *, include_vectors: bool
+) -> Call[VectorSearchResponse]:
+    """The same for one query, shape (dim,)."""
+
+    def steps() -> Steps[VectorSearchResponse]:
+        return (yield from _search(core, one(query), top_k, wanted, terms, include_vectors))[0]
+
+    return Call(EventName.SEARCH, terms, steps())
+
+
+def _search(
+    core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted, terms: Terms, include_vectors: bool
+) -> Steps[list[VectorSearchResponse]]:
+    # A wrong call costs no tokens, and while it waits for them it holds no snapshot.
+    known = core.state
+    rows = as_queries(queries, known.dim, known.metric)
+    yield from core.admitted(len(rows))
     with core.serving() as serving:
-        k = _wanted_hits(serving, top_k)
-        rows = _rows(serving, queries)
-        found: list[tuple[list[list[SearchResult]], Plan]] = []
+        if serving.state is not known:
+            rows = _rows(serving, queries)
+        k = hits_of(serving.state, top_k)
+        ask = _Asking(core, serving, terms)
+        found: list[tuple[list[list[SearchResult]], Plan, dict[int, SfPipelinesError]]] = []
         for at, part in _planned(serving, rows, wanted, k):
-            merged = core.candidates(serving, part, rows[at], k).merge(k)
-            found.append((_results(core, serving, merged, include_vectors=include_vectors), part))
-    elapsed = (time.perf_counter() - started) * 1000
-    return [
-        VectorSearchResponse(results, len(asked), elapsed, asked)
-        for answers, part in found
-        for results, asked in zip(answers, part.asked(), strict=True)
-    ]
+            results = yield from ask.results(part, rows[at], k, include_vectors=include_vectors)
+            found.append((results, part, dict(terms.missing)))
+        elapsed = terms.elapsed_ms
+        answers = [
+            _answer(serving, results, asked, top_k, missing, elapsed)
+            for per_query, part, missing in found
+            for results, asked in zip(per_query, part.asked(), strict=True)
+        ]
+        terms.facts = {
+            EventField.QUERIES: len(rows),
+            EventField.SHARDS: len({shard for answer in answers for shard in answer.shard_ids}),
+            EventField.RESULTS: sum(len(answer.results) for answer in answers),
+        }
+    return answers
 
 
-def search_arrays(core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted) -> SearchArrays:
+def search_arrays(core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Wanted) -> Call[SearchArrays]:
     """Ids and scores of many queries as arrays, without payloads; see ``search``."""
-    with core.serving() as serving:
-        rows, k = _rows(serving, queries), _columns(top_k)
-        parts = _planned(serving, rows, wanted, k)
-        return _joined([core.candidates(serving, part, rows[at], k, exactly).merge(k).arrays for at, part in parts], k)
+
+    def steps() -> Steps[SearchArrays]:
+        with core.serving() as serving:
+            rows, k = _rows(serving, queries), columns_of(top_k)
+            return (yield from _Asking(core, serving, terms).arrays(_planned(serving, rows, wanted, k), rows, k))
+
+    terms = Terms()
+    return Call(None, terms, steps())
 
 
-def stock_style(core: ReaderCore, queries: ArrayLike, top_k: int, num_probes: int, homes: Int32 | None) -> SearchArrays:
+def stock_style(
+    core: ReaderCore, queries: ArrayLike, top_k: int, num_probes: int, homes: Int32 | None
+) -> Call[SearchArrays]:
     """What a stock reader answers: its probe order, default index options, the library's own distance for a score."""
-    with core.serving() as serving:
-        rows, k = _rows(serving, queries), _columns(top_k)
-        plan = stock_plan(serving.state, rows, num_probes, homes)
-        return _joined(
-            [core.candidates(serving, p, rows[at], k, as_stock).merge(k).arrays for at, p in _parts(plan, k)], k
-        )
+
+    def steps() -> Steps[SearchArrays]:
+        with core.serving() as serving:
+            rows, k = _rows(serving, queries), columns_of(top_k)
+            plan = stock_plan(serving.state, rows, num_probes, homes)
+            return (yield from _Asking(core, serving, terms, as_stock).arrays(_parts(plan, k), rows, k))
+
+    terms = Terms()
+    return Call(None, terms, steps())
 
 
-def probe_curve(core: ReaderCore, queries: ArrayLike, top_k: int, homes: Int32 | None) -> list[SearchArrays]:
+def probe_curve(core: ReaderCore, queries: ArrayLike, top_k: int, homes: Int32 | None) -> Call[list[SearchArrays]]:
     """Answers for 1, 2, … shards per query, each shard asked once for all queries; one point where all are asked."""
-    with core.serving() as serving:
-        state, rows, k = serving.state, _rows(serving, queries), _columns(top_k)
-        plan = Plan(order_for(state, rows, homes))
-        if not isinstance(state.routing, VectorRouting):
-            return [_asked(core, serving, plan, rows, k)]
-        parts = [list(core.candidates(serving, part, rows[at], k).curve(k)) for at, part in _parts(plan, k)]
-        if not parts:
-            return [_joined([], k)] * plan.shards.shape[1]
-    return [_joined(list(step), k) for step in zip(*parts, strict=True)]
+
+    def steps() -> Steps[list[SearchArrays]]:
+        with core.serving() as serving:
+            state, rows, k = serving.state, _rows(serving, queries), columns_of(top_k)
+            ask, plan = _Asking(core, serving, terms), Plan(order_for(state, rows, homes))
+            if not isinstance(state.routing, VectorRouting):
+                return [(yield from ask.arrays(_parts(plan, k), rows, k))]
+            parts: list[list[SearchArrays]] = []
+            for at, part in _parts(plan, k):
+                parts.append(list((yield from ask.candidates(part, rows[at], k)).curve(k)))
+            if not parts:
+                return [_joined([], k)] * plan.shards.shape[1]
+            return [_joined(list(step), k) for step in zip(*parts, strict=True)]
+
+    terms = Terms()
+    return Call(None, terms, steps())
 
 
 def route(core: ReaderCore, queries: ArrayLike, wanted: Wanted) -> list[list[int]]:
@@ -98,24 +171,149 @@ def route_batch(core: ReaderCore, queries: ArrayLike, homes: Int32 | None) -> In
         return order_for(serving.state, _rows(serving, queries), homes)
 
 
-def _wanted_hits(serving: Serving, top_k: int) -> int:
-    """As many as were asked for, and no more than there can be."""
-    state = serving.state
-    # Others count keys, and need not give each a vector, or may give it several.
-    counted = state.kind == "vector" or state.is_ours
-    return min(positive(top_k, "top_k"), max(1, state.manifest.row_count if counted else _MOST_HITS))
+class _Asking:
+    """Questions to the shards of one snapshot, on one caller's terms."""
+
+    def __init__(self, core: ReaderCore, serving: Serving, terms: Terms, ask: Ask = exactly) -> None:
+        self._core = core
+        self._handles = serving.handles
+        self._state = serving.state
+        self._terms = terms
+        self._ask = ask
+
+    def candidates(self, plan: Plan, queries: Float32, k: int) -> Steps[Candidates]:
+        """What the shards of a plan answer, each asked once for all queries that want it."""
+        answers = yield from self._answers(plan, queries, k)
+        return self._joined(answers, plan, queries)
+
+    def arrays(self, parts: Iterator[tuple[slice, Plan]], rows: Float32, k: int) -> Steps[SearchArrays]:
+        """Ids and scores."""
+        found: list[SearchArrays] = []
+        for at, part in parts:
+            found.append((yield from self.candidates(part, rows[at], k)).merge(k).arrays)
+        return _joined(found, k)
+
+    def results(
+        self, plan: Plan, queries: Float32, k: int, *, include_vectors: bool
+    ) -> Steps[list[list[SearchResult]]]:
+        """Hits with payloads. A shard that fails to give its payloads gives no hits either."""
+        answers = yield from self._answers(plan, queries, k)
+        while True:
+            missing = len(self._terms.missing)
+            usable = [answer for answer in answers if answer.shard not in self._terms.missing]
+            merged = self._joined(usable, plan, queries).merge(k)
+            results = yield from self._with_payloads(merged, include_vectors=include_vectors)
+            if len(self._terms.missing) == missing:
+                return results
+
+    def _answers(self, plan: Plan, queries: Float32, k: int) -> Steps[list[ShardAnswer]]:
+        shards = self._state.shards
+        jobs = [
+            Job(shard, self._search_of(shard, which, places, queries, k))
+            for shard, which, places in plan.by_shard()
+            if shards[shard].key is not None and shard not in self._terms.missing
+        ]
+        # What is asked as stock readers do is asked of the library, however many vectors are held.
+        quick = _is_in_memory if self._ask is exactly else _never
+        found = yield from each_shard(self._handles, jobs, self._terms, quick)
+        return [found[job.shard] for job in jobs if job.shard in found]
+
+    def _search_of(
+        self, shard: int, which: NDArray[np.int64], places: NDArray[np.int64], queries: Float32, k: int
+    ) -> Callable[[OpenShard], ShardAnswer]:
+        def run(opened: OpenShard) -> ShardAnswer:
+            asked = queries if len(which) == len(queries) else queries[which]
+            return ShardAnswer(shard, which, places, self._ask(opened.index, asked, k))
+
+        return run if self._core.events is SILENT else self._told(shard, len(which), run)
+
+    def _told(
+        self, shard: int, queries: int, run: Callable[[OpenShard], ShardAnswer]
+    ) -> Callable[[OpenShard], ShardAnswer]:
+        """The same, and a listener is told."""
+
+        def told(opened: OpenShard) -> ShardAnswer:
+            about: dict[str, Value] = {EventField.SHARD: shard, EventField.QUERIES: queries}
+            terms = Terms(facts=about)
+            with terms.reported(self._core.events, EventName.SHARD_SEARCH, self._state.kind):
+                answer = run(opened)
+                hits = answer.hits
+                about[EventField.RESULTS] = int(hits.counts.sum()) if isinstance(hits, ShardHits) else len(hits.query)
+            return answer
+
+        return told
+
+    def _joined(self, answers: Sequence[ShardAnswer], plan: Plan, queries: Float32) -> Candidates:
+        return Candidates(answers, queries, plan.shards.shape[1], unique=self._state.is_ours)
+
+    def _with_payloads(self, merged: Merged, *, include_vectors: bool) -> Steps[list[list[SearchResult]]]:
+        """Fetches payloads, for the final hits only, shard by shard."""
+        arrays = merged.arrays
+        payloads = np.full(arrays.ids.shape, None, dtype=object)
+        vectors = np.full(arrays.ids.shape, None, dtype=object)
+
+        def fetch_of(shard: int) -> Callable[[OpenShard], None]:
+            def fetch(opened: OpenShard) -> None:
+                at = np.nonzero(merged.shards == shard)
+                wanted, back = np.unique(merged.rows[at], return_inverse=True)
+                payloads[at] = _objects(_each_its_own(opened.index.payloads(wanted), back.tolist()))
+                if include_vectors:
+                    vectors[at] = _objects(list(opened.index.vectors(wanted)[back]))
+
+            return fetch
+
+        hit = [shard for shard in np.unique(merged.shards).tolist() if shard >= 0]
+        yield from each_shard(self._handles, [Job(shard, fetch_of(shard)) for shard in hit], self._terms, _is_in_memory)
+        columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
+        return [
+            [SearchResult(*hit) for hit in zip(*(column[query][:count] for column in columns), strict=True)]
+            for query, count in enumerate(arrays.counts.tolist())
+        ]
 
 
-def _columns(top_k: int) -> int:
-    """Width of a table of answers, which is filled up where a query has fewer.
+def _is_in_memory(opened: OpenShard) -> bool:
+    return opened.in_memory
 
-    Raises:
-        QueryError: such a table would fill the memory.
-    """
-    k = positive(top_k, "top_k")
-    if k > _MOST_HITS:
-        raise QueryError(f"top_k must be at most {_MOST_HITS} (got {k})")
-    return k
+
+def _never(opened: OpenShard) -> bool:
+    del opened
+    return False
+
+
+def _answer(
+    serving: Serving,
+    results: list[SearchResult],
+    asked: list[int],
+    top_k: int,
+    lost: dict[int, SfPipelinesError],
+    elapsed_ms: float,
+) -> VectorSearchResponse:
+    errors = {shard: lost[shard] for shard in asked if shard in lost} if lost else {}
+    return VectorSearchResponse(
+        results=results,
+        num_shards_queried=len(asked),
+        latency_ms=elapsed_ms,
+        shard_ids=asked,
+        missing_shards=list(errors),
+        errors=errors,
+        shortfall=None if len(results) == top_k else _shortfall(serving, len(results), asked, list(errors), top_k),
+    )
+
+
+def _shortfall(serving: Serving, found: int, asked: list[int], missing: list[int], top_k: int) -> str:
+    """Why there are fewer results than wanted."""
+    said = f"{found} of {top_k} results: "
+    if missing:
+        return f"{said}shards {', '.join(map(str, missing))} did not answer"
+    shards = serving.state.shards
+    rows = sum(shards[shard].rows for shard in asked)
+    if rows >= top_k:
+        # Of snapshots of others only: what we write has a distance to everything, and no id twice.
+        return (
+            f"{said}the other rows of the shards that were asked have no distance to the query, or an id that is there"
+        )
+    text = f"{said}the {len(asked)} shards that were asked hold {rows} rows"
+    return text if len(asked) == len(shards) else f"{text}; ask more shards"
 
 
 def _planned(serving: Serving, rows: Float32, wanted: Wanted, k: int) -> Iterator[tuple[slice, Plan]]:
@@ -129,35 +327,6 @@ def _planned(serving: Serving, rows: Float32, wanted: Wanted, k: int) -> Iterato
 
 def _rows(serving: Serving, queries: ArrayLike) -> Float32:
     return as_queries(queries, serving.state.dim, serving.state.metric)
-
-
-def _asked(core: ReaderCore, serving: Serving, plan: Plan, rows: Float32, k: int) -> SearchArrays:
-    return _joined(
-        [core.candidates(serving, part, rows[at], k, exactly).merge(k).arrays for at, part in _parts(plan, k)], k
-    )
-
-
-def _results(core: ReaderCore, serving: Serving, merged: Merged, *, include_vectors: bool) -> list[list[SearchResult]]:
-    """Fetches payloads, for the final hits only, shard by shard."""
-    arrays = merged.arrays
-    payloads = np.full(arrays.ids.shape, None, dtype=object)
-    vectors = np.full(arrays.ids.shape, None, dtype=object)
-
-    def fetch(shard: int) -> None:
-        at = np.nonzero(merged.shards == shard)
-        wanted, back = np.unique(merged.rows[at], return_inverse=True)
-        with serving.handles.borrow(shard) as opened:
-            payloads[at] = _objects(_each_its_own(opened.index.payloads(wanted), back.tolist()))
-            if include_vectors:
-                vectors[at] = _objects(list(opened.index.vectors(wanted)[back]))
-
-    hit = [shard for shard in np.unique(merged.shards).tolist() if shard >= 0]
-    core.spread(fetch, hit, serving.handles.in_memory)
-    columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
-    return [
-        [SearchResult(*hit) for hit in zip(*(column[query][:count] for column in columns), strict=True)]
-        for query, count in enumerate(arrays.counts.tolist())
-    ]
 
 
 def _parts(plan: Plan, k: int) -> Iterator[tuple[slice, Plan]]:

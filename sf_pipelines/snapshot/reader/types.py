@@ -1,6 +1,6 @@
 """What readers answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -37,12 +37,60 @@ class VectorSearchResponse:
         num_shards_queried: number of ``shard_ids``.
         latency_ms: time from call to answer; of the whole batch in a batch.
         shard_ids: shards that were asked, in the order of the plan; empty shards count.
+        missing_shards: those of them that failed or were late; never any unless ``partial`` was asked for.
+        errors: why, by shard.
+        shortfall: why there are fewer results than asked for; None where there are not.
     """
 
     results: list[SearchResult]
     num_shards_queried: int
     latency_ms: float
     shard_ids: list[int]
+    missing_shards: list[int] = field(default_factory=list)
+    errors: dict[int, SfPipelinesError] = field(default_factory=dict)
+    shortfall: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedShard:
+    """A shard in the order in which a query asks them.
+
+    Attributes:
+        db_id: its number.
+        distance: from the query to what stands for the shard: its centroid in the declared metric, or for hyperplanes
+            how far the query would have to move; None where the vector does not decide.
+        rows: its rows as the manifest counts them.
+        asked: whether the query asks it.
+        in_memory: whether it would be answered by a scan of vectors that are in memory now.
+    """
+
+    db_id: int
+    distance: float | None
+    rows: int
+    asked: bool
+    in_memory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a search would do.
+
+    Attributes:
+        shards: those that may be asked, in the order of their turn; those that are come first.
+        num_shards: how many are asked.
+        rows: share of the snapshot's rows that lie in these shards, 0 to 1.
+        recall: mean recall@``recall_k`` that was measured at so many shards before the snapshot was published; None
+            where nothing was measured for such a search.
+        recall_lower: its lower confidence bound.
+        recall_k: neighbours that it was measured for.
+    """
+
+    shards: list[ExplainedShard]
+    num_shards: int
+    rows: float
+    recall: float | None
+    recall_lower: float | None
+    recall_k: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +191,17 @@ class Health:
     """State of a reader.
 
     Attributes:
-        status: ``unhealthy`` when closed; ``degraded`` when the snapshot is older than the threshold or the last
-            refresh failed; else ``healthy``.
+        status: ``unhealthy`` when closed; ``degraded`` when the snapshot is older than the threshold, the last refresh
+            failed, or an older snapshot is served than the pointer names; else ``healthy``.
         manifest_ref: address of the manifest that is served.
         manifest_age_seconds: since the pointer was moved to it; since it was built for a pinned one.
         num_shards: shards of the snapshot.
         is_closed: whether the reader was closed.
         last_error: why the last refresh failed; None after a good one.
+        last_error_age_seconds: since then.
+        fallback: what the pointer named when the reader was opened, and why that could not be served; None where it is.
+        open_shards: numbers of the shards that are open.
+        memory_bytes: about what they hold in memory.
     """
 
     status: Literal["healthy", "degraded", "unhealthy"]
@@ -158,6 +210,10 @@ class Health:
     num_shards: int
     is_closed: bool
     last_error: str | None
+    last_error_age_seconds: float | None
+    fallback: str | None
+    open_shards: list[int]
+    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

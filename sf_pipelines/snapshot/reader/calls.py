@@ -1,0 +1,201 @@
+"""Calls of readers: written once as steps, run by threads or by asyncio.
+
+A call is a generator. It does what needs no waiting itself and yields what does: tokens of the rate limiter, or work on
+shards that are not in memory. Whoever runs it waits in its own way and sends the answer back, so that planning, merging
+and the treatment of failures exist once for the sync and the async readers.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from sf_pipelines.snapshot.errors import DeadlineError, QueryError, SfPipelinesError
+from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, Value
+from sf_pipelines.snapshot.reader.handles import OpenShard, ShardHandles
+
+AnswerT = TypeVar("AnswerT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Job(Generic[AnswerT]):
+    """Work on one shard.
+
+    Attributes:
+        shard: its number.
+        run: the work; on any thread.
+    """
+
+    shard: int
+    run: Callable[[OpenShard], AnswerT]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Wait for the rate limiter.
+
+    Attributes:
+        count: tokens wanted.
+    """
+
+    count: int
+
+
+@dataclass(frozen=True)
+class FanOut:
+    """Work on shards, side by side. The reply is the answer or the error of each shard.
+
+    Attributes:
+        handles: of the shards.
+        jobs: one for each shard.
+    """
+
+    handles: ShardHandles
+    jobs: Sequence[Job[Any]]
+
+
+Outcomes = dict[int, Any]
+Request = Tokens | FanOut
+Steps = Generator[Request, Any, ResultT]
+
+
+@dataclass
+class Terms:
+    """What a caller asks of a call, and what became of it.
+
+    Attributes:
+        timeout: seconds until the answer must be there; None waits as long as it takes.
+        partial: leave out shards that fail in place of failing.
+        missing: why, by shard, for those that were left out.
+        facts: fields of the event that reports the call.
+    """
+
+    timeout: float | None = None
+    partial: bool = False
+    missing: dict[int, SfPipelinesError] = field(default_factory=dict)
+    facts: dict[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            self.timeout = _seconds(self.timeout)
+        self.started = time.perf_counter()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left, at least 0; None where there is no end."""
+        return None if self.timeout is None else max(0.0, self.timeout - (time.perf_counter() - self.started))
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the call began."""
+        return (time.perf_counter() - self.started) * 1000
+
+    def late(self, shard: int) -> DeadlineError:
+        """The error of a shard that did not answer in time."""
+        return DeadlineError(
+            f"shard {shard} had not answered after {self.timeout} s; allow more time, take partial answers, or open "
+            "shards before they are asked (preload)"
+        )
+
+    @contextmanager
+    def reported(self, events: ReaderEvents, name: EventName | None, kind: str) -> Iterator[None]:
+        """Tells a listener how the call ended; nothing where it has no name."""
+        if events is SILENT or name is None:
+            yield
+            return
+        status, error = "ok", None
+        try:
+            yield
+            status = "partial" if self.missing else "ok"
+        except SfPipelinesError as failed:
+            status, error = "error", failed.kind
+            raise
+        except BaseException as failed:
+            # Cancelled, interrupted, or a fault of ours: counted, and passed on.
+            status, error = "error", type(failed).__name__
+            raise
+        finally:
+            told: dict[str, Value] = {EventField.KIND: kind, EventField.STATUS: status, **self.facts}
+            told[EventField.LATENCY_MS] = self.elapsed_ms
+            if error is not None:
+                told[EventField.ERROR] = error
+            events.emit(name, told)
+
+
+@dataclass(frozen=True)
+class Call(Generic[ResultT]):
+    """A call that can be run, once.
+
+    Attributes:
+        event: that reports it; None for none.
+        terms: of the caller.
+        steps: what is to be done.
+    """
+
+    event: EventName | None
+    terms: Terms
+    steps: Steps[ResultT]
+
+
+def each_shard(
+    handles: ShardHandles, jobs: Sequence[Job[AnswerT]], terms: Terms, is_quick: Callable[[OpenShard], bool]
+) -> Steps[dict[int, AnswerT]]:
+    """Runs jobs of different shards; those of shards that are quick right here, the others side by side.
+
+    A scan of a shard in memory takes less than a millisecond and uses all cores itself: handing it to other threads
+    makes it slower.
+
+    Args:
+        handles: of the shards.
+        jobs: one for each shard.
+        terms: of the call; shards that failed join ``missing`` where partial answers are wanted.
+        is_quick: whether an opened shard is.
+
+    Returns:
+        The answers by shard.
+
+    Raises:
+        SfPipelinesError: a shard failed or was late, and the caller wants all.
+    """
+    found: dict[int, AnswerT] = {}
+    slow: list[Job[AnswerT]] = []
+    for job in jobs:
+        handle = handles.take_open(job.shard, is_quick)
+        if handle is None:
+            slow.append(job)
+            continue
+        outcome = terms.late(job.shard) if terms.left == 0 else attempt(handles.using, handle, job.run)
+        if isinstance(outcome, SfPipelinesError):
+            _lost(terms, job.shard, outcome)
+        else:
+            found[job.shard] = outcome
+    if slow:
+        outcomes: Outcomes = yield FanOut(handles, slow)
+        for shard, outcome in outcomes.items():
+            if isinstance(outcome, SfPipelinesError):
+                _lost(terms, shard, outcome)
+            else:
+                found[shard] = outcome
+    return found
+
+
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or the typed error: others go through."""
+    try:
+        return work(*arguments)
+    except SfPipelinesError as error:
+        return error
+
+
+def _lost(terms: Terms, shard: int, error: SfPipelinesError) -> None:
+    if not terms.partial:
+        raise error
+    terms.missing[shard] = error
+
+
+def _seconds(timeout: float) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise QueryError(f"timeout must be a number of seconds above 0, or None (got {timeout!r})")
+    return float(timeout)

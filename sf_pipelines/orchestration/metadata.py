@@ -89,6 +89,8 @@ def train_metadata(receipt: TrainReceipt) -> Metadata:
         "shape": " x ".join(str(size) for size in receipt.shape),
         **receipt.figures,
         "kept_from_current_snapshot": receipt.kept,
+        **({} if receipt.drift is None else {"drift": receipt.drift}),
+        **({"trained_anew_because": receipt.retrained} if receipt.retrained else {}),
         receipt.artifact: receipt.ref.key,
     }
 
@@ -116,6 +118,7 @@ def shard_metadata(receipt: ShardReceipt) -> Metadata:
         "objects": len(receipt.objects),
         "attempt": receipt.attempt,
         "shard": receipt.db_key or "(empty shard)",
+        **({"copied_from": receipt.reused} if receipt.reused else {}),
     }
 
 

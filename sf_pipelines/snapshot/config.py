@@ -229,6 +229,9 @@ class WriteConfig(ConfigModel):
         recall_gate: what must be proven before publishing.
         max_reject_fraction: rejected rows beyond this share stop the build.
         max_shard_skew: largest shard over mean shard that may be published; None only warns above 4.
+        retrain: whether centroids or hyperplanes of the current snapshot are used again, so that shards whose rows have
+            not changed are copied in place of built: ``auto`` does until the data has drifted from them or the gate
+            fails with them, ``always`` trains anew each time, ``never`` as long as they fit the configuration.
         batch_rows: rows read at a time.
         s3: credentials and endpoint of source and store; None takes the environment's.
     """
@@ -245,6 +248,7 @@ class WriteConfig(ConfigModel):
     recall_gate: RecallGate = RecallGate()
     max_reject_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_shard_skew: Annotated[float, Field(ge=1)] | None = None
+    retrain: Literal["auto", "always", "never"] = "auto"
     batch_rows: Annotated[int, Field(gt=0, le=1_000_000)] = 8192
     s3: S3Options | None = None
 
@@ -419,6 +423,7 @@ class WriteConfig(ConfigModel):
             "vector_spec": spec,
             "query_rows": self.recall_gate.query_rows,
             "k": self.recall_gate.k,
+            "retrain": self.retrain,
         }
 
     def gate_key(self) -> str:

@@ -113,6 +113,15 @@ def latest_verdict(build: Build, receipt: ManifestReceipt, name: str) -> Verdict
     return verdict if same else None
 
 
+def has_failed(build: Build, run_id: str) -> bool:
+    """Whether a required check that other centroids may pass has failed on the run's newest manifest."""
+    receipt = build.ledger(run_id).find(ManifestReceipt)
+    if receipt is None:
+        return False
+    names = {"recall", "shard_balance"} & set(required_checks(build))
+    return any((verdict := latest_verdict(build, receipt, name)) and not verdict.passed for name in names)
+
+
 def require_passed(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
     """Asks the store whether every required check has passed on this manifest.
 

@@ -87,6 +87,7 @@ class ScanReceipt(Receipt):
         base_run_id: run that pointer names.
         base_seq: its sequence number.
         record_key: the build's run record.
+        forced: whether everything is made anew, nothing taken over from the current snapshot.
         published: whether the pointer already names a snapshot of this build.
     """
 
@@ -103,6 +104,7 @@ class ScanReceipt(Receipt):
     base_run_id: str | None
     base_seq: int | None
     record_key: str
+    forced: bool = False
     published: bool = False
 
     @property
@@ -166,8 +168,12 @@ class TrainReceipt(Receipt):
         artifact: ``centroids`` or ``hyperplanes``.
         ref: the matrix.
         shape: of the matrix.
-        figures: how well it fits the training sample.
+        figures: how well it fitted the training sample when it was trained.
+        recipe: digest of the configuration that it was trained for.
         kept: whether it was taken over from the current snapshot.
+        drift: how badly the current snapshot's fits this run's sample, as a part of what is still good enough: above 1
+            it is replaced. None where there was none to look at.
+        retrained: why the current snapshot's was not kept; empty where it was, or where there is none.
     """
 
     stage: ClassVar[str] = "train"
@@ -176,7 +182,10 @@ class TrainReceipt(Receipt):
     ref: Ref
     shape: tuple[int, int]
     figures: dict[str, float | int]
+    recipe: str = ""
     kept: bool = False
+    drift: float | None = None
+    retrained: str = ""
 
     def refs(self) -> tuple[Ref, ...]:
         """The matrix."""
@@ -256,6 +265,8 @@ class ShardReceipt(Receipt):
         min_key: smallest key, where keys are integers or strings.
         max_key: largest key.
         rows_digest: digest of the rows, as routed.
+        recipe: digest of everything else that decides what the shard holds.
+        reused: directory of the current snapshot that the shard is a copy of; None where it was built.
         truth: exact nearest rows of each sample query within this shard.
         witnesses: a few rows that must be found again.
     """
@@ -273,6 +284,8 @@ class ShardReceipt(Receipt):
     min_key: int | str | None = None
     max_key: int | str | None = None
     rows_digest: str
+    recipe: str = ""
+    reused: str | None = None
     truth: Ref | None = None
     witnesses: Ref | None = None
 

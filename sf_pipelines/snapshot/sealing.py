@@ -11,8 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.config import KeyEncoding
-from sf_pipelines.snapshot.errors import CountMismatchError, IndexBuildError, IntegrityError, VectorFunctionError
+from sf_pipelines.snapshot.config import BUILD_VERSION, KeyEncoding, digest_json
+from sf_pipelines.snapshot.errors import (
+    CountMismatchError,
+    IndexBuildError,
+    IntegrityError,
+    ObjectMissingError,
+    VectorFunctionError,
+)
 from sf_pipelines.snapshot.evaluation import NOBODY, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
@@ -53,17 +59,53 @@ def changed_objects(store: Store, receipt: ShardReceipt) -> list[str]:
     return faults
 
 
+def same_shard(build: Build, run: RunReceipts, shard: RoutedShard) -> ShardReceipt | None:
+    """The current snapshot's shard that holds the same rows in the same kind of index, if there is one."""
+    base = run.scanned.base_run_id
+    if base is None or run.scanned.forced or not shard.rows:
+        return None
+    found = build.ledger(base).find(ShardReceipt, f"db={shard.db_id:05d}")
+    if found is None or (found.rows, found.rows_digest, found.recipe) != (
+        shard.rows,
+        shard.digest,
+        _recipe(build, run),
+    ):
+        return None
+    return found if is_intact(build.store, found) else None
+
+
 def seal_shard(
-    build: Build, ledger: Ledger, run: RunReceipts, shard: RoutedShard, rows: pa.Table | None, attempt: int
+    build: Build,
+    ledger: Ledger,
+    run: RunReceipts,
+    shard: RoutedShard,
+    rows: pa.Table | None,
+    attempt: int,
+    same: ShardReceipt | None,
 ) -> ShardReceipt:
-    """Builds the index from its rows, uploads it, and re-opens what was uploaded to count and digest it."""
+    """Puts the index of some rows into the store and re-opens it there to count and digest it.
+
+    Args:
+        build: what to build.
+        ledger: of the run.
+        run: what it did before.
+        shard: what was routed to the shard.
+        rows: these rows; None for an empty shard.
+        attempt: number of this attempt.
+        same: sealed shard to copy; None builds the index.
+
+    Raises:
+        IndexBuildError: it does not cover the rows.
+        IntegrityError: what is in the store is not what it should be.
+    """
     watch = Stopwatch()
     part = f"db={shard.db_id:05d}"
     made: dict[str, Any] = {"db_key": None, "indexed_rows": 0}
     if rows is not None:
         token = uuid.uuid4().hex
         db_key = f"shards/run_id={ledger.run_id}/{part}/attempt={attempt:02d}-{token[:8]}"
-        objects, etags = _build_and_upload(build, run, rows, db_key)
+        copied = None if same is None else _copy(build.store, same, db_key)
+        objects, etags = copied or _build_and_upload(build, run, rows, db_key)
         witnesses = _witnesses(rows)
         indexed = _reopen(build, run, db_key, objects, witnesses, expected_rows=shard.rows)
         made = {
@@ -72,6 +114,7 @@ def seal_shard(
             "objects": objects,
             "etags": etags,
             "checkpoint_id": token,
+            "reused": same.db_key if same is not None and copied else None,
             "truth": ledger.put_table(f"truth/{part}", _truth(build, ledger, run, rows, shard.db_id)),
             "witnesses": ledger.put_table(f"witnesses/{part}", witnesses),
             **_key_range(rows),
@@ -83,9 +126,55 @@ def seal_shard(
         attempt=attempt,
         rows=shard.rows,
         rows_digest=shard.digest,
+        recipe=_recipe(build, run),
         seconds=watch.seconds,
         **made,
     )
+
+
+def _recipe(build: Build, run: RunReceipts) -> str:
+    """Digest of everything beside its rows that decides what a shard holds."""
+    config = build.config
+    spec = config.vector_spec
+    return digest_json(
+        {
+            "build_version": BUILD_VERSION,
+            "backend": spec.backend,
+            "metric": spec.metric.value,
+            "dim": spec.dim,
+            "vector_type": spec.vector_type,
+            "index_family": run.routed.index_family,
+            "index_params": spec.index_params.model_dump(mode="json"),
+            "id_type": run.scanned.id_type,
+            "filter_columns": run.scanned.filter_columns,
+            "payload_columns": config.payload_cols,
+            "key_encoding": run.scanned.key_encoding,
+            "key_value": None if config.key_value is None else config.key_value.model_dump(mode="json"),
+        }
+    )
+
+
+def _copy(
+    store: Store, same: ShardReceipt, db_key: str
+) -> tuple[tuple[ShardObject, ...], tuple[str | None, ...]] | None:
+    """Copies a sealed shard inside the store and looks at every byte of the copy; None where that fails.
+
+    The shard is then built: what went wrong with the current snapshot must not stop the next one.
+    """
+    try:
+        for item in same.objects:
+            store.copy(f"{same.db_key}/{item.path}", f"{db_key}/{item.path}")
+            if store.sha256(f"{db_key}/{item.path}") != item.sha256:
+                return _cleared(store, db_key)
+        return same.objects, tuple(store.head(f"{db_key}/{item.path}").etag for item in same.objects)
+    except ObjectMissingError:
+        return _cleared(store, db_key)
+
+
+def _cleared(store: Store, db_key: str) -> None:
+    """Takes away what was copied of a shard."""
+    for info in list(store.objects(db_key)):
+        store.delete(info.key)
 
 
 def _build_and_upload(

@@ -5,13 +5,9 @@ that finds its receipt for the same inputs does nothing and says so in ``reason`
 where it was, and the command line, Dagster and the engines run the very same code.
 """
 
-import hashlib
-import io
 import uuid
 from datetime import UTC, datetime
 from typing import Any
-
-import numpy as np
 
 from sf_pipelines.snapshot import gate as gating
 from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
@@ -35,7 +31,6 @@ from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
     PromoteReceipt,
     RangeReceipt,
-    Ref,
     RoutedShard,
     RouteReceipt,
     SampleReceipt,
@@ -46,12 +41,12 @@ from sf_pipelines.snapshot.receipts import (
 )
 from sf_pipelines.snapshot.routed import read_shard, route_range, vectors_of
 from sf_pipelines.snapshot.routing import needs_training
-from sf_pipelines.snapshot.routing import train as train_routing
-from sf_pipelines.snapshot.sealing import is_intact, seal_shard
+from sf_pipelines.snapshot.sealing import is_intact, same_shard, seal_shard
 from sf_pipelines.snapshot.sharding import ClusterSharding
 from sf_pipelines.snapshot.source.files import SourceListing, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.training import train_or_keep
 from sf_pipelines.snapshot.validation import validate_and_sample
 
 __all__ = [
@@ -101,6 +96,7 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         "base_run_id": view.pointer.run_id if view.pointer else None,
         "base_seq": view.seq,
         "gate_key": config.gate_key(),
+        "forced": force,
     }
     unfinished = None if force else _unfinished_run(build.store, build_key)
     if unfinished is None:
@@ -214,7 +210,7 @@ def _check_rejects(build: Build, receipt: SampleReceipt) -> None:
 
 
 def train(build: Build, run_id: str) -> TrainReceipt:
-    """Trains centroids or hyperplanes on the training sample and stores them where the manifest will point.
+    """Trains centroids or hyperplanes, or keeps the current snapshot's, and stores them where the manifest will point.
 
     Raises:
         ConfigError: fewer training vectors than shards, or a strategy that trains nothing.
@@ -227,29 +223,13 @@ def train(build: Build, run_id: str) -> TrainReceipt:
     inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
     number = ledger.next_number(TrainReceipt)
     found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
-    if found is not None:
-        return found.model_copy(update={"reason": f"these {found.artifact} were trained before"})
-    watch = Stopwatch()
+    # What was kept has had its chance; what was trained for this very sample would come out the same.
+    failed = found is not None and found.kept and config.retrain == "auto" and gating.has_failed(build, run_id)
+    if found is not None and not failed:
+        what = "kept" if found.kept else "trained"
+        return found.model_copy(update={"reason": f"these {found.artifact} were {what} before"})
     vectors = vectors_of(ledger.get_table(sampled.training))
-    trained = train_routing(config.sharding, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
-    file = io.BytesIO()
-    np.save(file, trained.matrix, allow_pickle=False)
-    data, key = file.getvalue(), f"vector_meta/run_id={run_id}/{trained.kind}.npy"
-    if not build.store.create(key, data):
-        # Another attempt with other bytes (other library versions) was here; what is stored is never replaced.
-        key = f"vector_meta/run_id={run_id}/{trained.kind}-{uuid.uuid4().hex[:8]}.npy"
-        build.store.put(key, data)
-    rows, columns = trained.matrix.shape
-    receipt = TrainReceipt(
-        run_id=run_id,
-        inputs=inputs,
-        artifact=trained.kind,
-        ref=Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest()),
-        shape=(rows, columns),
-        figures=trained.figures,
-        seconds=watch.seconds,
-    )
-    return ledger.commit(receipt, number=number)
+    return ledger.commit(train_or_keep(build, scanned, vectors, inputs, gate_failed=failed), number=number)
 
 
 # 4. route
@@ -333,6 +313,8 @@ def _sum_shards(ranges: list[RangeReceipt], num_dbs: int) -> tuple[RoutedShard, 
 def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False) -> ShardReceipt:
     """Builds, uploads, re-opens and seals one shard's index.
 
+    Where the current snapshot holds the same rows in the same kind of index, that is copied inside the store instead.
+
     Args:
         build: what to build.
         run_id: the build.
@@ -356,7 +338,8 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
     ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
-    return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt), part, number=attempt)
+    same = None if rebuild else same_shard(build, run, shard)
+    return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt, same), part, number=attempt)
 
 
 # 6. assemble

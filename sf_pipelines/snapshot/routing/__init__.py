@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from sf_pipelines.snapshot.errors import ConfigError
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.routing.protocol import Routing
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
+from sf_pipelines.snapshot.routing.protocol import Routing, VectorRouting
 from sf_pipelines.snapshot.sharding import (
     CelSharding,
     ClusterSharding,
@@ -30,6 +32,19 @@ class Trained:
     matrix: Float32
     figures: dict[str, float | int]
     kind: Literal["centroids", "hyperplanes"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well centroids or hyperplanes fit a sample.
+
+    Attributes:
+        balance: rows of the fullest shard over the mean of all: 1 is perfect.
+        spread: mean distance of a vector to its centroid (l2: squared, else cosine); None for hyperplanes.
+    """
+
+    balance: float
+    spread: float | None
 
 
 def needs_training(sharding: AnySharding) -> bool:
@@ -64,6 +79,26 @@ def train(sharding: AnySharding, sample: Float32, *, num_dbs: int, metric: Dista
     raise ConfigError(f"{sharding.strategy} sharding learns nothing from vectors")
 
 
+def fit_of(sharding: AnySharding, matrix: Float32, sample: Float32, *, num_dbs: int, metric: DistanceMetric) -> Fit:
+    """How well centroids or hyperplanes fit a sample, whatever they were trained on.
+
+    Args:
+        sharding: strategy and its options.
+        matrix: what was trained, float32.
+        sample: float32, shape (n, dim), n > 0.
+        num_dbs: number of shards.
+        metric: declared metric.
+    """
+    routing = _by_vector(sharding, num_dbs, metric, matrix)
+    homes = routing.assign(sample)
+    balance = float(np.bincount(homes, minlength=num_dbs).max()) * num_dbs / len(sample)
+    if not isinstance(sharding, ClusterSharding):
+        return Fit(balance, None)
+    # Centroids of cosine and dot_product are directions; lengths say nothing of how well they fit.
+    measure = DistanceMetric.L2 if metric is DistanceMetric.L2 else DistanceMetric.COSINE
+    return Fit(balance, float(pair_distances(sample, matrix[homes], measure).mean()))
+
+
 def routing_for(
     sharding: AnySharding, *, num_dbs: int, metric: DistanceMetric, matrix: Float32 | None = None
 ) -> Routing:
@@ -93,9 +128,7 @@ def routing_for(
     return CelRouting(sharding.cel_expr, sharding.cel_columns, num_dbs, sharding.routing_values)
 
 
-def _by_vector(
-    sharding: ClusterSharding | LshSharding, num_dbs: int, metric: DistanceMetric, matrix: Float32 | None
-) -> Routing:
+def _by_vector(sharding: AnySharding, num_dbs: int, metric: DistanceMetric, matrix: Float32 | None) -> VectorRouting:
     if matrix is None or matrix.ndim != 2:
         shape = "missing" if matrix is None else f"of shape {matrix.shape}"
         raise ConfigError(f"{sharding.strategy} sharding needs a table of trained rows; it is {shape}")

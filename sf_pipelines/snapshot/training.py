@@ -1,0 +1,157 @@
+"""Centroids and hyperplanes: trained anew, or kept from the current snapshot."""
+
+import hashlib
+import io
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig, digest_json
+from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
+from sf_pipelines.snapshot.ledger import get_verified
+from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.receipts import Ref, ScanReceipt, TrainReceipt
+from sf_pipelines.snapshot.routing import Fit, fit_of
+from sf_pipelines.snapshot.routing import train as train_routing
+
+# Fit is measured on samples, so it varies by some percent between equal ones. From a tenth on, centroids that are
+# trained anew are noticeably better; a fullest shard that grows by a quarter is noticeably slower.
+_SPREAD = 1.10
+_BALANCE = 1.25
+# A spread that is only rounding.
+_NOTHING = 1e-6
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the current snapshot has, and how it fits.
+
+    Attributes:
+        receipt: of its training.
+        data: the matrix as stored.
+        drift: how badly it fits the new sample, as a part of what is still good enough.
+        fault: why it is not kept; empty where it may be.
+    """
+
+    receipt: TrainReceipt | None
+    data: bytes
+    drift: float | None
+    fault: str
+
+
+def train_or_keep(
+    build: Build, scanned: ScanReceipt, vectors: Float32, inputs: str, *, gate_failed: bool
+) -> TrainReceipt:
+    """Stores the routing artifact of a run, trained anew or copied from the current snapshot.
+
+    Args:
+        build: what to build.
+        scanned: scan of the run.
+        vectors: training sample, float32, shape (n, dim).
+        inputs: digest for the receipt.
+        gate_failed: whether the run has failed its gate with what it kept.
+
+    Raises:
+        ConfigError: fewer training vectors than shards.
+    """
+    watch, run_id = Stopwatch(), scanned.run_id
+    found = _current(build, scanned, vectors, gate_failed=gate_failed)
+    if found.receipt is not None and not found.fault:
+        old = found.receipt
+        ref = _stored(build, run_id, old.artifact, found.data)
+        changes = {"run_id": run_id, "inputs": inputs, "ref": ref, "kept": True, "drift": found.drift}
+        fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "seconds": watch.seconds}
+        return old.model_copy(update={**changes, **fresh, "retrained": "", "reason": ""})
+    config = build.config
+    trained = train_routing(config.sharding, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
+    file = io.BytesIO()
+    np.save(file, trained.matrix, allow_pickle=False)
+    rows, columns = trained.matrix.shape
+    return TrainReceipt(
+        run_id=run_id,
+        inputs=inputs,
+        artifact=trained.kind,
+        ref=_stored(build, run_id, trained.kind, file.getvalue()),
+        shape=(rows, columns),
+        figures=trained.figures | _figures(_fit(config, trained.matrix, vectors)),
+        recipe=_recipe(config),
+        drift=found.drift,
+        retrained=found.fault,
+        seconds=watch.seconds,
+    )
+
+
+def _current(build: Build, scanned: ScanReceipt, vectors: Float32, *, gate_failed: bool) -> _Found:
+    base = scanned.base_run_id
+    receipt = None if base is None else build.ledger(base).find(TrainReceipt)
+    if receipt is None:
+        return _Found(None, b"", None, "")
+    if fault := _unwanted(build.config, scanned, receipt):
+        return _Found(receipt, b"", None, fault)
+    try:
+        data = get_verified(build.store, receipt.ref)
+    except (IntegrityError, ObjectMissingError) as error:
+        return _Found(receipt, b"", None, f"that of {base} cannot be read: {error}")
+    drift = _drift(receipt.figures, _fit(build.config, np.load(io.BytesIO(data), allow_pickle=False), vectors))
+    fault = ""
+    if build.config.retrain == "auto" and gate_failed:
+        fault = f"the gate failed with that of {base}"
+    elif build.config.retrain == "auto" and drift > 1:
+        fault = f"the data has drifted from that of {base} (drift {drift:.2f}, up to 1 it is kept)"
+    return _Found(receipt, data, drift, fault)
+
+
+def _unwanted(config: WriteConfig, scanned: ScanReceipt, receipt: TrainReceipt) -> str:
+    """Why what was trained before is not even looked at."""
+    if scanned.forced:
+        return "asked for by force"
+    if config.retrain == "always":
+        return "asked for by retrain: always"
+    same = receipt.recipe == _recipe(config)
+    return "" if same else f"that of {scanned.base_run_id} was trained for another configuration"
+
+
+def _drift(then: dict[str, float | int], now: Fit) -> float:
+    """The fit as a part of what is still good enough: above 1 it is not."""
+    balance = now.balance / (_BALANCE * then["balance"])
+    if now.spread is None:
+        return balance
+    # Where all vectors were equal, any other is far away.
+    spread = now.spread / max(_SPREAD * then["spread"], _NOTHING)
+    return max(balance, spread)
+
+
+def _fit(config: WriteConfig, matrix: Float32, vectors: Float32) -> Fit:
+    return fit_of(config.sharding, matrix, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
+
+
+def _figures(fit: Fit) -> dict[str, float | int]:
+    return {"balance": fit.balance} | ({} if fit.spread is None else {"spread": fit.spread})
+
+
+def _recipe(config: WriteConfig) -> str:
+    """Digest of what centroids and hyperplanes depend on beside the vectors; on those, ``drift`` keeps an eye."""
+    spec = config.vector_spec
+    sharding = config.sharding.model_dump(mode="json", exclude={"num_probes"})
+    return digest_json(
+        {
+            "build_version": BUILD_VERSION,
+            "sharding": sharding,
+            "num_dbs": config.num_dbs,
+            "dim": spec.dim,
+            "metric": spec.metric.value,
+            "vector": [spec.vector_col, spec.vector_fn, spec.vector_fn_version, spec.vector_type],
+        }
+    )
+
+
+def _stored(build: Build, run_id: str, kind: str, data: bytes) -> Ref:
+    key = f"vector_meta/run_id={run_id}/{kind}.npy"
+    if not build.store.create(key, data):
+        # Another attempt with other bytes (other library versions) was here; what is stored is never replaced.
+        key = f"vector_meta/run_id={run_id}/{kind}-{uuid.uuid4().hex[:8]}.npy"
+        build.store.put(key, data)
+    return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())

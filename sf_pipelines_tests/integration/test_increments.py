@@ -132,7 +132,7 @@ def test_a_gate_that_fails_with_kept_centroids_asks_for_new_ones(
     config = small_config(tmp_path, max_shard_skew=2.0)
     build(config, tmp_path)
     # All rows near one centroid: as if nobody had noticed the drift, the balance fails.
-    monkeypatch.setattr(training, "_drift", lambda then, now: 0.5)
+    monkeypatch.setattr(training, "_drift", lambda *_: 0.5)
     with ShardedVectorReader(tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
         vectors = clustered(4000, 16)
         near = vectors[[reader.route_vector(vector, 1) == [0] for vector in vectors]][:ROWS]
@@ -162,7 +162,7 @@ def test_a_damaged_shard_is_built_in_place_of_copied(
         store.put(key, b"\0" * old[0].objects[0].size)
     if damage == "changed in the copy":
         # Nobody looked before the copy was made.
-        monkeypatch.setattr(sealing, "is_intact", lambda store, receipt: True)
+        monkeypatch.setattr(sealing, "is_intact", lambda *_: True)
     second = build(small_config(tmp_path), tmp_path)
     _, shards = receipts(tmp_path, second.run_id)
     assert [shard.reused for shard in shards] == [None, None, old[2].db_key]

@@ -17,6 +17,9 @@ from sf_pipelines.snapshot.manifest.models import Manifest, ShardingRecord, Shar
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, Ref, RouteReceipt, RunReceipts, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
 
+_TIMED_QUERIES = 3
+_TIMED_POINTS = 8
+
 
 def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
     """The newest receipt of every shard, all made from the rows of this routing.
@@ -53,6 +56,7 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
         [shard.rows for shard in shards],
         census=not sampled.disjoint,
     )
+    latencies = measure_latencies(build, drafted.key, queries, [point.num_probes for point, _ in measured])
     gate, wanted = build.config.recall_gate, build.config.num_probes
     num_probes = choose_probes(wanted, measured, gate.min_recall, len(judging))
     curve = [point for point, _ in measured]
@@ -68,6 +72,7 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
         gate_key=build.config.gate_key(),
         num_probes=num_probes,
         curve=tuple(curve),
+        latencies=latencies,
         rows=sum(shard.rows for shard in shards),
         shards=tuple(shard.key for shard in shards),
         truth=ledger.put_table("truth/merged", merged),
@@ -206,6 +211,29 @@ def measure_curve(
             rows_searched=float(covered[probes - 1]),
         )
         out.append((point, estimate))
+    return out
+
+
+def measure_latencies(build: Build, manifest_key: str, queries: pa.Table, probes: list[int]) -> dict[int, float]:
+    """Median milliseconds of a few single searches at some of these numbers of probes, warm, on this machine.
+
+    What they tell is how latency grows with probes, not what a serving machine will need: every shard is asked by its
+    index, as a shard is that is too large to be scanned in memory.
+    """
+    reader, k = build.reader(manifest_key), build.config.recall_gate.k
+    asked = queries.slice(0, _TIMED_QUERIES)
+    vectors, homes = vectors_of(asked), build.homes(asked)
+    chosen = sorted({probes[place] for place in np.linspace(0, len(probes) - 1, _TIMED_POINTS).astype(int)})
+    out: dict[int, float] = {}
+    for count in chosen:
+        times: list[float] = []
+        for place in range(len(vectors)):
+            watch = Stopwatch()
+            one = slice(place, place + 1)
+            home = None if homes is None else homes[one]
+            reader.search_arrays(vectors[one], k, num_probes=count if len(probes) > 1 else None, homes=home)
+            times.append(1000 * watch.seconds)
+        out[count] = float(np.median(times))
     return out
 
 

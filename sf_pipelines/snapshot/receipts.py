@@ -327,6 +327,7 @@ class ManifestReceipt(Receipt):
         gate_key: gate that it was assembled for.
         num_probes: default of readers.
         curve: recall by number of probes.
+        latencies: median milliseconds of single searches through the index, by some numbers of probes.
         rows: rows of the snapshot.
         shards: receipts of all shards, by db_id.
         truth: merged exact neighbours of the sample queries.
@@ -341,6 +342,7 @@ class ManifestReceipt(Receipt):
     gate_key: str
     num_probes: int
     curve: tuple[CurvePoint, ...]
+    latencies: dict[int, float] = Field(default_factory=dict)
     rows: int
     shards: tuple[str, ...]
     truth: Ref

@@ -10,6 +10,7 @@ query, and 0.5 to 1.1 ms a query in batches.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.index.products import products
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
 
@@ -130,7 +132,7 @@ class MemoryScan:
         picked = near.column[best.flat]
         return best.hits(self.rows[picked], take_ids(self.ids, picked), scores)
 
-    def near(self, queries: Float32, k: int) -> Near:
+    def near(self, queries: Float32, k: int, *, pool: Executor | None = None, keys: Float32 | None = None) -> Near:
         """Candidates for the k nearest rows, so many more as ids are repeated.
 
         Whatever is within twice the bound of the k-th best key is one, so neither the size of the batch nor the order
@@ -139,6 +141,8 @@ class MemoryScan:
         Args:
             queries: finite float32, shape (n, dim).
             k: hits wanted.
+            pool: see ``products``.
+            keys: ``products`` of the vectors with these queries, where they are known; they are overwritten.
         """
         rows = len(self.rows)
         wanted = min(k * self.repeats, rows)
@@ -147,13 +151,16 @@ class MemoryScan:
         if not wanted or not len(queries):
             none = np.empty(0, dtype=np.int64)
             return Near(self, none, none, np.empty(0, np.float32), bound, np.empty((len(queries), wanted), np.float32))
-        step = max(1, _BLOCK // rows)
+        step = max(1, _BLOCK // rows) if keys is None else len(queries)
         by_pairs = self._by_pairs or float(lengths.max()) > _LONGEST
         parts: list[tuple[Int64, Int64, Float32, Float32]] = []
         for at in range(0, len(queries), step):
-            part = slice(at, at + step)
-            found = self._all_pairs if by_pairs else self._candidates
-            query, column, key, best = found(queries[part], bound[part], wanted)
+            part = queries[at : at + step]
+            if by_pairs:
+                query, column, key, best = self._all_pairs(part, wanted)
+            else:
+                table = products([(self.vectors, part)], pool)[0] if keys is None else keys
+                query, column, key, best = self._candidates(part, table, bound[at : at + step], wanted)
             parts.append((query + at if at else query, column, key, best))
         joined = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
         query, column, key, best = joined
@@ -198,11 +205,11 @@ class MemoryScan:
         # Of short vectors, products that differ may give one and the same 1 - x.y: a tie to be broken by id.
         return bound + _EPS64
 
-    def _candidates(self, queries: Float32, bound: Float64, k: int) -> tuple[Int64, Int64, Float32, Float32]:
+    def _candidates(
+        self, queries: Float32, keys: Float32, bound: Float64, k: int
+    ) -> tuple[Int64, Int64, Float32, Float32]:
         """Query, position and key of each candidate, and the best keys of each query."""
         n, factor, offset = len(queries), np.float32(1), np.float32(0)
-        # Rows beside rows: BLAS is up to twice as fast with the large matrix first.
-        keys = self.vectors @ np.ascontiguousarray(queries.T)
         if self.metric is DistanceMetric.COSINE:
             if len(self._scale) == 1:
                 factor = self._scale[0]
@@ -228,11 +235,11 @@ class MemoryScan:
             query, column = query[order], column[order]
         return query, column, keys[column, query] * factor - offset, best * factor - offset
 
-    def _all_pairs(self, queries: Float32, bound: Float64, k: int) -> tuple[Int64, Int64, Float32, Float32]:
+    def _all_pairs(self, queries: Float32, k: int) -> tuple[Int64, Int64, Float32, Float32]:
         """The same where float32 cannot tell: the k nearest themselves."""
         query, column = self._decided(queries, np.arange(len(queries) * len(self.rows)), k)
         keys = np.full(len(query), np.inf, dtype=np.float32)
-        return query, column, keys, np.full((len(bound), k), -np.inf, dtype=np.float32)
+        return query, column, keys, np.full((len(queries), k), -np.inf, dtype=np.float32)
 
     def _decided(self, queries: Float32, flat: Int64, k: int) -> tuple[Int64, Int64]:
         """Query and position of the k nearest among cells of the table (rows, queries)."""
@@ -298,6 +305,20 @@ class Selection:
         out_ids = np.full(self._shape, 0 if values.dtype == np.int64 else None, dtype=values.dtype)
         out_ids[at] = values
         return ShardHits(out_rows, out_ids, out_scores, np.bincount(self._query, minlength=self._shape[0]))
+
+
+def near_all(jobs: Sequence[tuple[MemoryScan, Float32]], k: int, pool: Executor | None = None) -> list[Near]:
+    """``MemoryScan.near`` of several scans, on as many cores as help.
+
+    Args:
+        jobs: scan, with the queries that ask it.
+        k: hits wanted.
+        pool: see ``products``.
+    """
+    if sum(len(scan.rows) * len(queries) for scan, queries in jobs) > _BLOCK:
+        return [scan.near(queries, k, pool=pool) for scan, queries in jobs]
+    tables = products([(scan.vectors, queries) for scan, queries in jobs], pool)
+    return [scan.near(queries, k, keys=keys) for (scan, queries), keys in zip(jobs, tables, strict=True)]
 
 
 def exact_scores(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, Int64]]) -> Float64:

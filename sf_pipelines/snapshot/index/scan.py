@@ -101,7 +101,8 @@ class MemoryScan:
         # A foreign snapshot may repeat an id; enough rows are taken for the merge to drop the repeats.
         self.repeats = most_repeats(ids)
         self.nbytes: int = vectors.nbytes + rows.nbytes + ids.nbytes
-        self._ranks: Int64 | None = None
+        self._numbers: Int64 | None = id_values(ids) if is_numbers(ids) else None
+        self._ranks = self._numbers
         self._set_lengths(lengths)
 
     def _set_lengths(self, lengths: Float64) -> None:
@@ -132,7 +133,15 @@ class MemoryScan:
         picked = near.column[best.flat]
         return best.hits(self.rows[picked], take_ids(self.ids, picked), scores)
 
-    def near(self, queries: Float32, k: int, *, pool: Executor | None = None, keys: Float32 | None = None) -> Near:
+    def near(
+        self,
+        queries: Float32,
+        k: int,
+        *,
+        pool: Executor | None = None,
+        lengths: Float64 | None = None,
+        keys: Float32 | None = None,
+    ) -> Near:
         """Candidates for the k nearest rows, so many more as ids are repeated.
 
         Whatever is within twice the bound of the k-th best key is one, so neither the size of the batch nor the order
@@ -142,17 +151,18 @@ class MemoryScan:
             queries: finite float32, shape (n, dim).
             k: hits wanted.
             pool: see ``products``.
+            lengths: ``lengths_of`` the queries, where they are known.
             keys: ``products`` of the vectors with these queries, where they are known; they are overwritten.
         """
         rows = len(self.rows)
         wanted = min(k * self.repeats, rows)
-        lengths = lengths_of(queries)
+        lengths = lengths_of(queries) if lengths is None else lengths
         bound = self._bound(lengths)
+        by_pairs = self.too_large(lengths)
         if not wanted or not len(queries):
             none = np.empty(0, dtype=np.int64)
             return Near(self, none, none, np.empty(0, np.float32), bound, np.empty((len(queries), wanted), np.float32))
         step = max(1, _BLOCK // rows) if keys is None else len(queries)
-        by_pairs = self._by_pairs or float(lengths.max()) > _LONGEST
         parts: list[tuple[Int64, Int64, Float32, Float32]] = []
         for at in range(0, len(queries), step):
             part = queries[at : at + step]
@@ -177,15 +187,22 @@ class MemoryScan:
             out[part] = pair_distances(queries[query[part]], self.vectors[column[part]], self.metric)
         return out
 
+    def ids_at(self, positions: Int64) -> IdArray:
+        """Ids at these positions: int64, or objects."""
+        return id_values(take_ids(self.ids, positions)) if self._numbers is None else self._numbers[positions]
+
     @property
     def ranks(self) -> Int64:
         """Numbers that sort as the ids of the rows do; those of texts are made when they are first asked for."""
         ranks = self._ranks
         if ranks is None:
             ranks = self._ranks = id_ranks(self.ids)
-            if not is_numbers(self.ids):
-                self.nbytes += ranks.nbytes
+            self.nbytes += ranks.nbytes
         return ranks
+
+    def too_large(self, lengths: Float64) -> bool:
+        """Whether float32 cannot tell the rows apart for queries of these lengths."""
+        return self._by_pairs or float(lengths.max(initial=0.0)) > _LONGEST
 
     def _bound(self, lengths: Float64) -> Float64:
         """Most that the key of a row may be off, for queries of these lengths.
@@ -307,18 +324,32 @@ class Selection:
         return ShardHits(out_rows, out_ids, out_scores, np.bincount(self._query, minlength=self._shape[0]))
 
 
-def near_all(jobs: Sequence[tuple[MemoryScan, Float32]], k: int, pool: Executor | None = None) -> list[Near]:
+def near_all(
+    queries: Float32, jobs: Sequence[tuple[MemoryScan, Int64]], k: int, pool: Executor | None = None
+) -> list[Near]:
     """``MemoryScan.near`` of several scans, on as many cores as help.
 
     Args:
-        jobs: scan, with the queries that ask it.
+        queries: of all of them, finite float32, shape (n, dim).
+        jobs: scan, with the queries that ask it; their numbers ascend.
         k: hits wanted.
         pool: see ``products``.
     """
-    if sum(len(scan.rows) * len(queries) for scan, queries in jobs) > _BLOCK:
-        return [scan.near(queries, k, pool=pool) for scan, queries in jobs]
-    tables = products([(scan.vectors, queries) for scan, queries in jobs], pool)
-    return [scan.near(queries, k, keys=keys) for (scan, queries), keys in zip(jobs, tables, strict=True)]
+    lengths = lengths_of(queries)
+    asked = [(scan, *_of(queries, lengths, which)) for scan, which in jobs]
+    ready = [place for place, (scan, _, size) in enumerate(asked) if not scan.too_large(size)]
+    if sum(len(scan.rows) * len(which) for scan, which in jobs) > _BLOCK:
+        ready = []
+    tables = products([(asked[place][0].vectors, asked[place][1]) for place in ready], pool)
+    keys = dict(zip(ready, tables, strict=True))
+    return [
+        scan.near(part, k, pool=pool, lengths=size, keys=keys.get(place))
+        for place, (scan, part, size) in enumerate(asked)
+    ]
+
+
+def _of(queries: Float32, lengths: Float64, which: Int64) -> tuple[Float32, Float64]:
+    return (queries, lengths) if len(which) == len(queries) else (queries[which], lengths[which])
 
 
 def exact_scores(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, Int64]]) -> Float64:

@@ -17,10 +17,8 @@ from sf_pipelines.snapshot.index.scan import (
     distinct,
     exact_scores,
     first_k,
-    id_values,
     is_numbers,
     rank_values,
-    take_ids,
 )
 from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
@@ -80,8 +78,7 @@ class Candidates:
 
     def merge(self, k: int) -> Merged:
         """The k best of each query over all of its shards."""
-        least = self._least(k) if self._unique and self._places > 1 and self._scans else None
-        found = self._scored(None if least is None else np.broadcast_to(least[:, None], (len(least), self._places)))
+        found = self._scored(self._least(k) if self._unique and self._places > 1 and self._scans else None)
         return found.table(found.best(np.arange(len(found.query)), k), len(self._queries), k)
 
     def curve(self, k: int) -> Iterator[SearchArrays]:
@@ -109,9 +106,9 @@ class Candidates:
         return out
 
     def _least(self, k: int) -> Float64:
-        """A lower bound of the k-th best key of each query over its scanned shards, shape (n,)."""
+        """A lower bound of the k-th best key of each query over its scanned shards, shape (n, 1)."""
         bounds = self._bounds()
-        return _kth(bounds.reshape(len(bounds), -1), k)[1]
+        return _kth(bounds.reshape(len(bounds), -1), k)[1][:, None]
 
     def _least_of_prefixes(self, k: int) -> Float64:
         """The same over the first shard of each query, over its first two, and so on, shape (n, places)."""
@@ -136,7 +133,8 @@ class Candidates:
     def _kept(self, answer: ShardAnswer, near: Near, least: Float64 | None) -> tuple[Int64, Int64]:
         if least is None:
             return near.query, near.column
-        least = least[answer.queries, answer.places] - near.bound
+        # One column stands for all places.
+        least = least[answer.queries, answer.places if least.shape[1] > 1 else 0] - near.bound
         kept = np.flatnonzero(near.key >= least[near.query])
         return near.query[kept], near.column[kept]
 
@@ -159,7 +157,7 @@ class _Part:
         self.ids: IdArray
         if isinstance(hits, Near):
             self.rows = hits.scan.rows[self.position]
-            self.ids = id_values(take_ids(hits.scan.ids, self.position))
+            self.ids = hits.scan.ids_at(self.position)
             self.numbers = is_numbers(hits.scan.ids)
         else:
             self.rows, self.ids = hits.rows[at], hits.ids[at]

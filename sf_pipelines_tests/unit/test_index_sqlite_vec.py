@@ -18,7 +18,8 @@ from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryE
 from sf_pipelines.snapshot.index import backend_in, backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, write_key_values
 from sf_pipelines.snapshot.index.protocol import IndexFamily
-from sf_pipelines.snapshot.index.scan import MemoryScan, rank_values
+from sf_pipelines.snapshot.index.ranking import rank_values
+from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend, SqliteVecShard, load_extension
 from sf_pipelines.snapshot.index.vec_file import VectorChunks
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32

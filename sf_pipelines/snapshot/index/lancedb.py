@@ -25,14 +25,8 @@ from sf_pipelines.snapshot.index.protocol import (
     ShardHits,
     VectorType,
 )
-from sf_pipelines.snapshot.index.scan import (
-    MemoryScan,
-    distinct,
-    first_k,
-    id_ranks,
-    id_values,
-    replaced,
-)
+from sf_pipelines.snapshot.index.ranking import distinct, first_k, id_ranks, id_values, replaced
+from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 
 if TYPE_CHECKING:

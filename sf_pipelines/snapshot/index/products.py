@@ -46,6 +46,8 @@ def products(pairs: Sequence[tuple[Float32, Float32]], pool: Executor | None = N
         keys = np.empty((len(vectors), len(queries)), dtype=np.float32)
         columns = np.ascontiguousarray(queries.T)
         out.append(keys)
+        if not keys.size:
+            continue
         if rows_of_piece(*columns.shape):
             step = max(1, _PIECE // vectors.shape[1])
             pieces += [(vectors[at : at + step], columns, keys[at : at + step]) for at in range(0, len(vectors), step)]

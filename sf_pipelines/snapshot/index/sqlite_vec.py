@@ -24,16 +24,8 @@ from sf_pipelines.snapshot.index.protocol import (
     ShardHits,
     VectorType,
 )
-from sf_pipelines.snapshot.index.scan import (
-    Ids,
-    MemoryScan,
-    first_k,
-    id_ranks,
-    id_values,
-    lengths_of,
-    no_hits,
-    take_ids,
-)
+from sf_pipelines.snapshot.index.ranking import Ids, first_k, id_ranks, id_values, no_hits, take_ids
+from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
 from sf_pipelines.snapshot.index.sqlite import CREATE_KV, FILE, SqliteFile, reading, writing
 from sf_pipelines.snapshot.index.vec_file import EMBEDDING, VectorChunks, read_ids
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32

@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
-from sf_pipelines.snapshot.index.scan import (
-    Near,
-    distinct,
-    exact_scores,
-    first_k,
-    is_numbers,
-    rank_values,
-)
+from sf_pipelines.snapshot.index.ranking import distinct, first_k, is_numbers, rank_values
+from sf_pipelines.snapshot.index.scan import Near, exact_scores
 from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
 
@@ -125,7 +119,8 @@ class Candidates:
         pairs = [(near.scan, part.query, part.position) for part, (_, near) in zip(parts, self._scans, strict=True)]
         scores = [exact_scores(self._queries, pairs)]
         for answer, hits in self._indexed:
-            at = np.nonzero(np.isfinite(hits.scores) & (hits.rows >= 0))
+            own, slots = np.nonzero(np.isfinite(hits.scores) & (hits.rows >= 0))
+            at = own, slots
             parts.append(_Part(answer, hits, at))
             scores.append(hits.scores[at])
         return _Found(parts, np.concatenate(scores), unique=self._unique)

@@ -52,7 +52,7 @@ def answer(
     """What a reader makes of scans that the plan, shape (n, places), names."""
     asked = [np.nonzero(plan == shard) for shard in range(len(scans))]
     found = near_all(queries, [(scan, which) for scan, (which, _) in zip(scans, asked, strict=True)], k, pool)
-    answers = [ShardAnswer(n, *places, near) for n, (places, near) in enumerate(zip(asked, found, strict=True))]
+    answers = [ShardAnswer(n, asked[n][0], asked[n][1], near) for n, near in enumerate(found)]
     return Candidates(answers, queries, plan.shape[1], unique=unique)
 
 

@@ -263,7 +263,8 @@ class _Asking:
             return fetch
 
         hit = [shard for shard in np.unique(merged.shards).tolist() if shard >= 0]
-        yield from each_shard(self._handles, [Job(shard, fetch_of(shard)) for shard in hit], self._terms, _is_in_memory)
+        jobs = [Job(shard, fetch_of(shard)) for shard in hit]
+        yield from each_shard(self._handles, jobs, self._terms, _is_in_memory, answered=True)
         columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
         return [
             [SearchResult(*hit) for hit in zip(*(column[query][:count] for column in columns), strict=True)]

@@ -27,6 +27,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     ObjectMissingError,
+    ReaderForkedError,
     SourceChangedError,
     StoreDeniedError,
     StoreError,
@@ -43,6 +44,8 @@ _LOCK_NAME = ".sf_pipelines.lock"
 _QUOTE_SAFE = "/:=@+,~"
 
 _memory_stores: dict[str, MemoryStore] = {}
+# The process that first read or wrote by obstore, if one did: its threads are not in processes forked from it.
+_first_users: list[int] = []
 
 
 class Credentials(Protocol):
@@ -341,6 +344,7 @@ class Store:
     @contextmanager
     def _translated(self, action: str, key: str) -> Iterator[None]:
         where = f"cannot {action} {self.url_of(key)}"
+        _check_process(where)
         try:
             yield
         except StoreError:
@@ -353,6 +357,19 @@ class Store:
             raise StoreError(f"{where}: {_first_line(error)}") from error
         except (obstore_errors.BaseError, OSError) as error:
             raise StoreUnavailableError(f"{where}: {_first_line(error)}") from error
+
+
+def _check_process(where: str) -> None:
+    """Refuses what would wait for ever: the library starts its threads once, and a fork has none of them."""
+    process = os.getpid()
+    if not _first_users:
+        _first_users.append(process)
+    if _first_users[0] != process:
+        raise ReaderForkedError(
+            f"{where}: process {process} was forked from process {_first_users[0]} after that had used an object "
+            "store, whose threads are not here. Start processes by spawn or forkserver, or fork before anything is "
+            "read or written"
+        )
 
 
 class PinnedFile(io.RawIOBase):

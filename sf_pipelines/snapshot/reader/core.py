@@ -125,7 +125,7 @@ class ReaderCore:
             ReaderClosedError: the reader was closed.
             ReaderForkedError: it was opened by the process that this one was forked from.
         """
-        self._check_process()
+        self.check_process()
         with self._lock:
             self._check_open()
             serving = self._serving
@@ -144,6 +144,20 @@ class ReaderCore:
             if last:
                 self._runner.shut_down()
 
+    def check_process(self) -> None:
+        """Refuses the use of what belongs to another process.
+
+        Raises:
+            ReaderForkedError: see ``serving``.
+        """
+        # Before any lock, and before any listener: what another thread held during the fork is never freed here.
+        if os.getpid() != self._process:
+            raise ReaderForkedError(
+                f"the reader of {self.store.url} was opened by process {self._process}, and process {os.getpid()} was "
+                "forked from that: its threads are not here. Start processes by spawn or forkserver and open a reader "
+                "in each, or fork before anything is read"
+            )
+
     @property
     def state(self) -> SnapshotState:
         """The snapshot that is served, or was when the reader was closed."""
@@ -158,14 +172,14 @@ class ReaderCore:
 
     def run(self, call: Call[ResultT]) -> ResultT:
         """Runs a call by this thread; errors as of the call."""
+        self.check_process()
         with call.terms.reported(self.events, call.event, self.kind):
-            self._check_process()
             return self._runner.run(call)
 
     async def run_async(self, call: Call[ResultT]) -> ResultT:
         """Runs a call without blocking the event loop; errors as of the call."""
+        self.check_process()
         with call.terms.reported(self.events, call.event, self.kind):
-            self._check_process()
             return await self._runner.run_async(call)
 
     def admitted(self, count: int) -> Steps[None]:
@@ -193,7 +207,9 @@ class ReaderCore:
 
         Raises:
             ReaderClosedError: the reader was closed.
+            ReaderForkedError: see ``serving``.
         """
+        self.check_process()
         started = time.perf_counter()
         with self._refreshing, self.serving() as old:
             try:
@@ -282,14 +298,6 @@ class ReaderCore:
     def _check_open(self) -> None:
         if self.closed:
             raise ReaderClosedError(f"the reader of {self.store.url} was closed; open another one")
-
-    def _check_process(self) -> None:
-        # Before any lock: one that another thread held during the fork is never freed here.
-        if os.getpid() != self._process:
-            raise ReaderForkedError(
-                f"the reader of {self.store.url} was opened by process {self._process}, and process {os.getpid()} was "
-                "forked from that: its threads are not here. Open a reader in each process, after the fork"
-            )
 
     def _tell(self, name: EventName, facts: dict[str, Value], started: float | None = None) -> None:
         if self.events is SILENT:

@@ -27,7 +27,11 @@ def health(core: ReaderCore, staleness_threshold: timedelta | float | None) -> H
     Args:
         core: of the reader.
         staleness_threshold: age (or seconds) of the snapshot from which it counts as degraded.
+
+    Raises:
+        ReaderForkedError: the reader belongs to the process that this one was forked from.
     """
+    core.check_process()
     served = core.served
     state, handles = served.state, served.handles
     age = (datetime.now(UTC) - (state.published_at or state.manifest.created_at)).total_seconds()

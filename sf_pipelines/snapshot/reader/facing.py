@@ -38,6 +38,9 @@ class Facing:
 
         Args:
             staleness_threshold: age (or seconds) of the snapshot from which it counts as degraded.
+
+        Raises:
+            ReaderForkedError: the reader belongs to the process that this one was forked from.
         """
         return describing.health(self._core, staleness_threshold)
 

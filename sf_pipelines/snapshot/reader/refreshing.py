@@ -3,6 +3,7 @@
 import random
 import threading
 import weakref
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from sf_pipelines.snapshot.errors import ReaderClosedError
@@ -26,9 +27,10 @@ class BackgroundRefresh:
     """
 
     def __init__(self, core: "ReaderCore", interval: float) -> None:
-        self._stopped = threading.Event()
+        # Not an event: the callback may come from the garbage collector, in the thread that is just waiting on it.
+        self._stopped: SimpleQueue[None] = SimpleQueue()
         # The thread must not keep alive a reader that nobody else holds.
-        known = weakref.ref(core, lambda _: self._stopped.set())
+        known = weakref.ref(core, lambda _: self.stop())
         self._thread = threading.Thread(
             target=_keep_refreshing,
             args=(known, self._stopped, interval),
@@ -39,11 +41,11 @@ class BackgroundRefresh:
 
     def stop(self) -> None:
         """Ends the thread after the refresh that it may be at."""
-        self._stopped.set()
+        self._stopped.put(None)
 
 
-def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: threading.Event, interval: float) -> None:
-    while not stopped.wait(interval * _random.uniform(1 - _JITTER, 1 + _JITTER)):
+def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[None]", interval: float) -> None:
+    while not _told(stopped, interval * _random.uniform(1 - _JITTER, 1 + _JITTER)):
         core = known()
         if core is None:
             return
@@ -54,3 +56,12 @@ def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: threading.Event,
         except Exception as error:  # noqa: BLE001 - whatever it is: the old snapshot serves, and health tells
             core.note_failure(error)
         del core
+
+
+def _told(stopped: "SimpleQueue[None]", seconds: float) -> bool:
+    """Whether the thread is to end; waits so long for it."""
+    try:
+        stopped.get(timeout=seconds)
+    except Empty:
+        return False
+    return True

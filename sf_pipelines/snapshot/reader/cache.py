@@ -36,6 +36,7 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.manifest.models import ShardObject
+from sf_pipelines.snapshot.reader.file_lock import locked
 from sf_pipelines.snapshot.store import Store
 
 DEFAULT_BYTES = 20 * 1024**3
@@ -103,9 +104,9 @@ class ShardCache:
             entry = _Entry(self.root, digest or shard_digest(objects), store, prefix, sizes, sealed)
         if not sizes:
             raise ObjectMissingError(f"{store.url_of(prefix)} holds no objects; the shard is gone")
-        with _locked(entry.lock, fcntl.LOCK_SH):
+        with locked(entry.lock, fcntl.LOCK_SH):
             if not entry.is_right():
-                with _locked(entry.fill_lock, fcntl.LOCK_EX):
+                with locked(entry.fill_lock, fcntl.LOCK_EX):
                     # Somebody else may have filled it while this one waited.
                     if not entry.is_right():
                         entry.fill()
@@ -122,7 +123,7 @@ class ShardCache:
             if total <= self.max_bytes:
                 return
             name = lock.name.removesuffix(".lock")
-            with suppress(BlockingIOError), _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with suppress(BlockingIOError), locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 shutil.rmtree(self.root / name, ignore_errors=True)
                 for left_over in self.root.glob(f"tmp-{name}-*"):
                     shutil.rmtree(left_over, ignore_errors=True)
@@ -153,8 +154,18 @@ class _HashedCopies:
             known = self._known.get(folder)
         return known is not None and known[0] == digests and known[1] == _stamps(folder)
 
+    def pause(self) -> None:
+        """Keeps everybody out until ``go_on``."""
+        self._lock.acquire()
+
+    def go_on(self) -> None:
+        """Ends ``pause``."""
+        self._lock.release()
+
 
 _hashed = _HashedCopies()
+# Nobody is in the middle of it when this process forks: the child's copy would be locked for ever.
+os.register_at_fork(before=_hashed.pause, after_in_parent=_hashed.go_on, after_in_child=_hashed.go_on)
 
 
 class _Entry:
@@ -288,27 +299,6 @@ def _private_folder(root: Path) -> None:
     for folder, info in found.items():
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
             raise StoreDeniedError(f"{folder} is no folder of this user alone; name a private one in {_ENVIRONMENT}")
-
-
-@contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    """Holds a file lock. The file may be removed by whoever had it before: then a new one is taken."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, how)
-            if _is_still(handle, path):
-                yield
-                return
-        finally:
-            os.close(handle)
-
-
-def _is_still(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _files(folder: Path) -> Iterator[Path]:

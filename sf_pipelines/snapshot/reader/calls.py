@@ -5,6 +5,7 @@ shards that are not in memory. Whoever runs it waits in its own way and sends th
 and the treatment of failures exist once for the sync and the async readers.
 """
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -214,4 +215,5 @@ def _lost(terms: Terms, shard: int, error: SfPipelinesError) -> None:
 def _seconds(timeout: float) -> float:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
         raise QueryError(f"timeout must be a number of seconds above 0, or None (got {timeout!r})")
-    return float(timeout)
+    # Locks can wait 292 years; nobody will ask for the rest.
+    return min(float(timeout), threading.TIMEOUT_MAX)

@@ -61,7 +61,7 @@ def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[Non
 def _told(stopped: "SimpleQueue[None]", seconds: float) -> bool:
     """Whether the thread is to end; waits so long for it."""
     try:
-        stopped.get(timeout=seconds)
+        stopped.get(timeout=min(seconds, threading.TIMEOUT_MAX))
     except Empty:
         return False
     return True

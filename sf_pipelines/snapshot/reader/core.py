@@ -182,6 +182,11 @@ class ReaderCore:
         with call.terms.reported(self.events, call.event, self.kind):
             return await self._runner.run_async(call)
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a rate limiter."""
+        return self._runner.limiter is not None
+
     def admitted(self, count: int) -> Steps[None]:
         """The part of a call that waits for the rate limiter.
 

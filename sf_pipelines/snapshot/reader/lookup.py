@@ -69,12 +69,13 @@ def _values(
     given, known = list(keys), core.state
     # A wrong key costs no tokens, and while the call waits for them it holds no snapshot.
     stored = _encoded(given, known.key_encoding)
+    shards = _shards_of(known, given, stored, routing_context)
     yield from core.admitted(len(given))
     with core.serving() as serving:
         state = serving.state
         if state is not known:
             stored = _encoded(given, state.key_encoding)
-        shards = _shards_of(state, given, stored, routing_context)
+            shards = _shards_of(state, given, stored, routing_context)
         values: list[bytes | None] = [None] * len(given)
 
         def fetch_of(shard: int) -> Callable[[OpenShard], None]:

@@ -1,5 +1,6 @@
 """Searching, for all readers: a query goes to the shards of its plan, their hits become one answer."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -27,6 +28,7 @@ from sf_pipelines.snapshot.reader.plan import (
     plan_for,
     stock_plan,
 )
+from sf_pipelines.snapshot.reader.state import SnapshotState
 from sf_pipelines.snapshot.reader.types import SearchArrays, SearchResult, VectorSearchResponse
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
@@ -88,14 +90,17 @@ def _search(
     # A wrong call costs no tokens, and while it waits for them it holds no snapshot.
     known = core.state
     rows = as_queries(queries, known.dim, known.metric)
-    yield from core.admitted(len(rows))
+    k = hits_of(known, top_k)
+    if core.is_limited:
+        # All of it is planned for the errors: contexts may be one for each query.
+        deque(_planned(known, rows, wanted, k), maxlen=0)
+        yield from core.admitted(len(rows))
     with core.serving() as serving:
         if serving.state is not known:
-            rows = _rows(serving, queries)
-        k = hits_of(serving.state, top_k)
+            rows, k = _rows(serving, queries), hits_of(serving.state, top_k)
         ask = _Asking(core, serving, terms)
         found: list[tuple[list[list[SearchResult]], Plan, dict[int, SfPipelinesError]]] = []
-        for at, part in _planned(serving, rows, wanted, k):
+        for at, part in _planned(serving.state, rows, wanted, k):
             results = yield from ask.results(part, rows[at], k, include_vectors=include_vectors)
             found.append((results, part, dict(terms.missing)))
         elapsed = terms.elapsed_ms
@@ -118,7 +123,7 @@ def search_arrays(core: ReaderCore, queries: ArrayLike, top_k: int, wanted: Want
     def steps() -> Steps[SearchArrays]:
         with core.serving() as serving:
             rows, k = _rows(serving, queries), columns_of(top_k)
-            return (yield from _Asking(core, serving, terms).arrays(_planned(serving, rows, wanted, k), rows, k))
+            return (yield from _Asking(core, serving, terms).arrays(_planned(serving.state, rows, wanted, k), rows, k))
 
     terms = Terms()
     return Call(None, terms, steps())
@@ -317,12 +322,12 @@ def _shortfall(serving: Serving, found: int, asked: list[int], missing: list[int
     return text if len(asked) == len(shards) else f"{text}; ask more shards"
 
 
-def _planned(serving: Serving, rows: Float32, wanted: Wanted, k: int) -> Iterator[tuple[slice, Plan]]:
+def _planned(state: SnapshotState, rows: Float32, wanted: Wanted, k: int) -> Iterator[tuple[slice, Plan]]:
     """The batch in parts that bound the memory of routing and of merging."""
-    step = max(1, _CELLS // serving.state.manifest.num_dbs)
+    step = max(1, _CELLS // state.manifest.num_dbs)
     for start in range(0, max(1, len(rows)), step):
         block = slice(start, min(start + step, len(rows)))
-        for at, part in _parts(plan_for(serving.state, rows[block], wanted.of(block, len(rows))), k):
+        for at, part in _parts(plan_for(state, rows[block], wanted.of(block, len(rows))), k):
             yield slice(start + at.start, start + at.stop), part
 
 

@@ -53,8 +53,8 @@ class AsyncReader(Facing):
         opening = _in_thread(ReaderCore, root, settings, cls._kind)
         try:
             return cls(await asyncio.wrap_future(opening))
-        except asyncio.CancelledError:
-            # The thread may be at it still, and nobody else will close what it opens.
+        except BaseException:
+            # Cancelled, or the loop has ended: the thread may be at it still, and nobody else will close what it opens.
             opening.add_done_callback(_close_opened)
             raise
 

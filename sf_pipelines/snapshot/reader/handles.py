@@ -89,7 +89,7 @@ class OpenShard:
         index = self._index
         if index is None:
             with self._lock:
-                index = self._index = self._index or self._opened(self._open_index, self._check_vectors)
+                index = self._index = self._index or self._opened_index()
         return index
 
     @property
@@ -131,6 +131,14 @@ class OpenShard:
             for part in (self._index, self._keys):
                 if part is not None:
                     part.close()
+
+    def _opened_index(self) -> ShardIndex:
+        with ExitStack() as on_failure:
+            # What cannot be opened takes no room from others.
+            on_failure.callback(setattr, self, "reserved", 0)
+            index = self._opened(self._open_index, self._check_vectors)
+            on_failure.pop_all()
+        return index
 
     def _open_index(self) -> ShardIndex:
         backend = _backend_of(self._state, self._folder)
@@ -284,7 +292,13 @@ class ShardHandles:
     @contextmanager
     def borrow(self, db_id: int) -> Iterator[OpenShard]:
         """An opened shard that stays open for as long as the block lasts; errors as of ``acquire``."""
-        handle = self.acquire(db_id).result()
+        future = self.acquire(db_id)
+        try:
+            handle = future.result()
+        except BaseException:
+            # Interrupted while the shard was being opened: it may come still.
+            self.abandon(future)
+            raise
         try:
             yield handle.shard
         finally:

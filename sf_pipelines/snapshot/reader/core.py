@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,6 +182,11 @@ class ReaderCore:
         self.check_process()
         with call.terms.reported(self.events, call.event, self.kind):
             return await self._runner.run_async(call)
+
+    @property
+    def idle_threads(self) -> Executor | None:
+        """Threads that may help with a product; None where other calls need the cores as well."""
+        return self._runner.threads if self._calls == 1 else None
 
     @property
     def is_limited(self) -> bool:

@@ -129,8 +129,9 @@ class Candidates:
         if least is None:
             return near.query, near.column
         # One column stands for all places.
-        least = least[answer.queries, answer.places if least.shape[1] > 1 else 0] - near.bound
-        kept = np.flatnonzero(near.key >= least[near.query])
+        places = answer.places if least.shape[1] > 1 else np.zeros_like(answer.places)
+        needed = least[answer.queries, places] - near.bound
+        kept = np.flatnonzero(near.key >= needed[near.query])
         return near.query[kept], near.column[kept]
 
 

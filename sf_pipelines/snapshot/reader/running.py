@@ -46,12 +46,12 @@ class Runner:
     def __init__(self, concurrency: int, limiter: RateLimiter | None) -> None:
         self.limiter = limiter
         self._concurrency = concurrency
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sf-pipelines-search")
+        self.threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sf-pipelines-search")
         self.openers = ThreadPoolExecutor(concurrency, thread_name_prefix="sf-pipelines-open")
 
     def shut_down(self) -> None:
         """Lets the threads end when they have done what they were given."""
-        self._threads.shutdown(wait=False)
+        self.threads.shutdown(wait=False)
         self.openers.shutdown(wait=False)
 
     # By threads.
@@ -206,7 +206,7 @@ class Runner:
     def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Has a thread do something, with the caller's context variables (of tracing, for one)."""
         try:
-            return self._threads.submit(copy_context().run, work, *arguments)
+            return self.threads.submit(copy_context().run, work, *arguments)
         except RuntimeError as error:
             raise ReaderClosedError("the reader was closed during a call; open another one") from error
 

@@ -1,8 +1,9 @@
 """Searching, for all readers: a query goes to the shards of its plan, their hits become one answer."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.errors import SfPipelinesError
 from sf_pipelines.snapshot.index.protocol import ShardHits, ShardIndex
-from sf_pipelines.snapshot.index.scan import Near
+from sf_pipelines.snapshot.index.scan import MemoryScan, Near, near_all
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, Terms, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore, Serving
@@ -35,6 +36,7 @@ from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 # Cells (queries x shards x hits) that are merged at a time: 2 million take about 100 MB.
 _CELLS = 2_000_000
 
+_Part = tuple[int, NDArray[np.int64], NDArray[np.int64]]
 Ask = Callable[[ShardIndex, Float32, int], ShardHits | Near]
 
 
@@ -212,23 +214,61 @@ class _Asking:
                 return results
 
     def _answers(self, plan: Plan, queries: Float32, k: int) -> Steps[list[ShardAnswer]]:
-        shards = self._state.shards
-        jobs = [
-            Job(shard, self._search_of(shard, which, places, queries, k))
-            for shard, which, places in plan.by_shard()
-            if shards[shard].key is not None and shard not in self._terms.missing
+        parts = [
+            part
+            for part in plan.by_shard()
+            if self._state.shards[part[0]].key is not None and part[0] not in self._terms.missing
         ]
         # What is asked as stock readers do is asked of the library, however many vectors are held.
-        quick = _is_in_memory if self._ask is exactly else _never
-        found = yield from each_shard(self._handles, jobs, self._terms, quick)
-        return [found[job.shard] for job in jobs if job.shard in found]
+        scanned, rest = self._scanned(parts, queries, k) if self._ask is exactly else ([], parts)
+        jobs = [Job(part[0], self._search_of(part, queries, k)) for part in rest]
+        found = yield from each_shard(self._handles, jobs, self._terms, _never)
+        return scanned + [found[job.shard] for job in jobs if job.shard in found]
 
-    def _search_of(
-        self, shard: int, which: NDArray[np.int64], places: NDArray[np.int64], queries: Float32, k: int
-    ) -> Callable[[OpenShard], ShardAnswer]:
+    def _scanned(self, parts: list[_Part], queries: Float32, k: int) -> tuple[list[ShardAnswer], list[_Part]]:
+        """Scans the shards that are in memory, right here and together; what is left is for others to do.
+
+        That takes less than a millisecond a shard and uses idle cores itself: handing it to threads makes it slower.
+        """
+        ready: list[tuple[_Part, MemoryScan]] = []
+        rest: list[_Part] = []
+        with ExitStack() as held:
+            for part in parts:
+                handle = None if self._terms.left == 0 else self._handles.take_open(part[0], _is_in_memory)
+                scan = None
+                if handle is not None:
+                    held.callback(self._handles.give_back, handle)
+                    scan = handle.shard.index.scan()
+                if scan is None:
+                    rest.append(part)
+                else:
+                    ready.append((part, scan))
+            started = time.perf_counter()
+            jobs = [(scan, part[1]) for part, scan in ready]
+            found = near_all(queries, jobs, k, self._core.idle_threads) if jobs else []
+        if self._core.events is not SILENT:
+            self._tell_scans([part for part, _ in ready], found, (time.perf_counter() - started) * 1000)
+        return [ShardAnswer(*part, near) for (part, _), near in zip(ready, found, strict=True)], rest
+
+    def _tell_scans(self, parts: list[_Part], found: list[Near], elapsed_ms: float) -> None:
+        """They were one piece of work: each tells the time of all."""
+        for (shard, which, _), near in zip(parts, found, strict=True):
+            facts: dict[str, Value] = {
+                EventField.KIND: self._state.kind,
+                EventField.STATUS: "ok",
+                EventField.SHARD: shard,
+                EventField.QUERIES: len(which),
+                EventField.RESULTS: len(near.query),
+                EventField.LATENCY_MS: elapsed_ms,
+            }
+            self._core.events.emit(EventName.SHARD_SEARCH, facts)
+
+    def _search_of(self, part: _Part, queries: Float32, k: int) -> Callable[[OpenShard], ShardAnswer]:
+        shard, which, _ = part
+
         def run(opened: OpenShard) -> ShardAnswer:
             asked = queries if len(which) == len(queries) else queries[which]
-            return ShardAnswer(shard, which, places, self._ask(opened.index, asked, k))
+            return ShardAnswer(*part, self._ask(opened.index, asked, k))
 
         return run if self._core.events is SILENT else self._told(shard, len(which), run)
 
@@ -260,10 +300,10 @@ class _Asking:
         def fetch_of(shard: int) -> Callable[[OpenShard], None]:
             def fetch(opened: OpenShard) -> None:
                 at = np.nonzero(merged.shards == shard)
-                wanted, back = np.unique(merged.rows[at], return_inverse=True)
-                payloads[at] = _objects(_each_its_own(opened.index.payloads(wanted), back.tolist()))
+                rows = merged.rows[at]
+                payloads[at] = _objects(opened.index.payloads(rows))
                 if include_vectors:
-                    vectors[at] = _objects(list(opened.index.vectors(wanted)[back]))
+                    vectors[at] = _objects(list(opened.index.vectors(rows)))
 
             return fetch
 
@@ -352,13 +392,6 @@ def _joined(parts: list[SearchArrays], k: int) -> SearchArrays:
         scores=np.concatenate([part.scores for part in parts]),
         counts=np.concatenate([part.counts for part in parts]),
     )
-
-
-def _each_its_own(payloads: list[dict[str, Any] | None], back: list[int]) -> list[dict[str, Any] | None]:
-    """The payload of each hit; rows that several queries hit give each a copy, so that nobody changes another's."""
-    if len(payloads) == len(back):
-        return [payloads[place] for place in back]
-    return [deepcopy(payloads[place]) for place in back]
 
 
 def _objects(values: list[Any]) -> NDArray[Any]:

@@ -1,0 +1,284 @@
+"""Closing at any moment, deadlines, what a call costs, events: the blocking readers."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sf_pipelines.snapshot.errors import (
+    DeadlineError,
+    QueryError,
+    RateLimitError,
+    ReaderClosedError,
+    StoreUnavailableError,
+)
+from sf_pipelines.snapshot.reader.events import RecordingEvents
+from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
+from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines_tests.racing import (
+    PATIENCE,
+    QUERIES,
+    Checkouts,
+    HeldScans,
+    K,
+    Servings,
+    Turns,
+    calls_on,
+    check_idle,
+    eventually,
+    no_leaks,
+    open_files,
+    run_threads,
+    serving_of,
+    users_of,
+)
+
+FIRST = "/db=00000/"
+
+
+def opened(turns: Turns, tmp_path: Path, **options: Any) -> Any:
+    kind = UnifiedShardedReader if turns.unified else ShardedVectorReader
+    return kind(turns.root, cache_dir=tmp_path / "cache", **options)
+
+
+# Closing.
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_a_search_that_is_under_way_ends_well_after_the_reader_was_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: bool
+) -> None:
+    turns, scans = Turns(tmp_path / "root"), None
+    with no_leaks(tmp_path / "cache"):
+        reader = opened(turns, tmp_path)
+        if preload:
+            reader.batch_search(QUERIES, K)
+        scans = HeldScans(monkeypatch)
+
+        def close() -> None:
+            assert scans.reached.wait(PATIENCE)
+            # Twice, and by several at once.
+            run_threads([reader.close] * 3)
+            reader.close()
+            assert open_files(tmp_path / "cache") > 0
+            with pytest.raises(ReaderClosedError, match="was closed"):
+                reader.search(QUERIES[0], K)
+            scans.go.set()
+
+        seen, _ = run_threads([calls_on(reader, turns)[0], close])
+        assert seen == 0
+        assert reader.health().status == "unhealthy"
+        check_idle(serving_of(reader))
+        assert serving_of(reader).handles.open_shards == []
+
+
+def test_a_reader_that_is_closed_while_it_opens_a_shard_still_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, checkouts = Turns(tmp_path / "root"), Checkouts(monkeypatch, hold=lambda _: True)
+    with no_leaks(tmp_path / "cache"):
+        reader = opened(turns, tmp_path)
+
+        def close() -> None:
+            assert checkouts.reached.wait(PATIENCE)
+            reader.close()
+            checkouts.go.set()
+
+        seen, _ = run_threads([calls_on(reader, turns)[0], close])
+        assert seen == 0
+
+
+def test_a_shard_that_comes_after_everybody_has_gone_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, checkouts = Turns(tmp_path / "root"), Checkouts(monkeypatch, hold=lambda _: True)
+    with no_leaks(tmp_path / "cache"):
+        reader = opened(turns, tmp_path)
+        with pytest.raises(DeadlineError, match=r"shard 0 had not answered after 0\.05 s"):
+            reader.search(QUERIES[0], K, shard_ids=[0], timeout=0.05)
+        serving = serving_of(reader)
+        assert (serving.users, list(serving.handles._waiting)) == (0, [0])
+        reader.close()
+        checkouts.go.set()
+        check_idle(serving)
+        eventually(lambda: serving.handles.open_shards == [])
+
+
+def test_a_refresh_of_a_closed_reader_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, servings = Turns(tmp_path / "root", 2), Servings(monkeypatch)
+    checkouts = Checkouts(monkeypatch, hold=lambda prefix: turns.manifests[1].run_id in prefix)
+    with no_leaks(tmp_path / "cache"):
+        reader = opened(turns, tmp_path, preload=True)
+        turns.move(1)
+
+        def refresh() -> None:
+            with pytest.raises(ReaderClosedError, match="while it was refreshed"):
+                reader.refresh()
+
+        def close() -> None:
+            assert checkouts.reached.wait(PATIENCE)
+            reader.close()
+            checkouts.go.set()
+
+        run_threads([refresh, close])
+        servings.check_closed()
+        assert len(servings.made) == 2
+
+
+def test_a_reader_that_is_forgotten_leaves_nothing_behind(tmp_path: Path) -> None:
+    turns = Turns(tmp_path / "root")
+    with no_leaks(tmp_path / "cache"):
+        reader = opened(turns, tmp_path, refresh_interval=3600)
+        reader.search(QUERIES[0], K)
+        reader._core.itself = reader._core  # found by the garbage collector, in whatever thread that runs
+        del reader
+
+
+def test_every_call_on_a_closed_reader_says_so(tmp_path: Path) -> None:
+    turns = Turns(tmp_path / "root", unified=True)
+    reader = opened(turns, tmp_path, rate_limiter=RateLimiter(1000))
+    reader.close()
+    calls: list[Callable[[], Any]] = [
+        *calls_on(reader, turns),
+        reader.refresh,
+        reader.snapshot_info,
+        reader.shard_details,
+        lambda: reader.route_key(1),
+        lambda: reader.vector_meta,
+        lambda: reader.explain(QUERIES[0]),
+        lambda: reader.search_arrays(QUERIES, K),
+    ]
+    for call in calls:
+        with pytest.raises(ReaderClosedError, match="was closed"):
+            call()
+
+
+# Deadlines.
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_what_came_in_time_is_answered_when_a_shard_is_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: bool
+) -> None:
+    turns = Turns(tmp_path / "root")
+    checkouts = Checkouts(monkeypatch, hold=lambda prefix: FIRST in prefix)
+    with no_leaks(tmp_path / "cache"), opened(turns, tmp_path) as reader:
+        if warm:
+            reader.search(QUERIES[0], K, shard_ids=[1, 2])
+        part = reader.search(QUERIES[0], K, shard_ids=[1, 2])
+        answer = reader.search(QUERIES[0], K, timeout=0.2, partial=True)
+        assert answer.results == part.results
+        assert answer.missing_shards == [0]
+        assert isinstance(answer.errors[0], DeadlineError)
+        assert answer.shortfall is None or "shards 0 did not answer" in answer.shortfall
+        checkouts.go.set()
+        check_idle(serving_of(reader))
+        assert calls_on(reader, turns)[0]() == 0
+
+
+def test_late_shards_in_memory_are_given_back(tmp_path: Path) -> None:
+    turns = Turns(tmp_path / "root")
+    with opened(turns, tmp_path, preload=True) as reader:
+        with pytest.raises(DeadlineError):
+            reader.search(QUERIES[0], K, timeout=1e-9)
+        answer = reader.search(QUERIES[0], K, timeout=1e-9, partial=True)
+        assert (answer.results, sorted(answer.missing_shards)) == ([], [0, 1, 2])
+        assert not any(users_of(serving_of(reader)))
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_a_timeout_may_be_as_long_as_one_likes(tmp_path: Path, timeout: float) -> None:
+    turns = Turns(tmp_path / "root")
+    with opened(turns, tmp_path, refresh_interval=timeout) as reader:
+        turns.check([reader.search(QUERIES[0], K, timeout=timeout)], QUERIES[:1])
+
+
+# Rate limiting.
+
+
+def test_a_wrong_call_costs_no_tokens(tmp_path: Path) -> None:
+    turns, limiter = Turns(tmp_path / "root", unified=True), RateLimiter(1e-9, burst=6)
+    with opened(turns, tmp_path, rate_limiter=limiter) as reader:
+        wrong: list[Callable[[], Any]] = [
+            lambda: reader.search([1.0], K),
+            lambda: reader.search(QUERIES[0], 0),
+            lambda: reader.search(QUERIES[0], K, num_probes=1),
+            lambda: reader.search(QUERIES[0], K, shard_ids=[99]),
+            lambda: reader.search(QUERIES[0], K, routing_context={"a": 1}),
+            lambda: reader.search(QUERIES[0], K, timeout=0),
+            lambda: reader.get("text"),
+            lambda: reader.get(1, routing_context={"a": 1}),
+            lambda: reader.multi_get([1, "text"]),
+            lambda: reader.multi_get("text"),
+        ]
+        for call in wrong:
+            with pytest.raises(QueryError):
+                call()
+        # Right calls cost one for each query and key; nothing costs nothing.
+        reader.search(QUERIES[0], K)
+        reader.get(1)
+        reader.batch_search(QUERIES[:2], K)
+        reader.multi_get([1, 2])
+        assert (reader.batch_search([], K), reader.multi_get([])) == ([], {})
+        for call in (lambda: reader.get(1, timeout=1), lambda: reader.search(QUERIES[0], K, timeout=1)):
+            with pytest.raises(RateLimitError, match="longer than the timeout"):
+                call()
+
+
+# Events.
+
+
+class Broken:
+    """A listener that fails on everything."""
+
+    def emit(self, name: str, attributes: Any) -> None:
+        raise RuntimeError(f"{name} {attributes}")
+
+
+def test_each_call_tells_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, events = Turns(tmp_path / "root", unified=True), RecordingEvents()
+    checkouts = Checkouts(monkeypatch)
+    with opened(turns, tmp_path, events=events) as reader:
+        for call in calls_on(reader, turns):
+            call()
+        told = [(name, fields) for name, fields in events.records if name not in {"reader.shard_search"}]
+        told = [(name, fields) for name, fields in told if not name.startswith(("reader.shard_", "reader.init"))]
+        assert [name for name, _ in told] == ["reader.search", "reader.search", "reader.multi_get", "reader.get"]
+        assert all(fields.pop("latency_ms") > 0 and fields.pop("kind") == "unified" for _, fields in told)
+        assert [fields for _, fields in told] == [
+            {"status": "ok", "queries": 3, "shards": 3, "results": 3 * K},
+            {"status": "ok", "queries": 1, "shards": 3, "results": K},
+            {"status": "ok", "keys": 24, "shards": 3, "results": 24},
+            {"status": "ok", "results": 1},
+        ]
+        assert len(events.named("reader.shard_search")) == 6
+        assert len(events.named("reader.shard_opened")) == 3
+        events.clear()
+        with pytest.raises(QueryError):
+            reader.search(QUERIES[0], 0)
+        assert [(name, fields["status"], fields["error"]) for name, fields in events.records] == [
+            ("reader.search", "error", "reader.query")
+        ]
+    assert len(events.named("reader.shard_closed")) == 3
+    assert len(events.named("reader.closed")) == 1
+    checkouts.error = StoreUnavailableError("the store is away")
+    events.clear()
+    with opened(turns, tmp_path, events=events) as reader:
+        with pytest.raises(StoreUnavailableError):
+            reader.get(1)
+        answer = reader.search(QUERIES[0], K, partial=True)
+        assert answer.missing_shards == [0, 1, 2]
+        (got,), (searched,) = events.named("reader.get"), events.named("reader.search")
+        assert (got["status"], got["error"], searched["status"]) == ("error", "store.unavailable", "partial")
+    events.clear()
+
+
+def test_a_listener_that_fails_breaks_nothing(tmp_path: Path) -> None:
+    turns = Turns(tmp_path / "root", 2, unified=True)
+    with no_leaks(tmp_path / "cache"), opened(turns, tmp_path, events=Broken(), rate_limiter=RateLimiter(1e6)) as reader:
+        for call in calls_on(reader, turns):
+            assert call() == 0
+        turns.move(1)
+        assert reader.refresh()
+        assert calls_on(reader, turns)[0]() == 1
+        check_idle(serving_of(reader))

@@ -2,24 +2,32 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.errors import (
     DeadlineError,
+    IntegrityError,
     QueryError,
     RateLimitError,
     ReaderClosedError,
     StoreUnavailableError,
 )
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend
+from sf_pipelines.snapshot.metric import DistanceMetric
+from sf_pipelines.snapshot.reader import handles
 from sf_pipelines.snapshot.reader.events import RecordingEvents
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines.snapshot.routing.hash import HashRouting
 from sf_pipelines_tests.racing import (
     PATIENCE,
     QUERIES,
+    ROWS,
     Checkouts,
     HeldScans,
     K,
@@ -34,6 +42,7 @@ from sf_pipelines_tests.racing import (
     serving_of,
     users_of,
 )
+from sf_pipelines_tests.snapshots import publish_by_hand
 
 FIRST = "/db=00000/"
 
@@ -282,3 +291,84 @@ def test_a_listener_that_fails_breaks_nothing(tmp_path: Path) -> None:
         assert reader.refresh()
         assert calls_on(reader, turns)[0]() == 1
         check_idle(serving_of(reader))
+
+
+# Between the check of a call and its run.
+
+
+@pytest.mark.parametrize("encoding", ["u32be", "utf8"])
+def test_a_call_that_waited_for_tokens_is_about_the_snapshot_that_is_served_then(tmp_path: Path, encoding: str) -> None:
+    """It was checked against the one before; keys are stored in another way now, in other shards."""
+    turns = Turns(tmp_path / "root", 2, unified=True)
+    keys = list(range(ROWS)) if encoding == "u32be" else [f"k{at}" for at in range(ROWS)]
+    wide = np.concatenate([turns.vectors[0], turns.vectors[0]], axis=1)
+    with opened(turns, tmp_path, rate_limiter=(limiter := RateLimiter(50, burst=1))) as reader:
+
+        def refresh() -> None:
+            eventually(lambda: len(limiter._waiting) == 2)
+            publish_by_hand(
+                turns.store,
+                keys,
+                wide,
+                routing=HashRouting(7),
+                values=[b"new"] * ROWS,
+                key_encoding=encoding,
+                metric=DistanceMetric.L2,
+                backend="sqlite-vec",
+                ours=True,
+            )
+            assert reader.refresh()
+
+        def look_up() -> Any:
+            try:
+                return reader.multi_get(range(ROWS))
+            except QueryError as error:
+                return error
+
+        def search() -> None:
+            with pytest.raises(QueryError, match="must have 8 numbers"):
+                reader.batch_search(np.tile(QUERIES, (8, 1)), K)
+
+        limiter._edge += 1.0  # the bucket is empty, and full enough only after the refresh
+        found, *_ = run_threads([look_up, search, refresh])
+        if encoding == "u32be":
+            assert found == dict.fromkeys(range(ROWS), b"new")
+        else:
+            assert isinstance(found, QueryError)
+
+
+# What goes wrong on the way.
+
+
+class Interrupted(Future[Any]):
+    """Ctrl-C while somebody waits for it."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_shards_are_loaded_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(tmp_path / "root")
+    with no_leaks(tmp_path / "cache"):
+        monkeypatch.setattr(handles, "Future", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened(turns, tmp_path, preload=True)
+
+
+def test_a_shard_that_cannot_be_opened_takes_no_memory_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(tmp_path / "root")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise IntegrityError("broken")
+
+    with opened(turns, tmp_path) as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteVecBackend, "open", broken)
+            with pytest.raises(IntegrityError, match="shard 0 .* cannot be read: broken"):
+                reader.search(QUERIES[0], K, shard_ids=[0])
+        assert serving_of(reader).handles.memory_bytes == 0
+        assert calls_on(reader, turns)[0]() == 0

@@ -68,7 +68,7 @@ chromium:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; \
 	  else echo "chromium or chromedriver is missing: the browser tests will be skipped"; fi; fi
 
-bench: install-dev  ## measure build, memory, recall and search
+bench: install-dev  ## measure build, memory, recall, search and look-ups (readers)
 	$(BIN)/python -m sf_pipelines_tests.benchmarks
 
 clean:  ## remove the environment, the demo's data and Dagster's runs

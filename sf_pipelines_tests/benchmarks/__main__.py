@@ -2,12 +2,13 @@
 
 import sys
 
-from sf_pipelines_tests.benchmarks import build, memory, quantization, routing, sqlite_vec
+from sf_pipelines_tests.benchmarks import build, memory, quantization, readers, routing, sqlite_vec
 
 RUNS = {
     "build": build.main,
     "memory": memory.main,
     "quantization": quantization.main,
+    "readers": readers.main,
     "routing": routing.main,
     "sqlite-vec": sqlite_vec.main,
 }

@@ -42,12 +42,17 @@ BUILD_VERSION = 1
 class S3Options(ConfigModel):
     """One set of credentials for every client. What is left out comes from the environment (``AWS_*``).
 
+    A server that does not answer is given up after about ``timeout`` seconds: what may pass is tried again, but not for
+    longer than that altogether, from the first request on.
+
     Attributes:
         endpoint_url: for servers other than AWS; ``http://`` is allowed when it says so.
         region: bucket's region.
         access_key_id: key id.
         secret_access_key: secret.
         session_token: for temporary credentials.
+        timeout: seconds for one request.
+        retries: how often a request is repeated that failed in a way that may pass.
     """
 
     endpoint_url: str | None = None
@@ -55,6 +60,8 @@ class S3Options(ConfigModel):
     access_key_id: str | None = None
     secret_access_key: SecretStr | None = None
     session_token: SecretStr | None = None
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    retries: Annotated[int, Field(ge=0, le=100)] = 4
 
 
 class KeyValueSpec(ConfigModel):

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from obstore.store import S3Config
 
 _CHUNK = 4 * 1024 * 1024
+_PART = 32 * 1024 * 1024
 _LOCK_NAME = ".sf_pipelines.lock"
 _QUOTE_SAFE = "/:=@+,~"
+# Of stores that are opened without options; as the defaults of S3Options.
+_TIMEOUT, _RETRIES = 60.0, 4
 
 _memory_stores: dict[str, MemoryStore] = {}
 # The process that first read or wrote by obstore, if one did: its threads are not in processes forked from it.
@@ -56,6 +59,8 @@ class Credentials(Protocol):
     access_key_id: str | None
     secret_access_key: Any
     session_token: Any
+    timeout: float
+    retries: int
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,7 @@ class Store:
         digest, size = hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._translated("read", key), path.open("wb") as file:
-            for chunk in self._backend.get(key).stream(min_chunk_size=_CHUNK):
-                data = bytes(chunk)
+            for data in self._chunks(key):
                 file.write(data)
                 digest.update(data)
                 size += len(data)
@@ -225,9 +229,22 @@ class Store:
         """SHA-256 (hex) of the bytes that are stored now."""
         digest = hashlib.sha256()
         with self._translated("read", key):
-            for chunk in self._backend.get(key).stream(min_chunk_size=_CHUNK):
-                digest.update(chunk)
+            for data in self._chunks(key):
+                digest.update(data)
         return digest.hexdigest()
+
+    def _chunks(self, key: str) -> Iterator[bytes]:
+        """The bytes of one version of an object. A request has a time limit: large objects take several requests."""
+        result = self._backend.get(key)
+        size, etag = result.meta["size"], result.meta["e_tag"]
+        if size <= _PART:
+            yield from map(bytes, result.stream(min_chunk_size=_CHUNK))
+            return
+        for start in range(0, size, _PART):
+            options: GetOptions = {"range": (start, min(start + _PART, size))}
+            if etag:
+                options["if_match"] = etag
+            yield from map(bytes, self._backend.get(key, options=options).stream(min_chunk_size=_CHUNK))
 
     # Writing.
 
@@ -429,18 +446,19 @@ def _s3_backend(bucket: str, prefix: str, s3: Credentials | None) -> S3Store:
         options |= {"endpoint": endpoint, "virtual_hosted_style_request": "false"}
     if "region" not in options and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
         options["region"] = "us-east-1"
+    timeout = _TIMEOUT if s3 is None else s3.timeout
     return S3Store(
         bucket,
         prefix=prefix or None,
         config=cast("S3Config", options),
         client_options={
             "allow_http": bool(endpoint and urlsplit(endpoint).scheme == "http"),
-            "timeout": timedelta(seconds=60),
-            "connect_timeout": timedelta(seconds=5),
+            "timeout": timedelta(seconds=timeout),
+            "connect_timeout": timedelta(seconds=min(5.0, timeout)),
         },
         retry_config={
-            "max_retries": 4,
-            "retry_timeout": timedelta(seconds=60),
+            "max_retries": _RETRIES if s3 is None else s3.retries,
+            "retry_timeout": timedelta(seconds=timeout),
             "backoff": {
                 "base": 2.0,
                 "init_backoff": timedelta(milliseconds=100),

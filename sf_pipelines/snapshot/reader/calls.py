@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from sf_pipelines.snapshot.errors import DeadlineError, QueryError, SfPipelinesError
+from sf_pipelines.snapshot.errors import DeadlineError, IntegrityError, QueryError, SfPipelinesError, StoreError
 from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, Value
 from sf_pipelines.snapshot.reader.handles import OpenShard, ShardHandles
+
+# A shard's own failures. Others are of the call or of the reader, and every shard would have them.
+_OF_A_SHARD = (StoreError, IntegrityError, DeadlineError)
 
 AnswerT = TypeVar("AnswerT")
 ResultT = TypeVar("ResultT")
@@ -93,6 +96,10 @@ class Terms:
         """Milliseconds since the call began."""
         return (time.perf_counter() - self.started) * 1000
 
+    def does_without(self, error: SfPipelinesError) -> bool:
+        """Whether the call goes on without a shard that failed so."""
+        return self.partial and isinstance(error, _OF_A_SHARD)
+
     def late(self, shard: int) -> DeadlineError:
         """The error of a shard that did not answer in time."""
         return DeadlineError(
@@ -165,7 +172,7 @@ def each_shard(
         The answers by shard.
 
     Raises:
-        SfPipelinesError: a shard failed or was late, and the caller wants all.
+        SfPipelinesError: a shard failed or was late, and the caller wants all; or no shard can answer this call.
     """
     found: dict[int, AnswerT] = {}
     slow: list[Job[AnswerT]] = []
@@ -207,7 +214,7 @@ def _is_open(opened: OpenShard) -> bool:
 
 
 def _lost(terms: Terms, shard: int, error: SfPipelinesError) -> None:
-    if not terms.partial:
+    if not terms.does_without(error):
         raise error
     terms.missing[shard] = error
 

@@ -84,7 +84,8 @@ class Runner:
                     return outcomes | {job.shard: terms.late(job.shard) for job in late}
                 for future in done:
                     self._take_turn(request, running.pop(future), future, running, outcomes)
-                if not terms.partial and any(isinstance(found, SfPipelinesError) for found in outcomes.values()):
+                failed = [found for found in outcomes.values() if isinstance(found, SfPipelinesError)]
+                if not all(map(terms.does_without, failed)):
                     return outcomes
             return outcomes
         finally:
@@ -162,7 +163,7 @@ class Runner:
                     outcomes[job.shard] = await self._work_async(request, job)
                 except SfPipelinesError as error:
                     outcomes[job.shard] = error
-                    if not terms.partial:
+                    if not terms.does_without(error):
                         # The group cancels the others.
                         raise
 

@@ -105,7 +105,7 @@ class ReaderCore:
         self._calls = 0
         self.closed = False
         self.failure: Trouble | None = None
-        found = find_snapshot(self.store, settings.manifest_key, settings.fallback)
+        found = find_snapshot(self.store, settings.manifest_key, settings.fallback, kind)
         self.fallback = None if found.instead_of is None else Trouble(found.instead_of, time.monotonic())
         self._runner = Runner(settings.max_concurrency, settings.rate_limiter)
         with ExitStack() as on_failure:

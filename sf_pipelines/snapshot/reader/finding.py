@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError, SnapshotKindError
 from sf_pipelines.snapshot.manifest.pointer import Pointer, manifest_key, parse_manifest_key
 from sf_pipelines.snapshot.manifest.publish import history
-from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed, load_state, read_current
+from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, load_pointed, load_state, read_current
 from sf_pipelines.snapshot.store import Store
 
 # What another manifest may be better than: damage that stays. A store that cannot be reached is not.
@@ -25,19 +25,21 @@ class Found:
     instead_of: str | None = None
 
 
-def find_snapshot(store: Store, pinned: str | None, fallback: int) -> Found:
+def find_snapshot(store: Store, pinned: str | None, fallback: int, kind: SnapshotKind) -> Found:
     """The pinned manifest's snapshot, else that of the pointer, else an older one where that is asked for.
 
     Args:
         store: opened on the root.
         pinned: key of a manifest.
         fallback: older manifests to try.
+        kind: of those; others are left out.
 
     Raises:
         SnapshotNotFoundError: nothing is published.
         IntegrityError: the manifest, or all that were tried, are damaged; the error is that of the pointed one.
         ObjectMissingError: they are gone.
-        SnapshotKindError: a manifest has nothing to search.
+        SnapshotKindError: a manifest has nothing to search; or of those that were tried only some of the other kind can
+            be read.
     """
     if pinned is not None:
         return Found(load_state(store, pinned))
@@ -45,12 +47,18 @@ def find_snapshot(store: Store, pinned: str | None, fallback: int) -> Found:
     try:
         return Found(load_pointed(store, pointer))
     except _DAMAGE as error:
+        why = f"{pointer.manifest_ref} cannot be served: {type(error).__name__}: {error}"
+        other: str | None = None
         for key in _older(store, pointer)[:fallback]:
             try:
                 state = load_state(store, key)
             except (*_DAMAGE, SnapshotKindError):
                 continue
-            return Found(state, f"{pointer.manifest_ref} cannot be served: {type(error).__name__}: {error}")
+            if state.kind == kind:
+                return Found(state, why)
+            other = other or store.url_of(key)
+        if other is not None:
+            raise SnapshotKindError(f"{why}; and {other}, which can be, is of another kind of snapshot") from error
         raise
 
 

@@ -104,6 +104,8 @@ class ShardCache:
             entry = _Entry(self.root, digest or shard_digest(objects), store, prefix, sizes, sealed)
         if not sizes:
             raise ObjectMissingError(f"{store.url_of(prefix)} holds no objects; the shard is gone")
+        # Whoever tidies up temporary files may have removed it.
+        _private_folder(self.root)
         with locked(entry.lock, fcntl.LOCK_SH):
             if not entry.is_right():
                 with locked(entry.fill_lock, fcntl.LOCK_EX):

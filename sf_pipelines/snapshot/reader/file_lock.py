@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sf_pipelines.snapshot.errors import StoreError
+
 
 class _Handle:
     """An open lock file, of this process alone.
@@ -17,7 +19,10 @@ class _Handle:
 
     def __init__(self, path: Path) -> None:
         with _opening:
-            self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StoreError(f"cannot keep copies of shards in {path.parent}: {error}") from error
             _held.add(self)
 
     def close(self) -> None:
@@ -54,6 +59,7 @@ def locked(path: Path, how: int) -> Iterator[None]:
         how: as of ``fcntl.flock``.
 
     Raises:
+        StoreError: the file cannot be made.
         BlockingIOError: somebody else has it, and ``how`` says not to wait.
     """
     while True:

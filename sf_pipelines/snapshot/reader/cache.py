@@ -116,6 +116,10 @@ class ShardCache:
             entry.lock.touch()
             yield entry.folder
 
+    def distrust(self, folder: Path) -> None:
+        """Has a copy that was checked out, and whose writer recorded no digests, be fetched again for the next one."""
+        _sealed_file(folder).unlink(missing_ok=True)
+
     def evict(self) -> None:
         """Drops entries that nobody uses, longest unused first, until the rest fits into ``max_bytes``."""
         sizes = {path.name: _size_of(path) for path in self.root.iterdir() if path.is_dir()}
@@ -129,7 +133,7 @@ class ShardCache:
                 shutil.rmtree(self.root / name, ignore_errors=True)
                 for left_over in self.root.glob(f"tmp-{name}-*"):
                     shutil.rmtree(left_over, ignore_errors=True)
-                (self.root / f"{name}.sealed").unlink(missing_ok=True)
+                _sealed_file(self.root / name).unlink(missing_ok=True)
                 (self.root / f"{name}.fill").unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)
                 total -= sizes.get(name, 0)
@@ -185,7 +189,7 @@ class _Entry:
         self.folder = root / name
         self.lock = root / f"{name}.lock"
         self.fill_lock = root / f"{name}.fill"
-        self._sealed_file = root / f"{name}.sealed"
+        self._sealed_file = _sealed_file(self.folder)
         self._store = store
         self._prefix = prefix
         self._sizes = sizes
@@ -301,6 +305,10 @@ def _private_folder(root: Path) -> None:
     for folder, info in found.items():
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
             raise StoreDeniedError(f"{folder} is no folder of this user alone; name a private one in {_ENVIRONMENT}")
+
+
+def _sealed_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.sealed")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -56,6 +56,7 @@ class OpenShard:
 
     Attributes:
         entry: the shard.
+        folder: the copy.
         reserved: bytes that it may keep, held already or not.
     """
 
@@ -68,9 +69,9 @@ class OpenShard:
         may_hold: "Callable[[OpenShard, int], bool]",
     ) -> None:
         self.entry = entry
+        self.folder = folder
         self.reserved = 0
         self._state = state
-        self._folder = folder
         self._name = f"shard {entry.db_id} at {where}"
         self._may_hold = may_hold
         self._lock = threading.Lock()
@@ -98,7 +99,7 @@ class OpenShard:
         keys = self._keys
         if keys is None:
             with self._lock:
-                keys = self._keys = self._keys or self._opened(lambda: KeyValueShard(self._folder), self._check_keys)
+                keys = self._keys = self._keys or self._opened(lambda: KeyValueShard(self.folder), self._check_keys)
         return keys
 
     def warm(self) -> None:
@@ -141,10 +142,10 @@ class OpenShard:
         return index
 
     def _open_index(self) -> ShardIndex:
-        backend = _backend_of(self._state, self._folder)
+        backend = _backend_of(self._state, self.folder)
         size = self.entry.rows * self._state.dim * 4
         in_memory = size <= backend.scan_bytes and self._may_hold(self, size)
-        return _open_with(backend, self._state, self._folder, in_memory=in_memory)
+        return _open_with(backend, self._state, self.folder, in_memory=in_memory)
 
     def _opened(self, opener: Callable[[], PartT], check: Callable[[int], str | None]) -> PartT:
         if self._closed:
@@ -172,11 +173,16 @@ class OpenShard:
 
 
 class Handle:
-    """An opened shard and the hold on its local copy. Its counts belong to ``ShardHandles``."""
+    """An opened shard and the hold on its local copy. Its counts belong to ``ShardHandles``.
+
+    One that turned out to be damaged is given to nobody else: its copy is checked, and fetched again where it is to
+    blame, for whoever asks next.
+    """
 
     def __init__(self, shard: OpenShard, held: ExitStack) -> None:
         self.shard = shard
         self.held = held
+        self.damaged = False
         self.users = 0
         self.last_use = time.monotonic()
         self.counted = 0
@@ -274,6 +280,12 @@ class ShardHandles:
             handle.last_use = time.monotonic()
             # Looking through all shards costs more than most searches: only where something may have changed.
             crowded = self._crowded or self._closed or handle.shard.memory_bytes != handle.counted
+            db_id = handle.shard.entry.db_id
+            if handle.damaged and self._handles.get(db_id) is handle:
+                del self._handles[db_id]
+            given_up = handle.damaged and not handle.users
+        if given_up:
+            handle.held.close()
         if crowded:
             self._close_surplus()
 
@@ -284,10 +296,8 @@ class ShardHandles:
 
     def using(self, handle: Handle, work: Callable[[OpenShard], AnswerT]) -> AnswerT:
         """Works on an opened shard and gives it back."""
-        try:
+        with self._until_given_back(handle):
             return work(handle.shard)
-        finally:
-            self.give_back(handle)
 
     @contextmanager
     def borrow(self, db_id: int) -> Iterator[OpenShard]:
@@ -299,10 +309,8 @@ class ShardHandles:
             # Interrupted while the shard was being opened: it may come still.
             self.abandon(future)
             raise
-        try:
+        with self._until_given_back(handle):
             yield handle.shard
-        finally:
-            self.give_back(handle)
 
     def warm(self, shards: Iterable[int]) -> None:
         """Opens shards and loads what is kept in memory; empty ones are left out. Errors as of ``acquire``."""
@@ -334,6 +342,19 @@ class ShardHandles:
         with self._lock:
             self._closed = True
         self._close_surplus()
+
+    @contextmanager
+    def _until_given_back(self, handle: Handle) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            handle.damaged = True
+            if handle.shard.entry.objects is None:
+                # Nobody recorded what the copy should be: it is as likely wrong as what is stored.
+                self._cache.distrust(handle.shard.folder)
+            raise
+        finally:
+            self.give_back(handle)
 
     def _have_opened(self, db_id: int) -> None:
         try:

@@ -108,8 +108,8 @@ class _Proxy(BaseHTTPRequestHandler):
             return self._answer
         raise AttributeError(name)
 
-    def log_message(self, *args: object) -> None:
-        del args
+    def log_message(self, *args: object, **more: object) -> None:
+        del args, more
 
     def _answer(self) -> None:
         path = unquote(self.path)

@@ -7,14 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot import errors
+    from sf_pipelines import errors
     from sf_pipelines.snapshot.config import IndexParams, KeyValueSpec, RecallGate, S3Options, VectorSpec, WriteConfig
     from sf_pipelines.snapshot.metric import DistanceMetric
     from sf_pipelines.snapshot.pipeline import BuildResult, build_snapshot
     from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader, AsyncUnifiedShardedReader
+    from sf_pipelines.snapshot.reader.events import EventField, EventName, ReaderEvents
+    from sf_pipelines.snapshot.reader.opening import open_reader
+    from sf_pipelines.snapshot.reader.opentelemetry import OpenTelemetryEvents
     from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
     from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
-    from sf_pipelines.snapshot.reader.types import SearchResult, VectorSearchResponse
+    from sf_pipelines.snapshot.reader.types import (
+        Explanation,
+        Health,
+        RefreshOutcome,
+        SearchResult,
+        VectorSearchResponse,
+    )
     from sf_pipelines.snapshot.sharding import (
         CelSharding,
         ClusterSharding,
@@ -30,13 +39,20 @@ _HOMES = {
     "CelSharding": "sf_pipelines.snapshot.sharding",
     "ClusterSharding": "sf_pipelines.snapshot.sharding",
     "DistanceMetric": "sf_pipelines.snapshot.metric",
+    "EventField": "sf_pipelines.snapshot.reader.events",
+    "EventName": "sf_pipelines.snapshot.reader.events",
+    "Explanation": "sf_pipelines.snapshot.reader.types",
     "ExplicitSharding": "sf_pipelines.snapshot.sharding",
     "HashSharding": "sf_pipelines.snapshot.sharding",
+    "Health": "sf_pipelines.snapshot.reader.types",
     "IndexParams": "sf_pipelines.snapshot.config",
     "KeyValueSpec": "sf_pipelines.snapshot.config",
     "LshSharding": "sf_pipelines.snapshot.sharding",
+    "OpenTelemetryEvents": "sf_pipelines.snapshot.reader.opentelemetry",
     "RateLimiter": "sf_pipelines.snapshot.reader.rate_limit",
+    "ReaderEvents": "sf_pipelines.snapshot.reader.events",
     "RecallGate": "sf_pipelines.snapshot.config",
+    "RefreshOutcome": "sf_pipelines.snapshot.reader.types",
     "S3Options": "sf_pipelines.snapshot.config",
     "SearchResult": "sf_pipelines.snapshot.reader.types",
     "ShardedVectorReader": "sf_pipelines.snapshot.reader.sync",
@@ -45,6 +61,7 @@ _HOMES = {
     "VectorSpec": "sf_pipelines.snapshot.config",
     "WriteConfig": "sf_pipelines.snapshot.config",
     "build_snapshot": "sf_pipelines.snapshot.pipeline",
+    "open_reader": "sf_pipelines.snapshot.reader.opening",
 }
 
 __all__ = [
@@ -54,13 +71,20 @@ __all__ = [
     "CelSharding",
     "ClusterSharding",
     "DistanceMetric",
+    "EventField",
+    "EventName",
+    "Explanation",
     "ExplicitSharding",
     "HashSharding",
+    "Health",
     "IndexParams",
     "KeyValueSpec",
     "LshSharding",
+    "OpenTelemetryEvents",
     "RateLimiter",
+    "ReaderEvents",
     "RecallGate",
+    "RefreshOutcome",
     "S3Options",
     "SearchResult",
     "ShardedVectorReader",
@@ -70,12 +94,13 @@ __all__ = [
     "WriteConfig",
     "build_snapshot",
     "errors",
+    "open_reader",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name == "errors":
-        return import_module("sf_pipelines.snapshot.errors")
+        return import_module("sf_pipelines.errors")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,8 +67,8 @@ class ShardCache:
         StoreDeniedError: the folder belongs to somebody else or cannot be made.
     """
 
-    def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
-        self.root = (root or default_root()).expanduser().absolute()
+    def __init__(self, root: str | Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.root = Path(root or default_root()).expanduser().absolute()
         self.max_bytes = max_bytes
         _private_folder(self.root)
 

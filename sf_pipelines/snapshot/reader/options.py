@@ -18,7 +18,7 @@ class ReaderOptions(TypedDict, total=False):
     """Options of all readers; ``ReaderSettings`` says what each means and what it is when it is left out."""
 
     s3: S3Options | None
-    cache_dir: Path | None
+    cache_dir: str | Path | None
     cache_bytes: int
     manifest_key: str | None
     fallback: int
@@ -61,7 +61,7 @@ class ReaderSettings:
     """
 
     s3: S3Options | None = None
-    cache_dir: Path | None = None
+    cache_dir: str | Path | None = None
     cache_bytes: int = DEFAULT_BYTES
     manifest_key: str | None = None
     fallback: int = 0

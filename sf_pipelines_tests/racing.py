@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import threading
 import time
 from collections import Counter
@@ -47,7 +46,14 @@ class Turns:
     """
 
     def __init__(
-        self, root: Path, turns: int = 1, *, unified: bool = False, backend: str = "sqlite-vec", shards: int = 3, **options: Any
+        self,
+        root: Path,
+        turns: int = 1,
+        *,
+        unified: bool = False,
+        backend: str = "sqlite-vec",
+        shards: int = 3,
+        **options: Any,
     ) -> None:
         self.root = root
         self.unified = unified
@@ -201,9 +207,9 @@ def eventually(holds: Callable[[], bool]) -> None:
 def open_files(folder: Path) -> int:
     """Files below a folder that this process has open."""
     found = 0
-    for name in os.listdir("/proc/self/fd"):
+    for name in Path("/proc/self/fd").iterdir():
         try:
-            found += os.readlink(f"/proc/self/fd/{name}").startswith(str(folder))
+            found += name.readlink().is_relative_to(folder)
         except FileNotFoundError:
             continue  # closed meanwhile
     return found

@@ -15,7 +15,10 @@ from sf_pipelines.snapshot.errors import (
     ReaderClosedError,
     StoreUnavailableError,
 )
+from sf_pipelines.snapshot.reader import searching
 from sf_pipelines.snapshot.reader.asynchronous import AsyncReader, AsyncShardedVectorReader, AsyncUnifiedShardedReader
+from sf_pipelines.snapshot.reader.calls import Terms
+from sf_pipelines.snapshot.reader.plan import Wanted
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
 from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
 from sf_pipelines_tests.racing import (
@@ -30,6 +33,7 @@ from sf_pipelines_tests.racing import (
     call_async,
     calls_on,
     check_idle,
+    eventually,
     no_leaks,
     run_threads,
     serving_of,
@@ -94,11 +98,28 @@ def test_given_up_while_a_shard_is_opened(tmp_path: Path, monkeypatch: pytest.Mo
                 await reached(checkouts.reached)
                 for task in tasks if how == "cancel" else [asyncio.ensure_future(asyncio.gather(*tasks))]:
                     await cancelled(task)
-            assert serving_of(reader).users == 0
+            await asyncio.to_thread(eventually, lambda: serving_of(reader).users == 0)
             assert len(handles._waiting) <= turns.shards
             checkouts.go.set()
             await check_works(reader, turns)
             assert checkouts.taken[next(key for key in checkouts.taken if FIRST in f"{key}/")] == 1
+
+    with no_leaks(tmp_path / "cache"):
+        run(main())
+
+
+def test_given_up_just_when_a_shard_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, checkouts = Turns(tmp_path / "root"), Checkouts(monkeypatch, hold=lambda _: True)
+
+    async def main() -> None:
+        async with await opened(turns, tmp_path) as reader:
+            task = asyncio.create_task(reader.search(QUERIES[0], K, shard_ids=[0]))
+            await reached(checkouts.reached)
+            checkouts.go.set()
+            # The event loop stands still: the shard is lent, and the task does not know.
+            eventually(lambda: users_of(serving_of(reader)) == [1, 1])
+            await cancelled(task)
+            await check_works(reader, turns)
 
     with no_leaks(tmp_path / "cache"):
         run(main())
@@ -126,15 +147,35 @@ def test_given_up_while_a_thread_scans(tmp_path: Path, monkeypatch: pytest.Monke
         run(main())
 
 
+def test_a_call_that_is_given_up_in_a_thread_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else may know of it: what it holds does not wait for the garbage collector."""
+    turns = Turns(tmp_path / "root")
+
+    async def main() -> None:
+        async with await opened(turns, tmp_path) as reader:
+            # These are scanned first; then the call would ask for the third.
+            await reader.search(QUERIES[0], K, shard_ids=[1, 2])
+            scans, core = HeldScans(monkeypatch), reader._core
+            call = searching.search_one(core, QUERIES[0], K, Wanted(), Terms(), include_vectors=False)
+            task = asyncio.create_task(core.run_async(call))
+            await reached(scans.reached)
+            await cancelled(task)
+            assert serving_of(reader).users == 1
+            scans.go.set()
+            await asyncio.to_thread(eventually, lambda: call.steps.gi_frame is None)
+            await check_works(reader, turns)
+
+    with no_leaks(tmp_path / "cache"):
+        run(main())
+
+
 def test_given_up_while_waiting_for_tokens(tmp_path: Path) -> None:
     turns, limiter = Turns(tmp_path / "root"), RateLimiter(0.01, burst=10)
 
     async def main() -> None:
         async with await opened(turns, tmp_path, rate_limiter=limiter) as reader:
             many = asyncio.create_task(reader.batch_search(list(QUERIES) * 4, K))
-            await asyncio.sleep(0)
-            while not limiter._waiting:
-                await asyncio.sleep(0.001)
+            await asyncio.to_thread(eventually, lambda: bool(limiter._waiting))
             assert serving_of(reader).users == 0
             await cancelled(many)
             # The tokens are there again for others: 8 of 10.
@@ -199,8 +240,9 @@ def test_a_refresh_that_was_given_up_is_complete(tmp_path: Path, monkeypatch: py
             await cancelled(refreshing)
             assert await call_async(reader, turns) == {0}
             checkouts.go.set()
+            await asyncio.to_thread(eventually, lambda: len(servings.made) == 2)
             while await call_async(reader, turns) != {1}:
-                await asyncio.sleep(0.001)
+                pass
             await asyncio.to_thread(servings.check_closed, 1)
 
     with no_leaks(tmp_path / "cache"):
@@ -357,6 +399,8 @@ def test_who_cannot_wait_is_told_at_once_on_both_faces(tmp_path: Path) -> None:
 
     with no_leaks(tmp_path / "cache"), ThreadPoolExecutor(1) as pool:
         pool.submit(run, main()).result(PATIENCE)
-        with UnifiedShardedReader(turns.root, cache_dir=tmp_path / "cache", rate_limiter=limiter) as reader:
-            with pytest.raises(RateLimitError, match="longer than the timeout"):
-                reader.get(1, timeout=5)
+        with (
+            UnifiedShardedReader(turns.root, cache_dir=tmp_path / "cache", rate_limiter=limiter) as reader,
+            pytest.raises(RateLimitError, match="longer than the timeout"),
+        ):
+            reader.get(1, timeout=5)

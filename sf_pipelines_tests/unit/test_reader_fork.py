@@ -96,7 +96,8 @@ def test_a_fork_is_refused_by_every_method_and_disturbs_nobody(tmp_path: Path, b
             calls = [
                 lambda: reader.search(QUERY), lambda: reader.batch_search([QUERY]), lambda: reader.get(7),
                 lambda: reader.multi_get([7]), lambda: reader.explain(QUERY), lambda: reader.route_key(7),
-                lambda: reader.vector_meta, lambda: reader.search_arrays([QUERY], 1), lambda: reader.probe_curve([QUERY], 1),
+                lambda: reader.vector_meta, lambda: reader.search_arrays([QUERY], 1),
+                lambda: reader.probe_curve([QUERY], 1),
                 lambda: reader.route_batch([QUERY]), reader.refresh, reader.health, reader.snapshot_info,
                 reader.shard_details, lambda: slow.search(QUERY), lambda: slow.batch_search([QUERY]),
                 lambda: slow.get(7), lambda: slow.multi_get([7]), slow.refresh, slow.health,
@@ -182,21 +183,22 @@ def test_a_fork_keeps_no_lock_on_files(tmp_path: Path) -> None:
 
 
         def child():
-            outer.__exit__(None, None, None)
-            # The number may be another file's now.
             other = os.open(path, os.O_RDWR)
             try:
                 fcntl.flock(other, now)
             except BlockingIOError:
                 os.write(told[1], b"locked")
             os.read(stop[0], 1)
+            outer.__exit__(None, None, None)
+            # Its number may be this file's now.
+            os.fstat(other)
 
 
         told = os.pipe()
         outer = locked(path, fcntl.LOCK_EX)
         outer.__enter__()
         pid = fork(child)
-        # The parent has it still, whatever the child closed ...
+        # The parent has it still, though the child gave it up ...
         assert os.read(told[0], 6) == b"locked"
         outer.__exit__(None, None, None)
         # ... and gives it up while the child is alive.

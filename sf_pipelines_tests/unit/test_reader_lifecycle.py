@@ -1,6 +1,5 @@
 """Closing at any moment, deadlines, what a call costs, events: the blocking readers."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import (
     DeadlineError,
     IntegrityError,
@@ -59,7 +59,7 @@ def opened(turns: Turns, tmp_path: Path, **options: Any) -> Any:
 def test_a_search_that_is_under_way_ends_well_after_the_reader_was_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: bool
 ) -> None:
-    turns, scans = Turns(tmp_path / "root"), None
+    turns, checkouts = Turns(tmp_path / "root"), Checkouts(monkeypatch)
     with no_leaks(tmp_path / "cache"):
         reader = opened(turns, tmp_path)
         if preload:
@@ -78,6 +78,8 @@ def test_a_search_that_is_under_way_ends_well_after_the_reader_was_closed(
 
         seen, _ = run_threads([calls_on(reader, turns)[0], close])
         assert seen == 0
+        # Nothing was closed that was needed once more.
+        assert sorted(checkouts.taken.values()) == [1] * turns.shards
         assert reader.health().status == "unhealthy"
         check_idle(serving_of(reader))
         assert serving_of(reader).handles.open_shards == []
@@ -250,8 +252,7 @@ def test_each_call_tells_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with opened(turns, tmp_path, events=events) as reader:
         for call in calls_on(reader, turns):
             call()
-        told = [(name, fields) for name, fields in events.records if name not in {"reader.shard_search"}]
-        told = [(name, fields) for name, fields in told if not name.startswith(("reader.shard_", "reader.init"))]
+        told = [event for event in events.records if not event[0].startswith(("reader.shard_", "reader.init"))]
         assert [name for name, _ in told] == ["reader.search", "reader.search", "reader.multi_get", "reader.get"]
         assert all(fields.pop("latency_ms") > 0 and fields.pop("kind") == "unified" for _, fields in told)
         assert [fields for _, fields in told] == [
@@ -284,7 +285,10 @@ def test_each_call_tells_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_listener_that_fails_breaks_nothing(tmp_path: Path) -> None:
     turns = Turns(tmp_path / "root", 2, unified=True)
-    with no_leaks(tmp_path / "cache"), opened(turns, tmp_path, events=Broken(), rate_limiter=RateLimiter(1e6)) as reader:
+    with (
+        no_leaks(tmp_path / "cache"),
+        opened(turns, tmp_path, events=Broken(), rate_limiter=RateLimiter(1e6)) as reader,
+    ):
         for call in calls_on(reader, turns):
             assert call() == 0
         turns.move(1)
@@ -297,7 +301,9 @@ def test_a_listener_that_fails_breaks_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["u32be", "utf8"])
-def test_a_call_that_waited_for_tokens_is_about_the_snapshot_that_is_served_then(tmp_path: Path, encoding: str) -> None:
+def test_a_call_that_waited_for_tokens_is_about_the_snapshot_that_is_served_then(
+    tmp_path: Path, encoding: KeyEncoding
+) -> None:
     """It was checked against the one before; keys are stored in another way now, in other shards."""
     turns = Turns(tmp_path / "root", 2, unified=True)
     keys = list(range(ROWS)) if encoding == "u32be" else [f"k{at}" for at in range(ROWS)]
@@ -344,6 +350,7 @@ class Interrupted(Future[Any]):
     """Ctrl-C while somebody waits for it."""
 
     def result(self, timeout: float | None = None) -> Any:
+        del timeout
         raise KeyboardInterrupt
 
 
@@ -368,7 +375,7 @@ def test_a_shard_that_cannot_be_opened_takes_no_memory_from_others(
     with opened(turns, tmp_path) as reader:
         with monkeypatch.context() as patch:
             patch.setattr(SqliteVecBackend, "open", broken)
-            with pytest.raises(IntegrityError, match="shard 0 .* cannot be read: broken"):
+            with pytest.raises(IntegrityError, match=r"shard 0 .* cannot be read: broken"):
                 reader.search(QUERIES[0], K, shard_ids=[0])
         assert serving_of(reader).handles.memory_bytes == 0
         assert calls_on(reader, turns)[0]() == 0

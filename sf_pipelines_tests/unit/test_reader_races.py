@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from sf_pipelines.snapshot.errors import StoreUnavailableError
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend
 from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader, AsyncUnifiedShardedReader
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines_tests.racing import (
+    DIM,
     PATIENCE,
     QUERIES,
     Checkouts,
@@ -170,6 +172,22 @@ def test_few_shards_stay_open_and_all_answer(tmp_path: Path, limits: dict[str, i
             run_threads([lambda call=call: [call() for _ in range(6)] for call in (calls * 2)])
             check_few(reader)
         asyncio.run(main())
+
+
+def test_shards_whose_vectors_do_not_fit_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, loaded, opener = Turns(tmp_path / "root", shards=SHARDS), [], SqliteVecBackend.open
+
+    def watched(*arguments: Any, in_memory: bool, **more: Any) -> Any:
+        loaded.append(in_memory)
+        return opener(*arguments, in_memory=in_memory, **more)
+
+    monkeypatch.setattr(SqliteVecBackend, "open", watched)
+    largest = max(shard.row_count for shard in turns.manifests[0].shards) * DIM * 4
+    with ShardedVectorReader(
+        turns.root, cache_dir=tmp_path / "cache", memory_budget=largest, max_concurrency=1
+    ) as reader:
+        assert calls_on(reader, turns)[0]() == 0
+    assert set(loaded) == {True, False}
 
 
 def test_a_cold_shard_is_opened_once_for_all_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_late_shards_in_memory_are_given_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300])
 def test_a_timeout_may_be_as_long_as_one_likes(tmp_path: Path, timeout: float) -> None:
     turns = Turns(tmp_path / "root")
-    with opened(turns, tmp_path, refresh_interval=timeout) as reader:
+    with no_leaks(tmp_path / "cache"), opened(turns, tmp_path, refresh_interval=timeout) as reader:
         turns.check([reader.search(QUERIES[0], K, timeout=timeout)], QUERIES[:1])
 
 
@@ -269,6 +269,7 @@ def test_each_call_tells_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert [(name, fields["status"], fields["error"]) for name, fields in events.records] == [
             ("reader.search", "error", "reader.query")
         ]
+        reader.close()
     assert len(events.named("reader.shard_closed")) == 3
     assert len(events.named("reader.closed")) == 1
     checkouts.error = StoreUnavailableError("the store is away")

@@ -54,7 +54,7 @@ def answered(
 def test_equal_scores_are_ordered_by_id_over_all_shards(tmp_path: Path, options: dict[str, Any], backend: str) -> None:
     vectors = np.tile(DIRECTIONS, (4, 1))
     ids = [11, 3, 7, 0, 10, 5, 2, 9, 4, 8, 1, 6]
-    found = answered(tmp_path, options, ids, vectors, MIDDLE, 8, backend=backend)
+    found = answered(tmp_path, options, ids, vectors, MIDDLE, 8, backend=backend, ours=True)
     assert [(hit.id, hit.score) for hit in found.results] == [(number, 1.0) for number in range(8)]
     assert (found.shortfall, sorted(found.shard_ids)) == (None, [0, 1, 2, 3])
 
@@ -88,5 +88,8 @@ def test_of_an_id_in_several_shards_the_best_stays(tmp_path: Path, options: dict
     assert [hit.payload for hit in found.results] == [{"at": 0}, {"at": 3}, {"at": 6}]
     assert found.shortfall is not None
     assert found.shortfall.endswith("have no distance to the query, or an id that is there")
+    # No shard repeats an id of its own.
+    few = answered(tmp_path, options, ids[:6], vectors[:6], query, 5, backend=backend)
+    assert [hit.id for hit in few.results] == [1, 2]
     # With fewer wanted, repeats take nobody's place.
     assert [hit.id for hit in answered(tmp_path, options, ids, vectors, query, 3, backend=backend).results] == [1, 2, 3]

@@ -236,7 +236,7 @@ class ReaderCore:
         self._tell(EventName.REFRESHED, facts, started)
         return outcome
 
-    def note_failure(self, error: Exception) -> None:
+    def note_failure(self, error: BaseException) -> None:
         """Has ``health`` tell why a refresh failed."""
         self.failure = Trouble(f"{type(error).__name__}: {error}", time.monotonic())
 

@@ -53,7 +53,7 @@ def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[Non
             core.refresh()
         except ReaderClosedError:
             return
-        except Exception as error:  # noqa: BLE001 - whatever it is: the old snapshot serves, and health tells
+        except BaseException as error:  # noqa: BLE001 - whatever it is: the old snapshot serves, and health tells
             core.note_failure(error)
         del core
 

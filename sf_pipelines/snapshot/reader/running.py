@@ -147,6 +147,9 @@ class Runner:
         try:
             async with deadline:
                 await self._all_async(request, terms, outcomes)
+        except ExceptionGroup as faults:
+            # Not of the tree: plainly, as the blocking readers raise it.
+            raise faults.exceptions[0] from None
         except TimeoutError:
             if not deadline.expired():
                 raise

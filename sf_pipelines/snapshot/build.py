@@ -16,6 +16,8 @@ from sf_pipelines.snapshot.config import WriteConfig, digest_json
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.ledger import Ledger, get_verified
 from sf_pipelines.snapshot.manifest import record
+from sf_pipelines.snapshot.manifest.pointer import Pointer
+from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.receipts import (
     PromoteReceipt,
     RouteReceipt,
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
 _RENEW_SECONDS = 20.0
 # Each open shard keeps its index in memory, and a snapshot may have any number of shards.
 _OPEN_SHARDS = 8
+
+
+def is_held(scanned: ScanReceipt, pointer: Pointer | None) -> bool:
+    """Whether a rollback keeps what this build makes, or has made, from being published."""
+    return pointer is not None and pointer.hold == scanned.build_key and not scanned.forced
 
 
 class Progress(Protocol):
@@ -95,7 +102,8 @@ class Build:
                 "again (in Dagster: materialize source_vectors and what follows)"
             )
         if ledger.find(PromoteReceipt) is not None:
-            return receipt.model_copy(update={"published": True})
+            held = is_held(receipt, read_pointer(self.store).pointer)
+            return receipt.model_copy(update={"published": True, "held": held})
         self.renew(receipt)
         return receipt
 

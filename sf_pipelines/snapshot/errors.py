@@ -130,6 +130,12 @@ class ManifestError(IntegrityError, ValueError):
     kind = "integrity.manifest"
 
 
+class SnapshotDamagedError(IntegrityError):
+    """Objects of a published snapshot are gone or changed; the message names them."""
+
+    kind = "integrity.snapshot"
+
+
 class IndexBuildError(SfPipelinesError):
     """A shard's index could not be built or does not cover its rows."""
 
@@ -190,6 +196,18 @@ def _rebuild_conflict(message: str, ours: str, theirs: str | None) -> PublishCon
 
 
 # Fix the call.
+
+
+class OperationError(SfPipelinesError):
+    """An operation on published snapshots cannot do what was asked."""
+
+    kind = "operation"
+
+
+class RunNotFoundError(OperationError, LookupError):
+    """No published snapshot is of the run that was named."""
+
+    kind = "operation.no_run"
 
 
 class ReaderError(SfPipelinesError):

@@ -42,6 +42,8 @@ def fork_run(
         base_seq=view.seq,
         record_key=record.start_record(build.store, fork.run_id),
         published=False,
+        held=False,
+        forced=False,
     )
     fork.commit(
         sampled,

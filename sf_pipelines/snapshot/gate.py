@@ -65,14 +65,15 @@ def required_checks(build: Build) -> tuple[str, ...]:
     return (*_ALWAYS_REQUIRED, *(["shard_balance"] if build.config.max_shard_skew else []))
 
 
-def run_check(build: Build, run_id: str, name: str) -> Verdict:
+def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Verdict:
     """Runs one check on the newest staged manifest of a run and stores the verdict; see ``stages.check``."""
     if name not in RUNNERS:
         raise ConfigError(f"check {name!r} does not exist; use one of {', '.join(CHECKS)}")
     ledger = build.ledger(run_id)
     receipt = ledger.need(ManifestReceipt)
     if ledger.find(PromoteReceipt) is not None:
-        earlier = latest_verdict(build, receipt, name)
+        # A snapshot that is held back is not judged anew, whatever the gate is now: it goes nowhere.
+        earlier = latest_verdict(build, receipt, name, any_gate=held)
         if earlier is not None:
             return earlier.model_copy(update={"reason": f"run {run_id} is published; it was judged before"})
     try:
@@ -96,8 +97,8 @@ def run_check(build: Build, run_id: str, name: str) -> Verdict:
     return verdict
 
 
-def latest_verdict(build: Build, receipt: ManifestReceipt, name: str) -> Verdict | None:
-    """The newest verdict of a check on exactly this manifest and gate.
+def latest_verdict(build: Build, receipt: ManifestReceipt, name: str, *, any_gate: bool = False) -> Verdict | None:
+    """The newest verdict of a check on exactly this manifest and, unless ``any_gate``, this gate.
 
     Raises:
         IntegrityError: it cannot be understood.
@@ -109,8 +110,8 @@ def latest_verdict(build: Build, receipt: ManifestReceipt, name: str) -> Verdict
         verdict = Verdict.model_validate_json(build.store.get(keys[-1]))
     except ValidationError as error:
         raise IntegrityError(f"verdict {build.store.url_of(keys[-1])} cannot be understood: {error}") from error
-    same = (verdict.manifest_digest, verdict.gate_key) == (receipt.manifest_digest, build.config.gate_key())
-    return verdict if same else None
+    same_gate = any_gate or verdict.gate_key == build.config.gate_key()
+    return verdict if same_gate and verdict.manifest_digest == receipt.manifest_digest else None
 
 
 def has_failed(build: Build, run_id: str) -> bool:

@@ -30,6 +30,8 @@ class BuildResult:
         manifest_ref: address of its manifest.
         published: whether this build moved the pointer; if not, ``reason`` says why.
         reason: why nothing was done, else empty.
+        held: whether nothing was published because a rollback holds this build; then rows, shards and figures are
+            those of the build that is held back.
         previous_run_id: snapshot that was served before.
         seq: the pointer's sequence number.
         rows: rows in the snapshot.
@@ -58,6 +60,7 @@ class BuildResult:
     curve: tuple[CurvePoint, ...]
     verdicts: tuple[Verdict, ...]
     durations: dict[str, float]
+    held: bool = False
 
 
 def build_snapshot(
@@ -74,7 +77,7 @@ def build_snapshot(
         config: what to build.
         engine: how work is spread; None is this process.
         progress: told how far each stage is.
-        force: build and publish again although nothing is new.
+        force: build and publish again although nothing is new, or a rollback holds it.
         cache_dir: folder for verified copies of shards; None is the readers' default.
 
     Returns:
@@ -156,7 +159,7 @@ def _result(
         run_id=promoted.run_id,
         manifest_ref=promoted.manifest_ref,
         published=promoted.published,
-        reason=scanned.reason if not promoted.published else "",
+        reason="" if promoted.published else promoted.reason if promoted.held else scanned.reason,
         previous_run_id=promoted.previous_run_id,
         seq=promoted.seq,
         rows=manifest.rows,
@@ -168,4 +171,5 @@ def _result(
         curve=manifest.curve,
         verdicts=tuple(verdicts),
         durations=durations,
+        held=promoted.held,
     )

@@ -87,8 +87,10 @@ class ScanReceipt(Receipt):
         base_run_id: run that pointer names.
         base_seq: its sequence number.
         record_key: the build's run record.
-        forced: whether everything is made anew, nothing taken over from the current snapshot.
-        published: whether the pointer already names a snapshot of this build.
+        forced: whether everything is made anew, nothing taken over from the current snapshot, and published although a
+            rollback holds its build key.
+        published: whether a snapshot of this build was published before.
+        held: whether a rollback withdrew that snapshot and keeps it from coming back; never stored.
     """
 
     stage: ClassVar[str] = "scan"
@@ -106,6 +108,7 @@ class ScanReceipt(Receipt):
     record_key: str
     forced: bool = False
     published: bool = False
+    held: bool = False
 
     @property
     def rows(self) -> int:
@@ -362,6 +365,7 @@ class PromoteReceipt(Receipt):
         previous_run_id: snapshot that was served before.
         seq: the pointer's sequence number.
         published: whether this call moved the pointer.
+        held: whether it did not because a rollback holds this build; never stored.
     """
 
     stage: ClassVar[str] = "promote"
@@ -372,6 +376,7 @@ class PromoteReceipt(Receipt):
     previous_run_id: str | None
     seq: int
     published: bool = True
+    held: bool = False
 
 
 @dataclass(frozen=True)

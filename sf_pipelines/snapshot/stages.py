@@ -10,23 +10,22 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sf_pipelines.snapshot import gate as gating
+from sf_pipelines.snapshot import runs
 from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
-from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.build import Build, Stopwatch, is_held
 from sf_pipelines.snapshot.checks import staged_manifest
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
     DataContractError,
-    IntegrityError,
     ObjectMissingError,
     SourceEmptyError,
 )
 from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
-from sf_pipelines.snapshot.ledger import STAGING, Ledger
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest import publish, record
-from sf_pipelines.snapshot.reader.state import load_pointed
 from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
     PromoteReceipt,
@@ -45,7 +44,6 @@ from sf_pipelines.snapshot.sealing import is_intact, same_shard, seal_shard
 from sf_pipelines.snapshot.sharding import ClusterSharding
 from sf_pipelines.snapshot.source.files import SourceListing, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
-from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.training import train_or_keep
 from sf_pipelines.snapshot.validation import validate_and_sample
 
@@ -72,9 +70,12 @@ _RANGE_BYTES = 256 * 1024 * 1024
 def scan(build: Build, *, force: bool = False) -> ScanReceipt:
     """Pins the source and decides which run this is: a new one, an unfinished one, or the published one.
 
+    What a rollback withdrew is not built again from the same source and config: then the run is the withdrawn one,
+    whose receipts the stages re-emit.
+
     Args:
         build: what to build.
-        force: build again although nothing is new.
+        force: build again although nothing is new, or a rollback holds it.
 
     Raises:
         SourceError: no file, no row, or a column that cannot be used.
@@ -88,9 +89,9 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
-    published = None if force else _published_run(build, view, build_key)
-    if published is not None:
-        return published
+    known = None if force else runs.published_run(build, view, build_key) or runs.held_run(build, view, build_key)
+    if known is not None:
+        return known
     base: dict[str, Any] = {
         "base_fingerprint": view.fingerprint,
         "base_run_id": view.pointer.run_id if view.pointer else None,
@@ -98,7 +99,7 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         "gate_key": config.gate_key(),
         "forced": force,
     }
-    unfinished = None if force else _unfinished_run(build.store, build_key)
+    unfinished = None if force else runs.newest_run(build.store, build_key, promoted=False)
     if unfinished is None:
         run_id = new_run_id(build_key)
         receipt = ScanReceipt(
@@ -136,35 +137,6 @@ def _check_store_is_outside(build: Build, listing: SourceListing) -> None:
             f"WriteConfig.store: {build.config.store!r} lies in the source {build.config.source!r}; the next build "
             "would read what this one writes: use another folder"
         )
-
-
-def _published_run(build: Build, view: publish.PointerView, build_key: str) -> ScanReceipt | None:
-    """The scan of the published run, if it is of this source and config, and manifest and routing can be read."""
-    pointer = view.pointer
-    if pointer is None or (pointer.build_key, pointer.gate_key) != (build_key, build.config.gate_key()):
-        return None
-    receipt = build.ledger(pointer.run_id).find(ScanReceipt, inputs=build_key)
-    try:
-        load_pointed(build.store, pointer)
-    except (IntegrityError, ObjectMissingError):
-        # Damaged beyond what building single shards anew can heal.
-        return None
-    reason = f"nothing is new: {pointer.run_id} is published and was built from this source and config"
-    return receipt.model_copy(update={"published": True, "reason": reason}) if receipt else None
-
-
-def _unfinished_run(store: Store, build_key: str) -> ScanReceipt | None:
-    """The newest run of the same build that was not published."""
-    found: list[ScanReceipt] = []
-    for folder in store.folders(STAGING):
-        run_id = folder.removeprefix("run_id=")
-        if not run_id.startswith(build_key[:16]):
-            continue
-        ledger = Ledger(store, run_id)
-        receipt = ledger.find(ScanReceipt, inputs=build_key)
-        if receipt is not None and ledger.find(PromoteReceipt) is None:
-            found.append(receipt)
-    return max(found, key=lambda receipt: receipt.created_at, default=None)
 
 
 # 2. sample
@@ -334,7 +306,7 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     shard, part = routed.shards[db_id], f"db={db_id:05d}"
     attempt = ledger.next_number(ShardReceipt, part)
     found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
-    if found is not None and not rebuild and is_intact(build.store, found):
+    if found is not None and not rebuild and (run.scanned.held or is_intact(build.store, found)):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
     ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
@@ -367,6 +339,9 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
     )
     number = ledger.next_number(ManifestReceipt)
     found = ledger.find_whole(ManifestReceipt, inputs=inputs, published=scanned.published)
+    if found is None and scanned.held:
+        # Under another gate, or with a shard built anew, it would be that of a fork, which is held back as well.
+        found = ledger.find(ManifestReceipt)
     if found is not None:
         return found.model_copy(update={"reason": "this manifest was assembled before"})
     if ledger.find(PromoteReceipt) is not None:
@@ -392,8 +367,8 @@ def check(build: Build, run_id: str, name: str) -> Verdict:
         ConfigError: no such check.
         ReceiptMissingError: there is no manifest yet.
     """
-    build.scanned(run_id)
-    return gating.run_check(build, run_id, name)
+    scanned = build.scanned(run_id)
+    return gating.run_check(build, run_id, name, held=scanned.held)
 
 
 def gate(build: Build, run_id: str) -> list[Verdict]:
@@ -411,7 +386,8 @@ def gate(build: Build, run_id: str) -> list[Verdict]:
 def promote(build: Build, run_id: str) -> PromoteReceipt:
     """Publishes the run's manifest: the current pointer moves, if every required check has passed on these very bytes.
 
-    The verdicts are read from the store and from nowhere else, so it does not matter who calls this, or when.
+    The verdicts are read from the store and from nowhere else, so it does not matter who calls this, or when. What a
+    rollback holds is not published; the receipt then is of what stays current.
 
     Raises:
         GateMissingError: a required check has not been run on this manifest.
@@ -422,6 +398,9 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     manifest = ledger.need(ManifestReceipt)
     inputs = inputs_of(manifest=manifest.manifest_digest)
+    pointer = publish.read_pointer(build.store).pointer
+    if pointer is not None and is_held(scanned, pointer):
+        return runs.held_back(build, scanned, pointer, inputs)
     found = ledger.find(PromoteReceipt, inputs=inputs)
     if found is not None:
         reason = f"run {run_id} was published before; nothing is new"

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 4 * 1024 * 1024
 _PART = 32 * 1024 * 1024
+# As many as S3 takes in one request.
+_DELETED_TOGETHER = 1000
 _LOCK_NAME = ".sf_pipelines.lock"
 _QUOTE_SAFE = "/:=@+,~"
 # Of stores that are opened without options; as the defaults of S3Options.
@@ -302,6 +304,16 @@ class Store:
         except TypeError as error:
             # What obstore makes of a key that it cannot parse, here alone.
             raise StoreError(f"cannot delete {self.url_of(key)}: the key is not plain") from error
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Removes objects, in no particular order; such that are gone already are fine."""
+        if self.local_root is not None:
+            for key in keys:
+                self.delete(key)
+            return
+        for at in range(0, len(keys), _DELETED_TOGETHER):
+            with self._translated("delete", keys[at]):
+                self._backend.delete(keys[at : at + _DELETED_TOGETHER])
 
     # How conditional writes are settled.
 

@@ -14,17 +14,19 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.build import Progress, silent
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
+from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, merge_truth, recall_per_query, truth_table
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
 from sf_pipelines.snapshot.index.protocol import IdArray
 from sf_pipelines.snapshot.index.scan import MemoryScan
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.handles import open_index
 from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines.snapshot.receipts import ManifestReceipt, PromoteReceipt, ShardReceipt
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.protocol import Int32
@@ -70,6 +72,23 @@ class Verification:
     def passed(self) -> bool:
         """Whether nothing is off."""
         return not self.faults
+
+
+@dataclass(frozen=True)
+class Wholeness:
+    """What a look at a snapshot's objects found.
+
+    Attributes:
+        objects: sealed objects of its shards.
+        bytes: their size.
+        hashed: those whose bytes were read, because the store's version is not the one that was sealed.
+        faults: everything that is gone or changed, one line each, naming the object.
+    """
+
+    objects: int
+    bytes: int
+    hashed: int
+    faults: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,63 @@ def verify_snapshot(
             with open_reader(root, **options) as reader:
                 _measure(found, reader, asked, parts)
     return found
+
+
+def check_whole(store: Store, state: SnapshotState, *, deep: bool = False) -> Wholeness:
+    """Whether every object that was sealed is there with its size, and is the version, or has the bytes, of then.
+
+    Objects that still have the version that the build's receipts name are taken as unchanged; all others are hashed.
+
+    Args:
+        store: opened on the root.
+        state: a snapshot whose shards were sealed.
+        deep: hash every object.
+
+    Raises:
+        DigestMismatchError: the manifest is not the one that was published.
+    """
+    etags = {} if deep else _sealed_versions(store, state)
+    faults: list[str] = []
+    objects = size = hashed = 0
+    for entry in state.shards:
+        if entry.key is None:
+            continue
+        listed = {info.key: info for info in store.objects(entry.key)}
+        for item in entry.objects or ():
+            key = f"{entry.key}/{item.path}"
+            found, where = listed.get(key), f"shard {entry.db_id}: {store.url_of(key)}"
+            objects, size = objects + 1, size + item.size
+            if found is None:
+                faults.append(f"{where} is missing")
+            elif found.size != item.size:
+                faults.append(f"{where} has {found.size} bytes, {item.size} were sealed")
+            elif found.etag is None or found.etag != etags.get(key):
+                hashed += 1
+                if store.sha256(key) != item.sha256:
+                    faults.append(f"{where} has other bytes than were sealed")
+    return Wholeness(objects, size, hashed, tuple(faults))
+
+
+def _sealed_versions(store: Store, state: SnapshotState) -> dict[str, str | None]:
+    """The store's version of each object when it was sealed; nothing where the receipts are gone."""
+    ledger = Ledger(store, state.manifest.run_id)
+    try:
+        promoted, assembled = ledger.find(PromoteReceipt), ledger.find(ManifestReceipt)
+        if promoted is not None and promoted.manifest_digest != state.manifest_digest:
+            raise DigestMismatchError(
+                f"manifest {store.url_of(state.manifest_key)} has SHA-256 {state.manifest_digest}, "
+                f"{promoted.manifest_digest} was published"
+            )
+        if assembled is None or assembled.manifest_digest != state.manifest_digest:
+            return {}
+        shards = [ledger.read(ShardReceipt, key) for key in assembled.shards]
+    except ObjectMissingError:
+        return {}
+    return {
+        f"{shard.db_key}/{item.path}": etag
+        for shard in shards
+        for item, etag in zip(shard.objects, shard.etags, strict=True)
+    }
 
 
 def _default_probes(state: SnapshotState) -> int:

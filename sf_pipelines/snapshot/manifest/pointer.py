@@ -15,12 +15,16 @@ CURRENT = "_CURRENT"
 MANIFESTS = "manifests"
 POINTER_CONTENT_TYPE = "application/json"
 MAX_POINTER_BYTES = 64 * 1024
+# Run ids that a pointer remembers of each kind; at their longest they take a third of its bytes.
+MAX_REMEMBERED = 50
 
 _MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}/(?P<moment>{_MOMENT})_run_id=(?P<run_id>[^/]+)/manifest")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 Moment = Annotated[datetime, BeforeValidator(parse_moment)]
+# As many as there are: a pointer that somebody else made longer must stay readable.
+RunIds = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class PreviousPointer(WireModel):
@@ -55,7 +59,9 @@ class Pointer(WireModel):
         build_key: digest of source version and config.
         gate_key: digest of the gate that the snapshot passed.
         hold: build key that a rollback blocked.
-        withdrawn: builds that rollbacks took out of service and that nobody brought back.
+        served: run ids that were served one after the other, the present one last; a rollback goes back along them.
+        withdrawn: run ids that rollbacks have withdrawn, the last one last: nobody should fall back to them.
+        moved_by: what moved the pointer: ``build``, ``rollback`` or ``release``.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -72,7 +78,9 @@ class Pointer(WireModel):
     build_key: str | None = None
     gate_key: str | None = None
     hold: str | None = None
-    withdrawn: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    served: RunIds = ()
+    withdrawn: RunIds = ()
+    moved_by: str | None = None
 
     @field_serializer("updated_at")
     def _write_moment(self, value: datetime) -> str:
@@ -80,7 +88,8 @@ class Pointer(WireModel):
 
     def encode(self) -> bytes:
         """Compact JSON with sorted keys; fields that say nothing are left out."""
-        return dump_json(self.model_dump(mode="json", exclude_none=True)).encode()
+        silent = {name for name in ("served", "withdrawn") if not getattr(self, name)}
+        return dump_json(self.model_dump(mode="json", exclude_none=True, exclude=silent)).encode()
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> Self:

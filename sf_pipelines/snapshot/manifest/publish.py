@@ -9,6 +9,7 @@ import hashlib
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, PublishConflictError
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
@@ -16,6 +17,7 @@ from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE
 from sf_pipelines.snapshot.manifest.pointer import (
     CURRENT,
     MANIFESTS,
+    MAX_REMEMBERED,
     POINTER_CONTENT_TYPE,
     Pointer,
     PreviousPointer,
@@ -26,7 +28,7 @@ from sf_pipelines.snapshot.manifest.pointer import (
 from sf_pipelines.snapshot.manifest.wire import timestamp
 from sf_pipelines.snapshot.store import Store, Versioned
 
-__all__ = ["HistoryEntry", "PointerView", "history", "publish", "read_pointer", "timestamp"]
+__all__ = ["HistoryEntry", "PointerView", "history", "move", "publish", "read_pointer", "successor", "timestamp"]
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,53 @@ def publish(
         return base.pointer, base
     if base.fingerprint != base_fingerprint:
         raise _conflict(store, run_id, base)
-    ours = _successor(base, store.url_of(key), run_id, digest, build_key, gate_key)
+    ours = successor(
+        base,
+        manifest_ref=store.url_of(key),
+        run_id=run_id,
+        manifest_digest=digest,
+        build_key=build_key,
+        gate_key=gate_key,
+        **_remembered(base, run_id),
+        moved_by="build",
+    )
     fresh = _copy_manifest(store, key, manifest)
     applied = store.swap(CURRENT, ours.encode(), base.version, content_type=POINTER_CONTENT_TYPE)
     return _confirm(store, ours, base, key=key, fresh=fresh, applied=applied), base
+
+
+def move(store: Store, ours: Pointer, base: PointerView) -> Pointer:
+    """Moves the pointer to what is published already, by compare-and-swap; of several at once one wins.
+
+    Args:
+        store: the snapshot's root.
+        ours: where to, made by ``successor`` of ``base``.
+        base: the pointer as it was found.
+
+    Returns:
+        The pointer as it is now: ours.
+
+    Raises:
+        PublishConflictError: somebody else moved the pointer; names who.
+        WriteUncertainError: the store did not tell whether the pointer was moved; look at the history.
+    """
+    applied = store.swap(CURRENT, ours.encode(), base.version, content_type=POINTER_CONTENT_TYPE)
+    now = read_pointer(store)
+    if _is_ours(now.pointer, ours, applied=applied):
+        return ours
+    where, theirs = store.url_of(CURRENT), now.pointer
+    message = (
+        f"{where} was moved by somebody else at the same time; run {ours.run_id!r} was not made current by this call"
+    )
+    if theirs is None:
+        raise PublishConflictError(f"{message}: the pointer is gone", ours=ours.run_id, theirs=None)
+    by = f" by a {theirs.moved_by}" if theirs.moved_by else ""
+    raise PublishConflictError(
+        f"{message}: it names run {theirs.run_id!r} (seq {theirs.seq}) since {timestamp(theirs.updated_at)}{by}; look "
+        "at the history and decide again",
+        ours=ours.run_id,
+        theirs=theirs.run_id,
+    )
 
 
 def history(store: Store, limit: int | None = 10) -> list[HistoryEntry]:
@@ -151,20 +196,33 @@ def history(store: Store, limit: int | None = 10) -> list[HistoryEntry]:
     return entries[:limit]
 
 
-def _successor(
-    base: PointerView, ref: str, run_id: str, digest: str, build_key: str | None, gate_key: str | None
-) -> Pointer:
-    return Pointer(
-        manifest_ref=ref,
-        run_id=run_id,
-        updated_at=datetime.now(UTC),
-        seq=(base.seq or 0) + 1,
-        write_id=uuid.uuid4().hex,
-        previous=_previous(base),
-        manifest_digest=digest,
-        build_key=build_key,
-        gate_key=gate_key,
-    )
+def successor(base: PointerView, **fields: Any) -> Pointer:
+    """The pointer that comes after another one: the next number, a fresh write id, and what was served before.
+
+    Args:
+        base: the pointer as it was found.
+        fields: all others of ``Pointer``.
+    """
+    made = {
+        "updated_at": datetime.now(UTC),
+        "seq": (base.seq or 0) + 1,
+        "write_id": uuid.uuid4().hex,
+        "previous": _previous(base),
+    }
+    return Pointer(**made | fields)
+
+
+def _remembered(base: PointerView, run_id: str) -> dict[str, tuple[str, ...]]:
+    """What a publish carries over: who was served, and who was withdrawn."""
+    found = base.pointer
+    if found is None:
+        return {"served": (run_id,)}
+    # A pointer moved by somebody who keeps no such list names at least its own run.
+    served = found.served if found.served[-1:] == (found.run_id,) else (found.run_id,)
+    return {
+        "served": (*(other for other in served if other != run_id), run_id)[-MAX_REMEMBERED:],
+        "withdrawn": tuple(other for other in found.withdrawn if other != run_id)[-MAX_REMEMBERED:],
+    }
 
 
 def _previous(base: PointerView) -> PreviousPointer | None:
@@ -192,20 +250,25 @@ def _confirm(store: Store, ours: Pointer, base: PointerView, *, key: str, fresh:
     """Decides by what the pointer says now whether the swap was ours."""
     now = read_pointer(store)
     theirs = now.pointer
-    if theirs is not None:
-        if theirs.write_id == ours.write_id:
-            return ours
-        if theirs.manifest_digest == ours.manifest_digest:
-            # Another process published this very manifest.
-            return theirs
-        if theirs.previous is not None and theirs.previous.write_id == ours.write_id:
-            # Ours was applied, its answer lost, and somebody has built on it since.
-            return ours
-        if applied and (theirs.seq or 0) > (ours.seq or 0):
-            return ours
+    if _is_ours(theirs, ours, applied=applied):
+        return ours
+    if theirs is not None and theirs.manifest_digest == ours.manifest_digest:
+        # Another process published this very manifest.
+        return theirs
     if fresh and not applied and _took_our_place(theirs, base):
         store.delete(key)
     raise _conflict(store, ours.run_id, now)
+
+
+def _is_ours(theirs: Pointer | None, ours: Pointer, *, applied: bool) -> bool:
+    """Whether the pointer found now, or one that it was built on, is the one that we wrote."""
+    if theirs is None:
+        return False
+    if theirs.write_id == ours.write_id:
+        return True
+    # Ours was applied, its answer lost, and somebody has built on it since.
+    built_on = theirs.previous is not None and theirs.previous.write_id == ours.write_id
+    return built_on or (applied and (theirs.seq or 0) > (ours.seq or 0))
 
 
 def _took_our_place(theirs: Pointer | None, base: PointerView) -> bool:

@@ -1,0 +1,1 @@
+"""What is done to published snapshots: roll back, release, pin, clean up, compare."""

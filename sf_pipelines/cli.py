@@ -3,9 +3,6 @@
 import json
 import os
 import sys
-import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +11,12 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sf_pipelines.snapshot.config import S3Options, WriteConfig
-from sf_pipelines.snapshot.errors import ConfigError, QueryError, SfPipelinesError
+from sf_pipelines.cli_operations import operations
+from sf_pipelines.cli_shared import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import ConfigError, QueryError
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
@@ -31,11 +29,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Store = Annotated[str, typer.Argument(help="Root of the snapshot: s3://bucket/prefix or a folder.", show_default=False)]
-Endpoint = Annotated[
-    str | None, typer.Option("--endpoint-url", help="S3 server other than AWS. Credentials come from AWS_* variables.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+app.add_typer(operations)
+
 Context = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,30 +38,26 @@ Context = Annotated[
     ),
 ]
 
-_STAGES = {
-    "sample": "validate and sample",
-    "route": "route rows to shards",
-    "shards": "build shards",
-    "gate": "run checks",
-    "verify": "verify shards",
-}
-
 
 @app.command()
 def build(
     config: Annotated[Path, typer.Argument(help="YAML file with the fields of WriteConfig.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Build and publish again although nothing is new.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build and publish again although nothing is new, or a rollback holds it.")
+    ] = False,
 ) -> None:
     """Build a snapshot, prove its recall, and publish it; go on where an earlier try was killed."""
     from sf_pipelines.snapshot.pipeline import build_snapshot
 
-    with _typed_errors():
+    with typed_errors():
         settings = _read_config(config)
-        with _progress() as watch:
+        with progress() as watch:
             result = build_snapshot(settings, progress=watch, force=force)
         out = Console()
         if not result.published:
-            out.print(f"Nothing is new: {result.run_id} stays current. (--force builds again.)", highlight=False)
+            text = f"Nothing is new: {result.run_id} stays current. (--force builds again.)"
+            held = result.reason[:1].upper() + result.reason[1:]
+            out.print(escape(held) if result.held else text, highlight=False, soft_wrap=True)
             return
         out.print(f"Published {result.run_id} (seq {result.seq}) at {escape(settings.store)}", highlight=False)
         seconds = sum(result.durations.values())
@@ -77,7 +68,7 @@ def build(
             "time": f"{seconds:.2f} s, {result.rows / seconds:,.0f} vectors/s",
             "manifest": result.manifest_ref,
         }
-        _print_facts(out, facts)
+        print_facts(out, facts)
         for verdict in result.verdicts:
             if not verdict.passed:
                 out.print(f"  [yellow]warning[/] {verdict.name}: {escape(verdict.message)}", highlight=False)
@@ -97,7 +88,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the nearest rows of a vector."""
-    with _typed_errors():
+    with typed_errors():
         vector = _read_query(query)
         with _reader(store, endpoint_url) as reader:
             given: dict[str, Any] = {"shard_ids": shard or None, "routing_context": _context(reader, context)}
@@ -113,7 +104,7 @@ def search(
     table = Table("rank", "id", "score", "payload")
     for rank, hit in enumerate(answer.results, start=1):
         payload = "" if hit.payload is None else json.dumps(hit.payload, ensure_ascii=False)
-        table.add_row(str(rank), _safe(str(hit.id)), f"{hit.score:.6f}", _safe(payload))
+        table.add_row(str(rank), safe(str(hit.id)), f"{hit.score:.6f}", safe(payload))
     Console().print(table, f"{answer.num_shards_queried} shards, {answer.latency_ms:.1f} ms", highlight=False)
 
 
@@ -132,7 +123,7 @@ def get(
     """
     from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
 
-    with _typed_errors(), UnifiedShardedReader(store, s3=_s3(endpoint_url)) as reader:
+    with typed_errors(), UnifiedShardedReader(store, s3=s3_options(endpoint_url)) as reader:
         whole = reader.snapshot_info().key_encoding in {"u64be", "u32be"}
         typed = [_key(text, whole=whole, hexadecimal=hexadecimal) for text in keys]
         found = reader.multi_get(typed, routing_context=_context(reader, context))
@@ -142,7 +133,7 @@ def get(
     else:
         table = Table("key", "value")
         for text, value in shown.items():
-            table.add_row(_safe(text), "[dim](not there)[/]" if value is None else _safe(value))
+            table.add_row(safe(text), "[dim](not there)[/]" if value is None else safe(value))
         Console().print(table, highlight=False)
     if None in found.values():
         raise typer.Exit(1)
@@ -151,7 +142,7 @@ def get(
 @app.command()
 def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
     """Show the current snapshot and its shards."""
-    with _typed_errors(), _reader(store, endpoint_url) as reader:
+    with typed_errors(), _reader(store, endpoint_url) as reader:
         facts, shards = reader.snapshot_info(), reader.shard_details()
     values = {name: getattr(facts, name) for name in facts.__dataclass_fields__}
     if as_json:
@@ -160,43 +151,11 @@ def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -
         typer.echo(json.dumps({**values, **dates, "shards": rows}))
         return
     out = Console()
-    _print_facts(out, {name: str(value) for name, value in values.items() if value is not None and value != {}})
+    print_facts(out, {name: str(value) for name, value in values.items() if value is not None and value != {}})
     table = Table("shard", "vectors", "address")
     for shard in shards:
         table.add_row(str(shard.db_id), str(shard.vector_count), escape(shard.db_url or "(empty)"))
     out.print(table, highlight=False)
-
-
-@app.command()
-def history(
-    store: Store,
-    limit: Annotated[int, typer.Option(help="Most snapshots to list.", min=1)] = 10,
-    endpoint_url: Endpoint = None,
-    as_json: AsJson = False,
-) -> None:
-    """List what was published, newest first."""
-    from sf_pipelines.snapshot.manifest.publish import history as published
-    from sf_pipelines.snapshot.store import Store as ObjectStore
-
-    with _typed_errors():
-        entries = published(ObjectStore.open(store, _s3(endpoint_url)), limit)
-    if as_json:
-        rows = [
-            {
-                "run_id": entry.run_id,
-                "built_at": entry.published_at.isoformat(),
-                "manifest": entry.manifest_key,
-                "current": entry.is_current,
-            }
-            for entry in entries
-        ]
-        typer.echo(json.dumps(rows))
-        return
-    table = Table("", "built", "run")
-    for entry in entries:
-        built = f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z"
-        table.add_row("current" if entry.is_current else "", built, escape(entry.run_id))
-    Console().print(table if entries else "nothing was published yet", highlight=False)
 
 
 @app.command()
@@ -210,9 +169,9 @@ def verify(
     """Hash every object again, open every shard, count rows, measure recall. Exit code 1 when anything is off."""
     from sf_pipelines.snapshot.verification import verify_snapshot
 
-    with _typed_errors():
-        with _progress() as watch:
-            found = verify_snapshot(store, s3=_s3(endpoint_url), manifest_key=manifest, progress=watch)
+    with typed_errors():
+        with progress() as watch:
+            found = verify_snapshot(store, s3=s3_options(endpoint_url), manifest_key=manifest, progress=watch)
         out = Console()
         recall = "not measured"
         if found.recall is not None and found.recall_lower is not None:
@@ -227,7 +186,7 @@ def verify(
             "counted": f"{found.rows} rows in {found.shards} shards",
             f"recall@{found.k}": recall,
         }
-        _print_facts(out, facts)
+        print_facts(out, facts)
         for fault in found.faults:
             out.print(f"[red]fault[/] {escape(fault)}", highlight=False, soft_wrap=True)
         out.print("[green]all is well[/]" if found.passed else f"[red]{len(found.faults)} faults[/]")
@@ -238,7 +197,7 @@ def verify(
 def _reader(store: str, endpoint_url: str | None) -> "ShardedVectorReader | UnifiedShardedReader":
     from sf_pipelines.snapshot.reader.opening import open_reader
 
-    return open_reader(store, s3=_s3(endpoint_url))
+    return open_reader(store, s3=s3_options(endpoint_url))
 
 
 def _check_probes(reader: "ShardedVectorReader | UnifiedShardedReader") -> None:
@@ -297,22 +256,6 @@ def _text_of(value: bytes | None) -> str | None:
         return f"0x{value.hex()}"
 
 
-def _safe(text: str) -> str:
-    """For a table: no markup, and control characters and lone surrogates as escapes; a terminal would obey those."""
-    unsafe = {char for char in text if unicodedata.category(char) in {"Cc", "Cs"}} - {"\n", "\t"}
-    return escape(text.translate({ord(char): char.encode("unicode_escape").decode() for char in unsafe}))
-
-
-def _print_facts(out: Console, facts: dict[str, str]) -> None:
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        out.print(f"  {name:<{width}}  {_safe(value)}", highlight=False, soft_wrap=True)
-
-
-def _s3(endpoint_url: str | None) -> S3Options | None:
-    return None if endpoint_url is None else S3Options(endpoint_url=endpoint_url)
-
-
 def _read_config(path: Path) -> WriteConfig:
     try:
         fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -342,39 +285,6 @@ def _read_query(text: str) -> list[float]:
     if not isinstance(values, list):
         raise QueryError(f"the query is no list of numbers but {type(values).__name__}")
     return values
-
-
-@contextmanager
-def _typed_errors() -> Iterator[None]:
-    """Errors of this package on one line, exit code 1; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except SfPipelinesError as error:
-        line = " ".join(str(error).split())
-        typer.secho(f"error [{error.kind}]: {line}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Draws one bar for each stage on standard error; nothing where that is no terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(),
-    )
-    bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as drawn:
-
-        def watch(stage: str, done: int, total: int | None, unit: str) -> None:
-            if stage not in bars:
-                bars[stage] = drawn.add_task(_STAGES.get(stage, stage), total=total, unit=unit)
-            drawn.update(bars[stage], completed=done, total=total)
-
-        yield watch
 
 
 if __name__ == "__main__":

@@ -239,6 +239,10 @@ class LanceDBShard:
             return scan.vectors[np.searchsorted(scan.rows, rows)]
         return _matrix(self._take(rows, "vector"), self._dim)
 
+    def ids(self) -> pa.Array:
+        """Id of every row."""
+        return self._ids(self._column("id"))
+
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Evenly spaced rows."""
         offsets = np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64)) if self.rows else []

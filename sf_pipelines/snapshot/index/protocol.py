@@ -158,6 +158,10 @@ class ShardIndex(Protocol):
         """Stored vector of each row reference, in their order, shape (n, dim)."""
         ...
 
+    def ids(self) -> pa.Array | IdArray:
+        """Id of every row: Arrow array of int64 or string, or objects (int and str) where the shard mixes both."""
+        ...
+
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Ids and vectors of up to ``n`` rows spread over the shard; always the same ones."""
         ...

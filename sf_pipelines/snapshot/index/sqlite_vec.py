@@ -232,6 +232,12 @@ class SqliteVecShard:
             self._opened()
             return self._chunks.vectors(positions)
 
+    def ids(self) -> pa.Array | IdArray:
+        """Id of every row."""
+        with self._lock:
+            self._opened()
+            return self._ids
+
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Evenly spaced rows."""
         positions = np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64))

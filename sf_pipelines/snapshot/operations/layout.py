@@ -33,21 +33,23 @@ class Kind(StrEnum):
 _RUN = r"run_id=(?P<run>[^/]+)"
 _MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 _STAGING = rf"staging/{_RUN}"
-_TOKEN = r"[0-9a-f]{8}"
+_HEX = r"[0-9a-f]{8}"
 _PATTERNS: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
         (Kind.RECORD, rf"runs/{_MOMENT}_{_RUN}_[0-9a-f]{{32}}/run\.yaml"),
         (
             Kind.SHARD,
-            rf"(?P<unit>shards/{_RUN}/db=\d+/attempt=\d+(-{_TOKEN})?)"
-            r"/(shard\.db|shard\.sidecar|(vector/)?vector_index\.lance/.+)",
+            (
+                rf"(?P<unit>shards/{_RUN}/db=\d+/attempt=\d+(-{_HEX})?)"
+                r"/(shard\.db|shard\.sidecar|(vector/)?vector_index\.lance/.+)"
+            ),
         ),
-        (Kind.ROUTING, rf"vector_meta/{_RUN}/(centroids|hyperplanes)(-{_TOKEN})?\.npy"),
+        (Kind.ROUTING, rf"vector_meta/{_RUN}/(centroids|hyperplanes)(-{_HEX})?\.npy"),
         (Kind.RECEIPT, rf"{_STAGING}/receipts/(?P<stage>[a-z]+)(/[^/]+)?/\d+\.json"),
-        (Kind.SAMPLE, rf"{_STAGING}/(samples/[a-z]+-{_TOKEN}\.arrow|rejects-{_TOKEN}\.parquet)"),
+        (Kind.SAMPLE, rf"{_STAGING}/(samples/[a-z]+-{_HEX}\.arrow|rejects-{_HEX}\.parquet)"),
         (Kind.VERDICT, rf"{_STAGING}/verdicts/(?P<digest>[0-9a-f]{{64}})/[a-z_]+/[^/]+\.json"),
-        (Kind.WORK, rf"{_STAGING}/((routed|truth|witnesses)/[^/]+-{_TOKEN}\.arrow|manifest-[0-9a-f]{{32}})"),
+        (Kind.WORK, rf"{_STAGING}/((routed|truth|witnesses)/[^/]+-{_HEX}\.arrow|manifest-[0-9a-f]{{32}})"),
         (Kind.DAGSTER, r"(?P<unit>staging/dagster/runs/[^/]+)/.+"),
         (Kind.KEPT, rf"staging/dagster/latest/.+|pins/[^/]+\.json|{CURRENT}|\.sf_pipelines\.lock"),
     )

@@ -28,7 +28,7 @@ class DuplicateFinder:
     def __init__(self, folder: Path, expected_rows: int, id_type: pa.DataType) -> None:
         self._folder = folder
         self._schema = pa.schema([pa.field("id", id_type), pa.field("row", pa.int64())])
-        self._buckets = _Buckets(folder, "ids", expected_rows, self._schema)
+        self._buckets = Buckets(folder, "ids", expected_rows, self._schema)
 
     def add(self, ids: pa.Array, hashes: UInt64, rows: NDArray[np.int64]) -> None:
         """Adds rows by id, the id's hash, and position in the source."""
@@ -45,7 +45,7 @@ class DuplicateFinder:
                 yield self._repeats_in(part)
 
     def _split(self, path: Path, rows: int) -> list[tuple[Path, int]]:
-        parts = _Buckets(self._folder, path.stem, rows, self._schema)
+        parts = Buckets(self._folder, path.stem, rows, self._schema)
         for table in _pieces(path):
             batch = table.combine_chunks().to_batches()[0]
             # Mixed again: within a bucket the hashes themselves agree in their remainder.
@@ -63,8 +63,8 @@ class DuplicateFinder:
         return frame.filter(~pl.col("id").is_first_distinct()).to_arrow().cast(self._schema)
 
 
-class _Buckets:
-    """Files of (id, position) pairs, filled side by side; equal hashes share a file."""
+class Buckets:
+    """Files of rows, filled side by side by the hash of each row's id: equal ids share a file."""
 
     def __init__(self, folder: Path, stem: str, expected_rows: int, schema: pa.Schema) -> None:
         count = min(_MOST_BUCKETS, 1 + expected_rows // _BUCKET_ROWS)
@@ -73,7 +73,7 @@ class _Buckets:
         self._rows = np.zeros(count, dtype=np.int64)
 
     def add(self, batch: pa.RecordBatch, hashes: UInt64) -> None:
-        """Spreads pairs over the files by their hashes."""
+        """Spreads rows over the files by their hashes."""
         buckets = (hashes % np.uint64(len(self._writers))).astype(np.int64)
         order = np.argsort(buckets, kind="stable")
         batch = batch.take(pa.array(order))

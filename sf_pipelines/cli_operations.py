@@ -1,0 +1,309 @@
+"""Commands on published snapshots: history, rollback, release, pins, cleanup, diff."""
+
+import dataclasses
+import json
+import re
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sf_pipelines.cli_shared import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
+from sf_pipelines.snapshot.errors import OperationError
+
+if TYPE_CHECKING:
+    from sf_pipelines.snapshot.operations.cleanup import CleanupResult
+    from sf_pipelines.snapshot.operations.diff import SnapshotDiff, SnapshotSide
+    from sf_pipelines.snapshot.operations.status import SnapshotStatus
+
+operations = typer.Typer()
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run id, as history shows it.", show_default=False)]
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_BINARY = 1024
+
+
+@operations.command()
+def history(
+    store: Store,
+    limit: Annotated[int, typer.Option(help="Most snapshots to list.", min=1)] = 10,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what was published, newest first: what is current, withdrawn by a rollback, held, pinned."""
+    from sf_pipelines.snapshot.operations.status import snapshots
+
+    with typed_errors():
+        found = snapshots(store, limit=limit, s3=s3_options(endpoint_url))
+    if as_json:
+        rows = [
+            {
+                "run_id": entry.run_id,
+                "built_at": entry.published_at.isoformat(),
+                "manifest": entry.manifest_key,
+                "current": entry.is_current,
+                "withdrawn": entry.is_withdrawn,
+                "held": entry.is_held,
+                "pinned": entry.pinned,
+            }
+            for entry in found
+        ]
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("", "built", "run", "pinned")
+    for entry in found:
+        built = f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z"
+        table.add_row(_state_of(entry), built, safe(entry.run_id), safe(entry.pinned or ""))
+    Console().print(table if found else "nothing was published yet", highlight=False)
+
+
+def _state_of(entry: "SnapshotStatus") -> str:
+    words = [("current", entry.is_current), ("withdrawn", entry.is_withdrawn), ("held", entry.is_held)]
+    return ", ".join(word for word, holds in words if holds)
+
+
+@operations.command()
+def rollback(
+    store: Store,
+    to: Annotated[str | None, typer.Option("--to", help="Run id to go to; default: --back.")] = None,
+    back: Annotated[int, typer.Option("--back", help="How many snapshots back in what was served.", min=1)] = 1,
+    deep: Annotated[bool, typer.Option("--deep", help="Read and hash every object of the target.")] = False,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier snapshot current, after looking at all of its objects.
+
+    The next build of the source and config that were withdrawn does not publish them again; release lifts that.
+    """
+    from sf_pipelines.snapshot.operations.rollback import rollback as roll_back
+
+    with typed_errors(), progress() as watch:
+        result = roll_back(store, to, back=back, s3=s3_options(endpoint_url), deep=deep, progress=watch)
+    if as_json:
+        _print_json(result)
+        return
+    out = Console()
+    out.print(f"{safe(result.run_id)} is current now (seq {result.seq})", highlight=False, soft_wrap=True)
+    checked = result.checked
+    facts = {
+        "before": result.previous_run_id or "(no pointer)",
+        "looked at": f"{checked.objects} objects, {checked.bytes:,} bytes, of which {checked.hashed} were hashed",
+        "withdrawn": ", ".join(result.withdrawn) or "(none)",
+        "held": "(nothing)" if result.hold is None else f"build key {result.hold[:16]}, until release or a new source",
+    }
+    print_facts(out, facts)
+
+
+@operations.command()
+def release(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
+    """Lift the hold of a rollback: the next build of that source and config may publish again."""
+    from sf_pipelines.snapshot.operations.rollback import release as lift
+
+    with typed_errors():
+        result = lift(store, s3=s3_options(endpoint_url))
+    if as_json:
+        _print_json(result)
+        return
+    said = "nothing was held" if result.released is None else f"released build key {result.released[:16]}"
+    Console().print(f"{said}; {safe(result.run_id)} stays current", highlight=False, soft_wrap=True)
+
+
+@operations.command()
+def pin(
+    store: Store,
+    run: Run,
+    reason: Annotated[str, typer.Option("--reason", help="Why it must be kept.", show_default=False)],
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a published snapshot from being cleaned up."""
+    from sf_pipelines.snapshot.operations.pins import pin as pin_run
+
+    with typed_errors():
+        made = pin_run(store, run, reason, s3=s3_options(endpoint_url))
+    if as_json:
+        typer.echo(json.dumps(made.model_dump(mode="json")))
+        return
+    Console().print(f"pinned {safe(made.run_id)}: {safe(made.reason)}", highlight=False, soft_wrap=True)
+
+
+@operations.command()
+def unpin(store: Store, run: Run, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
+    """Let cleanups remove a snapshot again."""
+    from sf_pipelines.snapshot.operations.pins import unpin as unpin_run
+
+    with typed_errors():
+        result = unpin_run(store, run, s3=s3_options(endpoint_url))
+    if as_json:
+        typer.echo(json.dumps(result.pin.model_dump(mode="json")))
+        return
+    Console().print(f"unpinned {safe(run)}; it was pinned for: {safe(result.pin.reason)}", highlight=False)
+
+
+@operations.command()
+def pins(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
+    """List the snapshots that no cleanup removes."""
+    from sf_pipelines.snapshot.operations.pins import pins as list_pins
+
+    with typed_errors():
+        found = list_pins(store, s3=s3_options(endpoint_url))
+    if as_json:
+        typer.echo(json.dumps([one.model_dump(mode="json") for one in found]))
+        return
+    table = Table("run", "since", "reason")
+    for one in found:
+        table.add_row(safe(one.run_id), f"{one.pinned_at:%Y-%m-%d %H:%M:%S}Z", safe(one.reason))
+    Console().print(table if found else "nothing is pinned", highlight=False)
+
+
+@operations.command()
+def cleanup(
+    store: Store,
+    keep: Annotated[int, typer.Option("--keep", help="Published snapshots to keep, the current one included.", min=1)],
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", help="Keep what was built since: 90m, 12h, 30d, 4w.")
+    ] = None,
+    stale_after: Annotated[
+        str, typer.Option("--stale-after", help="Age of failed builds, lost attempts and left-over files to remove.")
+    ] = "7d",
+    apply: Annotated[bool, typer.Option("--apply", help="Do it; without this it is only shown.")] = False,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what nobody needs any more; with --apply, remove it. Exit code 1 when some of it had to stay after all.
+
+    Never touched: the current snapshot, pinned ones, running builds, and what no known writer made.
+    """
+    from sf_pipelines.snapshot.operations.cleanup import cleanup as clean_up
+
+    with typed_errors():
+        result = clean_up(
+            store,
+            keep=keep,
+            older_than=None if older_than is None else _duration(older_than, "--older-than"),
+            stale_after=_duration(stale_after, "--stale-after"),
+            dry_run=not apply,
+            s3=s3_options(endpoint_url),
+        )
+    if as_json:
+        _print_json(result)
+    else:
+        _show_cleanup(Console(), result)
+    if any(outcome.refused for outcome in result.outcomes):
+        raise typer.Exit(1)
+
+
+def _show_cleanup(out: Console, result: "CleanupResult") -> None:
+    plan = result.plan
+    refused = {id(outcome.group): outcome.refused for outcome in result.outcomes}
+    table = Table("rule", "run", "objects", "size", "why")
+    for group in plan.groups:
+        stays = refused.get(id(group))
+        why = safe(group.why) if stays is None else f"[yellow]stays[/] {safe(stays)}"
+        table.add_row(group.rule, safe(group.run_id or ""), f"{group.objects:,}", _size(group.bytes), why)
+    out.print(table if plan.groups else "nothing to remove", highlight=False)
+    for kept in plan.kept:
+        out.print(f"  keeps {safe(kept.run_id)}: {safe(kept.why)}", highlight=False, soft_wrap=True)
+    for left in plan.left_alone:
+        said = f"{safe(left.what)} ({left.objects} objects, {_size(left.bytes)}): {safe(left.why)}"
+        out.print(f"  leaves alone {said}", highlight=False, soft_wrap=True)
+    if not plan.groups:
+        return
+    if result.applied:
+        out.print(f"removed {_size(result.bytes_freed)} of {_size(plan.bytes)}", highlight=False)
+    else:
+        said = f"would remove {plan.objects:,} objects, {_size(plan.bytes)}; nothing was changed: --apply does it"
+        out.print(said, highlight=False)
+
+
+@operations.command()
+def diff(
+    store: Store,
+    before: Annotated[str | None, typer.Option("--before", help="Run id; default: what was served before.")] = None,
+    after: Annotated[str | None, typer.Option("--after", help="Run id; default: the current snapshot.")] = None,
+    ids: Annotated[bool, typer.Option(help="Compare rows by id; reads every shard of both.")] = True,
+    answers: Annotated[bool, typer.Option(help="Compare the answers to the newer one's query sample.")] = True,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two snapshots: config, rows, shards, routing, recall, bytes, answers."""
+    from sf_pipelines.snapshot.operations.diff import diff as compare
+
+    with typed_errors(), progress() as watch:
+        found = compare(store, before, after, s3=s3_options(endpoint_url), ids=ids, answers=answers, progress=watch)
+    if as_json:
+        _print_json(found)
+        return
+    _show_diff(Console(), found)
+
+
+def _show_diff(out: Console, found: "SnapshotDiff") -> None:
+    table = Table("", "before", "after")
+    sides = (found.before, found.after)
+    table.add_row("run", *(safe(side.run_id) for side in sides))
+    table.add_row("built", *(f"{side.created_at:%Y-%m-%d %H:%M:%S}Z" for side in sides))
+    table.add_row("rows", *(f"{side.rows:,}" for side in sides))
+    table.add_row("shards", *(str(side.shards) for side in sides))
+    table.add_row("size", *(_size(side.bytes) for side in sides))
+    table.add_row("recall", *(_recall(side) for side in sides))
+    for change in found.config:
+        table.add_row(change.name, safe(str(change.before)), safe(str(change.after)))
+    out.print(table, highlight=False)
+    facts: dict[str, str] = {}
+    if found.ids is not None:
+        by = ", numbers compared as text" if found.ids.as_text else ""
+        facts["rows by id"] = f"{found.ids.added:,} added, {found.ids.gone:,} gone, {found.ids.kept:,} kept{by}"
+    sizes = [(shard.rows_before, shard.rows_after) for shard in found.shards]
+    facts["largest shard"] = f"{max(old for old, _ in sizes):,} rows before, {max(new for _, new in sizes):,} after"
+    if found.routing is not None:
+        shift = found.routing
+        left = f", {shift.unmatched} without a match" if shift.unmatched else ""
+        facts[shift.artifact] = (
+            f"moved by {shift.mean:.4f} on average, {shift.largest:.4f} at most ({shift.measure}){left}"
+        )
+    if found.overlap is not None:
+        overlap = found.overlap
+        facts[f"overlap@{overlap.k}"] = (
+            f"{overlap.mean:.4f} over {overlap.queries} queries, below {overlap.lowest_tenth:.4f} for a tenth of them, "
+            f"the same rows for {overlap.same:.1%}"
+        )
+    for number, note in enumerate(found.notes, start=1):
+        facts[f"note {number}"] = note
+    print_facts(out, facts)
+
+
+def _recall(side: "SnapshotSide") -> str:
+    figures = side.recall
+    if figures is None or figures.recall is None or figures.lower is None:
+        return "(not recorded)"
+    return f"{figures.recall:.4f}@{figures.k}, at least {figures.lower:.4f}, {figures.num_probes} probes"
+
+
+def _duration(text: str, option: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,9})([smhdw])", text)
+    if match is None:
+        raise OperationError(f"{option} {text!r} is no duration; write a number and a unit: 90m, 12h, 30d, 4w")
+    return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+
+
+def _size(count: int) -> str:
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= _BINARY and len(units) > 1:
+        value /= _BINARY
+        units.pop(0)
+    return f"{count} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
+
+
+def _print_json(result: Any) -> None:
+    typer.echo(json.dumps(dataclasses.asdict(result), default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,375 @@
+"""What is different between two snapshots: config, rows, shards, routing, recall, bytes, and the answers they give."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sf_pipelines.snapshot.build import Progress, silent
+from sf_pipelines.snapshot.config import S3Options
+from sf_pipelines.snapshot.errors import OperationError
+from sf_pipelines.snapshot.manifest.publish import history, read_pointer
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
+from sf_pipelines.snapshot.operations.answers import AnswerOverlap, compare_answers
+from sf_pipelines.snapshot.operations.id_changes import IdChanges, compare_ids
+from sf_pipelines.snapshot.operations.rollback import open_root
+from sf_pipelines.snapshot.operations.trail import Trail
+from sf_pipelines.snapshot.reader.cache import ShardCache
+from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
+from sf_pipelines.snapshot.routing.protocol import VectorRouting
+from sf_pipelines.snapshot.store import Store
+
+# Matching takes time by the cube of the number of centroids: about 10 s for so many.
+_MOST_MATCHED = 4096
+
+
+@dataclass(frozen=True)
+class RecallFigures:
+    """What was measured before a snapshot was published.
+
+    Attributes:
+        k: neighbours asked for.
+        min_recall: what the lower bound had to reach.
+        num_probes: shards asked by default.
+        recall: recall@k of the tuning queries at ``num_probes``; None where that number was not measured.
+        lower: its lower confidence bound.
+    """
+
+    k: int
+    min_recall: float
+    num_probes: int
+    recall: float | None
+    lower: float | None
+
+
+@dataclass(frozen=True)
+class SnapshotSide:
+    """One of the two snapshots.
+
+    Attributes:
+        run_id: its build.
+        manifest_key: its manifest.
+        created_at: when it was built.
+        rows: its rows.
+        shards: shards that are not empty.
+        bytes: size of its shards.
+        recall: what was measured; None in snapshots of others.
+    """
+
+    run_id: str
+    manifest_key: str
+    created_at: datetime
+    rows: int
+    shards: int
+    bytes: int
+    recall: RecallFigures | None
+
+
+@dataclass(frozen=True)
+class FieldChange:
+    """A setting that differs.
+
+    Attributes:
+        name: of the setting.
+        before: its earlier value.
+        after: its later value.
+    """
+
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class ShardChange:
+    """One shard; zeros on the side that does not have it.
+
+    Attributes:
+        db_id: its number.
+        rows_before: its rows in the earlier snapshot.
+        rows_after: in the later one.
+        bytes_before: its bytes in the earlier snapshot.
+        bytes_after: in the later one.
+    """
+
+    db_id: int
+    rows_before: int
+    rows_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class RoutingShift:
+    """How far what routes has moved.
+
+    Attributes:
+        artifact: ``centroids``, matched one to one so that the sum of distances is smallest (the assignment problem;
+            Kuhn, The Hungarian method, 1955), or ``hyperplanes``, bit by bit.
+        measure: ``cosine`` (1 - cos) or ``euclidean``.
+        mean: of the matched distances.
+        largest: of them.
+        pairs: earlier number, later number, distance; by the later number.
+        unmatched: how many the larger side has left over.
+    """
+
+    artifact: str
+    measure: str
+    mean: float
+    largest: float
+    pairs: tuple[tuple[int, int, float], ...]
+    unmatched: int
+
+
+@dataclass(frozen=True)
+class SnapshotDiff:
+    """What is different.
+
+    Attributes:
+        before: the earlier snapshot of the two that were named.
+        after: the later one.
+        config: settings that differ.
+        ids: rows by id; None when they were not compared.
+        shards: every shard of either side.
+        routing: how far what routes has moved; None where it cannot be compared.
+        overlap: how far both give the same answers; None where it was not measured.
+        notes: what was not compared, and why.
+    """
+
+    before: SnapshotSide
+    after: SnapshotSide
+    config: tuple[FieldChange, ...]
+    ids: IdChanges | None
+    shards: tuple[ShardChange, ...]
+    routing: RoutingShift | None
+    overlap: AnswerOverlap | None
+    notes: tuple[str, ...]
+
+
+def diff(
+    root: str | Path | Store,
+    before: str | None = None,
+    after: str | None = None,
+    *,
+    s3: S3Options | None = None,
+    ids: bool = True,
+    answers: bool = True,
+    progress: Progress | None = None,
+) -> SnapshotDiff:
+    """Compares two snapshots.
+
+    Args:
+        root: the snapshot's root.
+        before: run id; None is what was served before the current one.
+        after: run id; None is the current one.
+        s3: credentials.
+        ids: compare the rows by id; fetches every shard of both, one at a time.
+        answers: compare the answers to the query sample of the newer one; fetches the shards that are asked.
+        progress: told how many shards have been read.
+
+    Raises:
+        RunNotFoundError: no such snapshot is published.
+        OperationError: nothing is current, or nothing was served before, and no run was named.
+        SnapshotKindError: one has no vectors.
+        IntegrityError: a manifest or a shard is damaged.
+        StoreError: the store did not do what was asked.
+    """
+    store = open_root(root, s3)
+    old, new = _two(store, before, after)
+    notes: list[str] = []
+    sizes = [_sizes(store, state) for state in (old, new)]
+    with tempfile.TemporaryDirectory(prefix="sf_pipelines-diff-") as folder:
+        changes = None
+        if ids:
+            # Copies that are read once: what readers keep in their cache is left to them.
+            cache = ShardCache(Path(folder), max_bytes=0)
+            changes = compare_ids(store, old, new, cache, _counter(progress or silent, old, new))
+        overlap = None
+        if answers:
+            overlap = compare_answers(store, s3, old, new, Path(folder), notes)
+    return SnapshotDiff(
+        before=_side(old, sizes[0]),
+        after=_side(new, sizes[1]),
+        config=_config_changes(old, new),
+        ids=changes,
+        shards=_shard_changes(old, new, sizes),
+        routing=_routing_shift(old, new, notes),
+        overlap=overlap,
+        notes=tuple(notes),
+    )
+
+
+def _two(store: Store, before: str | None, after: str | None) -> tuple[SnapshotState, SnapshotState]:
+    pointer = read_pointer(store).pointer
+    trail = Trail.of(pointer, history(store, limit=None))
+    if pointer is None and after is None:
+        raise OperationError(f"nothing is current under {store.url}; name two runs")
+    if before is None:
+        previous = pointer.previous if pointer is not None else None
+        if previous is not None:
+            before = previous.run_id
+        elif len(trail.served) > 1:
+            # Moved by a writer that does not say what was served before.
+            before = trail.served[-2].run_id
+        else:
+            raise OperationError(f"nothing was served before the current snapshot of {store.url}; name a run")
+    if after is None and pointer is not None:
+        after = pointer.run_id
+    old, new = (trail.find(run_id or "", store) for run_id in (before, after))
+    return load_state(store, old.manifest_key), load_state(store, new.manifest_key)
+
+
+def _counter(report: Progress, *states: SnapshotState) -> Callable[[], None]:
+    total = sum(1 for state in states for entry in state.shards if entry.key is not None)
+    done = 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        report("diff", done, total, "shards")
+
+    return one_more
+
+
+# Sides.
+
+
+def _sizes(store: Store, state: SnapshotState) -> dict[int, int]:
+    """Bytes of each shard: as sealed, else as they are stored."""
+    sizes: dict[int, int] = {}
+    for entry in state.shards:
+        if entry.objects is not None:
+            sizes[entry.db_id] = sum(item.size for item in entry.objects)
+        elif entry.key is not None:
+            sizes[entry.db_id] = sum(info.size for info in store.objects(entry.key))
+    return sizes
+
+
+def _side(state: SnapshotState, sizes: dict[int, int]) -> SnapshotSide:
+    return SnapshotSide(
+        run_id=state.manifest.run_id,
+        manifest_key=state.manifest_key,
+        created_at=state.manifest.created_at,
+        rows=state.manifest.row_count,
+        shards=sum(1 for entry in state.shards if entry.key is not None),
+        bytes=sum(sizes.values()),
+        recall=_recall(state),
+    )
+
+
+def _recall(state: SnapshotState) -> RecallFigures | None:
+    extras = state.manifest.extras
+    if extras is None or extras.recall is None:
+        return None
+    probes = state.manifest.num_dbs if state.kind == "unified" else state.vector.num_probes
+    point = next((point for point in extras.recall.curve if point.num_probes == probes), None)
+    if point is None and len(extras.recall.curve) == 1:
+        # Where a query's own shard is asked, or all are, there is one figure only.
+        point = extras.recall.curve[0]
+    figures = (None, None) if point is None else (point.recall, point.lower)
+    return RecallFigures(extras.recall.k, extras.recall.min_recall, probes, *figures)
+
+
+def _config_changes(old: SnapshotState, new: SnapshotState) -> tuple[FieldChange, ...]:
+    before, after = _settings(old), _settings(new)
+    return tuple(FieldChange(name, before[name], after[name]) for name in before if before[name] != after[name])
+
+
+def _settings(state: SnapshotState) -> dict[str, Any]:
+    """What a snapshot says of how it was built, in the words of the configuration."""
+    extras, vector = state.manifest.extras, state.vector
+    described = {
+        name: value
+        for name, value in state.routing.describe().items()
+        if name not in {"sharding_strategy", "num_hash_bits"}
+    }
+    return {
+        "kind": state.kind,
+        "num_dbs": state.manifest.num_dbs,
+        "strategy": state.routing.strategy,
+        "dim": state.dim,
+        "metric": state.metric.value,
+        "backend": state.backend,
+        "index_type": vector.index_type,
+        "quantization": vector.quantization,
+        "vector_type": state.vector_type,
+        "num_probes": None if state.kind == "unified" else vector.num_probes,
+        "num_hash_bits": vector.num_hash_bits,
+        "cel_expr": described.get("cel_expr"),
+        "cel_columns": described.get("cel_columns"),
+        "routing_values": described.get("routing_values"),
+        "key_encoding": state.key_encoding if state.kind == "unified" else None,
+        "id_type": extras.id_type if extras else None,
+        "key_type": extras.key_type if extras else None,
+        "value_format": extras.value_format if extras else None,
+        "filter_columns": dict(extras.filter_columns) if extras else None,
+        "recall_gate.k": extras.recall.k if extras and extras.recall else None,
+        "recall_gate.min_recall": extras.recall.min_recall if extras and extras.recall else None,
+        "writer": "sf_pipelines" if extras else "another",
+    }
+
+
+# Shards and routing.
+
+
+def _shard_changes(old: SnapshotState, new: SnapshotState, sizes: list[dict[int, int]]) -> tuple[ShardChange, ...]:
+    rows = [{entry.db_id: entry.rows for entry in state.shards} for state in (old, new)]
+    return tuple(
+        ShardChange(
+            db_id=db_id,
+            rows_before=rows[0].get(db_id, 0),
+            rows_after=rows[1].get(db_id, 0),
+            bytes_before=sizes[0].get(db_id, 0),
+            bytes_after=sizes[1].get(db_id, 0),
+        )
+        for db_id in range(max(old.manifest.num_dbs, new.manifest.num_dbs))
+    )
+
+
+def _routing_shift(old: SnapshotState, new: SnapshotState, notes: list[str]) -> RoutingShift | None:
+    if not (isinstance(old.routing, VectorRouting) and isinstance(new.routing, VectorRouting)):
+        return None
+    one, other = old.routing.matrix, new.routing.matrix
+    kinds = (old.routing.strategy, new.routing.strategy)
+    if kinds[0] != kinds[1] or one.shape[1] != other.shape[1]:
+        notes.append("routing: the strategies or the dimensions differ, so nothing can be matched")
+        return None
+    if kinds[0] == "lsh":
+        bits = min(len(one), len(other))
+        distances = pair_distances(one[:bits], other[:bits], DistanceMetric.COSINE)
+        return _shift("hyperplanes", "cosine", np.arange(bits), np.arange(bits), distances, abs(len(one) - len(other)))
+    if max(len(one), len(other)) > _MOST_MATCHED:
+        notes.append(f"routing: more than {_MOST_MATCHED} centroids are not matched")
+        return None
+    from scipy.optimize import linear_sum_assignment
+
+    cosine = new.metric is DistanceMetric.COSINE
+    table = _distances(one, other, cosine=cosine)
+    rows, columns = linear_sum_assignment(table)
+    measure = "cosine" if cosine else "euclidean"
+    return _shift("centroids", measure, rows, columns, table[rows, columns], abs(len(one) - len(other)))
+
+
+def _shift(artifact: str, measure: str, old: Any, new: Any, distances: Float64, unmatched: int) -> RoutingShift:
+    order = np.argsort(new, kind="stable")
+    return RoutingShift(
+        artifact=artifact,
+        measure=measure,
+        mean=float(distances.mean()),
+        largest=float(distances.max()),
+        pairs=tuple(zip(old[order].tolist(), new[order].tolist(), distances[order].tolist(), strict=True)),
+        unmatched=unmatched,
+    )
+
+
+def _distances(one: Float32, other: Float32, *, cosine: bool) -> Float64:
+    """Distance of every centroid of one side to every one of the other, shape (n, m)."""
+    out = np.empty((len(one), len(other)))
+    for row, centroid in enumerate(one):
+        repeated = np.broadcast_to(centroid, other.shape)
+        out[row] = pair_distances(repeated, other, DistanceMetric.COSINE if cosine else DistanceMetric.L2)
+    return out if cosine else np.sqrt(out)

@@ -1,0 +1,79 @@
+"""The history as an operator wants to see it: what is current, withdrawn, held, pinned."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sf_pipelines.snapshot.config import S3Options
+from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, ObjectMissingError
+from sf_pipelines.snapshot.manifest.codec import decode_manifest
+from sf_pipelines.snapshot.manifest.publish import HistoryEntry, history, read_pointer
+from sf_pipelines.snapshot.operations.pins import pins
+from sf_pipelines.snapshot.operations.rollback import open_root
+from sf_pipelines.snapshot.store import Store
+
+
+@dataclass(frozen=True)
+class SnapshotStatus:
+    """One published snapshot.
+
+    Attributes:
+        run_id: its build.
+        published_at: time in its manifest's name, UTC.
+        manifest_key: its manifest.
+        is_current: whether it is served.
+        is_withdrawn: whether a rollback withdrew it.
+        is_held: whether a rollback keeps its source and config from being published again.
+        pinned: why no cleanup removes it; None where it is not pinned.
+    """
+
+    run_id: str
+    published_at: datetime
+    manifest_key: str
+    is_current: bool
+    is_withdrawn: bool
+    is_held: bool
+    pinned: str | None
+
+
+def snapshots(root: str | Path | Store, *, limit: int | None = 10, s3: S3Options | None = None) -> list[SnapshotStatus]:
+    """Published snapshots, newest first. A pointer that cannot be understood says nothing about any of them.
+
+    Args:
+        root: the snapshot's root.
+        limit: most of them; None for all.
+        s3: credentials.
+
+    Raises:
+        StoreError: the store cannot be read.
+        IntegrityError: a pin cannot be understood.
+    """
+    store = open_root(root, s3)
+    try:
+        pointer = read_pointer(store).pointer
+    except ManifestError:
+        pointer = None
+    pinned = {pin.run_id: pin.reason for pin in pins(store)}
+    withdrawn = set(pointer.withdrawn) if pointer is not None else set[str]()
+    hold = pointer.hold if pointer is not None else None
+    return [
+        SnapshotStatus(
+            run_id=entry.run_id,
+            published_at=entry.published_at,
+            manifest_key=entry.manifest_key,
+            is_current=entry.is_current,
+            is_withdrawn=entry.run_id in withdrawn,
+            is_held=hold is not None and entry.run_id in withdrawn and _build_key(store, entry) == hold,
+            pinned=pinned.get(entry.run_id),
+        )
+        for entry in history(store, limit)
+    ]
+
+
+def _build_key(store: Store, entry: HistoryEntry) -> str | None:
+    """What was built, as the manifest says it."""
+    try:
+        extras = decode_manifest(store.get(entry.manifest_key), where=store.url_of(entry.manifest_key)).extras
+    except (IntegrityError, ObjectMissingError):
+        return None
+    return extras.build_key if extras else None

@@ -189,7 +189,7 @@ def cleanup(
             s3=s3_options(endpoint_url),
         )
     if as_json:
-        _print_json(result)
+        _print_json(result, objects=result.plan.objects, bytes=result.plan.bytes)
     else:
         _show_cleanup(Console(), result)
     if any(outcome.refused for outcome in result.outcomes):
@@ -261,9 +261,8 @@ def _show_diff(out: Console, found: "SnapshotDiff") -> None:
     if found.routing is not None:
         shift = found.routing
         left = f", {shift.unmatched} without a match" if shift.unmatched else ""
-        facts[shift.artifact] = (
-            f"moved by {shift.mean:.4f} on average, {shift.largest:.4f} at most ({shift.measure}){left}"
-        )
+        moved = f"moved by {shift.mean:.4f} on average, {shift.largest:.4f} at most ({shift.measure})"
+        facts[shift.artifact] = moved + left
     if found.overlap is not None:
         overlap = found.overlap
         facts[f"overlap@{overlap.k}"] = (
@@ -297,8 +296,8 @@ def _size(count: int) -> str:
     return f"{count} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
-def _print_json(result: Any) -> None:
-    typer.echo(json.dumps(dataclasses.asdict(result), default=_plain))
+def _print_json(result: Any, **more: int) -> None:
+    typer.echo(json.dumps({**dataclasses.asdict(result), **more}, default=_plain))
 
 
 def _plain(value: Any) -> Any:

@@ -267,6 +267,7 @@ def test_get_names_the_kind_that_it_needs(store: Store) -> None:
 def test_help_names_every_command() -> None:
     code, text = run("--help")
     assert code == 0
-    for command in ("build", "search", "get", "info", "history", "verify"):
+    commands = ("build", "search", "get", "info", "history", "verify")
+    for command in (*commands, "rollback", "release", "pin", "unpin", "pins", "cleanup", "diff"):
         assert command in text
         assert run(command, "--help")[0] == 0

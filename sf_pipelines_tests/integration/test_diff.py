@@ -53,9 +53,13 @@ def test_figures_of_two_snapshots(tmp_path: Path, place: dict[str, Any], monkeyp
     # Several buckets, as a large table has them.
     monkeypatch.setattr(duplicates, "_BUCKET_ROWS", 100)
     config, (first, second) = two(tmp_path, **place)
-    seen: list[tuple[int, int | None]] = []
-    found = diff(config.store, s3=config.s3, progress=lambda stage, done, total, unit: seen.append((done, total)))
-    assert seen == [(number, 6) for number in range(1, 7)]
+    seen: list[tuple[str, int, int | None, str]] = []
+
+    def watch(stage: str, done: int, total: int | None, unit: str) -> None:
+        seen.append((stage, done, total, unit))
+
+    found = diff(config.store, s3=config.s3, progress=watch)
+    assert seen == [("diff", number, 6, "shards") for number in range(1, 7)]
     assert (found.before.run_id, found.after.run_id, found.before.rows, found.after.rows) == (first, second, 600, 630)
     assert found.ids is not None
     assert (found.ids.added, found.ids.gone, found.ids.kept, found.ids.as_text) == (80, 50, 550, False)
@@ -90,12 +94,11 @@ def test_figures_of_two_snapshots(tmp_path: Path, place: dict[str, Any], monkeyp
     # Answers, query by query.
     ledger = Ledger(store, second)
     queries = ledger.get_table(ledger.need(SampleReceipt).queries)
+    answers = [reader.batch_search(queries["vector"].to_pylist(), 11) for reader in sides]
     shares: list[float] = []
-    for row_id, vector in zip(queries["id"].to_pylist(), queries["vector"].to_pylist(), strict=True):
-        answers = [{hit.id for hit in reader.search(vector, 11).results if hit.id != row_id} for reader in sides]
-        full = [[hit.id for hit in reader.search(vector, 11).results if hit.id != row_id][:10] for reader in sides]
-        assert all(answers)
-        shares.append(len(set(full[0]) & set(full[1])) / 10)
+    for row_id, *responses in zip(queries["id"].to_pylist(), *answers, strict=True):
+        one, other = ([hit.id for hit in found.results if hit.id != row_id][:10] for found in responses)
+        shares.append(len(set(one) & set(other)) / 10)
     assert found.overlap is not None
     assert (found.overlap.k, found.overlap.queries) == (10, len(shares))
     assert found.overlap.mean == pytest.approx(np.mean(shares))

@@ -7,17 +7,15 @@ from typing import Any
 import dagster as dg
 
 from sf_pipelines.orchestration import metadata as described
+from sf_pipelines.orchestration.conditions import freshness_of
+from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.orchestration.io_manager import Reference
 from sf_pipelines.orchestration.metadata import materialized
-from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.config import BUILD_VERSION
 from sf_pipelines.snapshot.errors import ReceiptMissingError
 from sf_pipelines.snapshot.receipts import Receipt
-
-CODE_VERSION = str(BUILD_VERSION)
 
 # Only errors that may pass are retried (see resources.surfaced).
 RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
@@ -97,35 +95,22 @@ def _steps(strategy: str) -> list[_Step]:
     return [_SAMPLE, *([trained] if trained else []), route, _PROMOTE]
 
 
-def common_settings(names: SnapshotNames, noun: str) -> dict[str, Any]:
-    """What all assets of a snapshot share, unpartitioned ones too: a single run can take the whole graph."""
-    return {
-        "key": names.asset(noun),
-        "group_name": names.name,
-        "code_version": CODE_VERSION,
-        "backfill_policy": dg.BackfillPolicy.single_run(),
-    }
-
-
-def build_assets(
-    names: SnapshotNames, strategy: str, source_assets: Sequence[dg.AssetKey]
-) -> list[dg.AssetsDefinition]:
+def build_assets(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> list[dg.AssetsDefinition]:
     """All assets except the partitioned ``shard_indexes``.
 
     Args:
-        names: of the snapshot.
-        strategy: how it is sharded, which decides whether there is something to train.
+        graph: of the snapshot.
         source_assets: keys of the assets that write the source.
     """
     return [
-        _source_vectors(names, source_assets),
-        *(_step_asset(names, step) for step in _steps(strategy)),
-        _manifest(names),
+        _source_vectors(graph, source_assets),
+        *(_step_asset(graph, step) for step in _steps(graph.config.sharding.strategy)),
+        _manifest(graph),
     ]
 
 
 def _asset(
-    names: SnapshotNames,
+    graph: Graph,
     noun: str,
     *,
     kinds: set[str],
@@ -134,58 +119,66 @@ def _asset(
     deps: Sequence[dg.AssetKey] = (),
 ) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
     """A decorator with the settings of all unpartitioned assets; ``before`` is the input from the asset ``after``."""
+    names, freshness = graph.names, freshness_of(graph.options.freshness)
     return dg.asset(
-        **common_settings(names, noun),
+        **graph.asset_settings(noun, kinds),
         ins={"before": dg.AssetIn(names.asset(after))} if after else None,
         deps=list(deps),
-        kinds=kinds,
         description=description,
         io_manager_key=names.io_manager,
         required_resource_keys={names.resource},
+        freshness_policy=freshness if noun == _PROMOTE.noun and graph.options.pointer_sensor is None else None,
         retry_policy=RETRY,
     )
 
 
 def run_stage(
     context: dg.AssetExecutionContext,
-    names: SnapshotNames,
-    stage: Callable[[Build], Any],
+    graph: Graph,
+    stage: str,
+    work: Callable[[Build], Any],
     describe: Callable[[Any], dict[str, Any]],
 ) -> dg.MaterializeResult:
     """Runs one stage; its receipt becomes the materialization."""
-    access: SnapshotAccess = getattr(context.resources, names.resource)
+    access: SnapshotAccess = getattr(context.resources, graph.names.resource)
     with surfaced(), access.build(context.log) as build:
-        receipt: Receipt = stage(build)
+        receipt: Receipt = graph.execute(context, stage, lambda: work(build))
     if receipt.reason:
         context.log.info("%s", receipt.reason)
     return materialized(receipt, describe(receipt))
 
 
-def _source_vectors(names: SnapshotNames, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
+def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
     @_asset(
-        names,
+        graph,
         "source_vectors",
         deps=source_assets,
         kinds={"parquet"},
         description="The source files, pinned: what a build reads is exactly these versions.",
     )
     def source_vectors(context: dg.AssetExecutionContext, config: ScanOptions) -> dg.MaterializeResult:
-        return run_stage(context, names, lambda build: stages.scan(build, force=config.force), described.scan_metadata)
+        def scan(build: Build) -> Receipt:
+            return stages.scan(build, force=config.force)
+
+        return run_stage(context, graph, "scan", scan, described.scan_metadata)
 
     return source_vectors
 
 
-def _step_asset(names: SnapshotNames, step: _Step) -> dg.AssetsDefinition:
-    @_asset(names, step.noun, after=step.after, kinds=step.kinds, description=step.description)
+def _step_asset(graph: Graph, step: _Step) -> dg.AssetsDefinition:
+    @_asset(graph, step.noun, after=step.after, kinds=step.kinds, description=step.description)
     def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
-        return run_stage(context, names, lambda build: step.stage(build, before["run_id"]), step.describe)
+        def work(build: Build) -> Receipt:
+            return step.stage(build, before["run_id"])
+
+        return run_stage(context, graph, step.stage.__name__, work, step.describe)
 
     return step_asset
 
 
-def _manifest(names: SnapshotNames) -> dg.AssetsDefinition:
+def _manifest(graph: Graph) -> dg.AssetsDefinition:
     @_asset(
-        names,
+        graph,
         "manifest",
         after="shard_indexes",
         kinds={"sqlite"},
@@ -195,7 +188,7 @@ def _manifest(names: SnapshotNames) -> dg.AssetsDefinition:
         def assemble(build: Build) -> Receipt:
             return stages.assemble(build, _common_run(before))
 
-        return run_stage(context, names, assemble, described.manifest_metadata)
+        return run_stage(context, graph, "assemble", assemble, described.manifest_metadata)
 
     return manifest
 

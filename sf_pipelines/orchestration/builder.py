@@ -1,65 +1,103 @@
 """One snapshot's Dagster definitions from its configuration, without YAML."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import dagster as dg
 from dagster_aws.s3 import S3Resource
 
+from sf_pipelines.orchestration.alerts import build_failure_sensor
 from sf_pipelines.orchestration.assets import build_assets
 from sf_pipelines.orchestration.checks import build_checks
+from sf_pipelines.orchestration.graph import Execute, Graph, execute_stage
 from sf_pipelines.orchestration.io_manager import ReferenceIOManager
 from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.options import S3ResourceOptions, SnapshotOptions, sensor_status
+from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
 from sf_pipelines.orchestration.resources import snapshot_resource
-from sf_pipelines.orchestration.shards import BackfillMode, build_shard_indexes
+from sf_pipelines.orchestration.schedule import build_schedule
+from sf_pipelines.orchestration.shards import build_shard_indexes
+from sf_pipelines.orchestration.source_sensor import build_source_sensor
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.routing import needs_training
 
 
 def build_snapshot_defs(
     config: WriteConfig,
+    options: SnapshotOptions | None = None,
     *,
-    source_assets: Sequence[dg.AssetKey | str | Sequence[str]] = (),
-    refresh_source: bool = False,
-    backfill: BackfillMode = "single_run",
     s3: S3Resource | None = None,
+    execute: Execute = execute_stage,
+    **fields: Any,
 ) -> dg.Definitions:
-    """Assets, checks, job and resources of one snapshot; merge the definitions of several with ``Definitions.merge``.
+    """Assets, checks, job, schedule, sensors and resources of one snapshot.
+
+    Merge the definitions of several snapshots with ``Definitions.merge``.
 
     Args:
         config: the snapshot.
-        source_assets: keys of the assets that write the source; ``source_vectors`` depends on them.
-        refresh_source: whether the job ``build_<name>`` materializes ``source_assets`` too. They must then be defined
-            in the same code location.
-        backfill: a backfill of several shards is a ``single_run`` or ``run_per_shard``.
-        s3: credentials for source and store, where they are not in ``config.s3`` or the environment.
+        options: how it sits in Dagster.
+        s3: credentials for source and store, as a resource object.
+        execute: does the work of each stage; wrap it to add something before or after.
+        **fields: fields of ``SnapshotOptions``, where ``options`` is not given: ``build_snapshot_defs(config,
+            source_assets=["lake/products"], schedule={"cron": "0 3 * * *"})``. A source asset may also be an
+            ``AssetKey`` or a list of its parts.
 
     Raises:
-        ConfigError: credentials are given twice, or the sharding expression does not compile.
+        ConfigError: an option is unknown or wrong, options or credentials are given twice, or the sharding expression
+            does not compile.
     """
+    if options is not None and fields:
+        raise ConfigError(f"give options or the fields {', '.join(sorted(fields))}, not both")
+    chosen = options or SnapshotOptions(**fields)
+    if s3 is not None and chosen.s3_resource is not None:
+        raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as s3 or as s3_resource, not both")
     if not needs_training(config.sharding):
         # An expression that does not compile is told when the definitions are loaded.
         Build(config).routing(None)
-    names = SnapshotNames.of(config)
-    upstream = [dg.AssetKey.from_coercible(_key(item)) for item in source_assets]
-    assets = [*build_assets(names, config.sharding.strategy, upstream), build_shard_indexes(names, config, backfill)]
-    snapshot = snapshot_resource(config, s3)
+    graph = Graph(config, chosen, SnapshotNames.of(config, chosen), execute)
+    upstream = [dg.AssetKey(item.split("/")) for item in chosen.source_assets]
+    assets = [*build_assets(graph, upstream), build_shard_indexes(graph)]
     own = [key for asset in assets for key in asset.keys]
-    job = dg.define_asset_job(
-        names.job,
-        selection=dg.AssetSelection.assets(*own, *(upstream if refresh_source else [])),
-        # With the range of all shards on the run, one run does everything, unpartitioned assets and checks included.
-        tags=names.range_tags,
-        description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",
-    )
+    declared = chosen.s3_resource
+    resource = declared.resource() if isinstance(declared, S3ResourceOptions) else declared
+    snapshot = snapshot_resource(config, s3 or resource)
+    names = graph.names
     return dg.Definitions(
-        assets=assets,
-        asset_checks=[build_checks(names, config)],
-        jobs=[job],
+        assets=[*assets, *([build_published_snapshot(graph)] if chosen.pointer_sensor else [])],
+        asset_checks=[build_checks(graph)],
+        jobs=[_job(names, own, upstream if chosen.refresh_source else [])],
+        schedules=[build_schedule(graph, chosen.schedule)] if chosen.schedule else [],
+        sensors=list(_sensors(graph, own)),
         resources={names.resource: snapshot, names.io_manager: ReferenceIOManager(snapshot=snapshot)},
     )
 
 
-def _key(item: dg.AssetKey | str | Sequence[str]) -> dg.AssetKey | Sequence[str]:
-    # "lake/products" is how the UI writes a key of two parts.
-    return item.split("/") if isinstance(item, str) else item
+def _job(names: SnapshotNames, own: Sequence[dg.AssetKey], upstream: Sequence[dg.AssetKey]) -> Any:
+    return dg.define_asset_job(
+        names.job,
+        selection=dg.AssetSelection.assets(*own, *upstream),
+        # With the range of all shards on the run, one run does everything, unpartitioned assets and checks included.
+        tags=names.run_tags,
+        description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",
+    )
+
+
+def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefinition]:
+    options = graph.options
+    if options.source_sensor:
+        yield build_source_sensor(graph, options.source_sensor)
+    if options.pointer_sensor:
+        yield build_pointer_sensor(graph, options.pointer_sensor)
+    if options.failure_alert:
+        yield build_failure_sensor(graph, options.failure_alert)
+    if options.automation:
+        yield dg.AutomationConditionSensorDefinition(
+            graph.names.automation_sensor,
+            target=dg.AssetSelection.assets(*own),
+            minimum_interval_seconds=options.automation.interval_seconds,
+            default_status=sensor_status(options.automation.default_status),
+            description=f"Requests assets of {graph.names.name!r} when what they build on is new.",
+        )

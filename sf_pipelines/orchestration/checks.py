@@ -1,16 +1,16 @@
 """The recall gate as checks on ``manifest``."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import dagster as dg
 
+from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.orchestration.io_manager import Reference
 from sf_pipelines.orchestration.metadata import verdict_metadata
-from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.gate import CHECKS, required_checks
 
 _DESCRIPTIONS = {
@@ -23,9 +23,10 @@ _DESCRIPTIONS = {
 }
 
 
-def build_checks(names: SnapshotNames, config: WriteConfig) -> dg.AssetChecksDefinition:
+def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
     """All checks as one definition; each can be executed alone. Those that the gate requires block the pointer."""
-    manifest, required = names.asset("manifest"), required_checks(Build(config))
+    names = graph.names
+    manifest, required = names.asset("manifest"), required_checks(Build(graph.config))
     specs = [
         dg.AssetCheckSpec(name, asset=manifest, blocking=name in required, description=_DESCRIPTIONS[name])
         for name in CHECKS
@@ -43,7 +44,7 @@ def build_checks(names: SnapshotNames, config: WriteConfig) -> dg.AssetChecksDef
         selected = {key.name for key in context.selected_asset_check_keys}
         with surfaced(), access.build(context.log) as build:
             for name in (name for name in CHECKS if name in selected):
-                verdict = stages.check(build, manifest["run_id"], name)
+                verdict = graph.execute(context, "check", partial(stages.check, build, manifest["run_id"], name))
                 yield dg.AssetCheckResult(
                     passed=verdict.passed,
                     asset_key=names.asset("manifest"),

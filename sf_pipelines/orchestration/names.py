@@ -4,34 +4,77 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from sf_pipelines.orchestration.options import SnapshotOptions
 from sf_pipelines.snapshot.config import WriteConfig
+
+SNAPSHOT_TAG = "sf_pipelines/snapshot"
 
 
 @dataclass(frozen=True)
 class SnapshotNames:
-    """Keys of one snapshot's assets, resources and job; all begin with the snapshot's name.
+    """Keys of one snapshot's assets, resources, job, schedule and sensors; all hold the snapshot's name.
 
     Attributes:
-        name: of the snapshot; also the name of its asset group.
+        name: of the snapshot.
         num_dbs: number of shards.
+        key_prefix: before the name in asset keys.
+        pool: concurrency pool of the steps that build shards.
     """
 
     name: str
     num_dbs: int
+    key_prefix: tuple[str, ...]
+    pool: str
 
     @classmethod
-    def of(cls, config: WriteConfig) -> "SnapshotNames":
+    def of(cls, config: WriteConfig, options: SnapshotOptions | None = None) -> "SnapshotNames":
         """Names for a configuration."""
-        return cls(config.name, config.num_dbs)
+        chosen = options or SnapshotOptions()
+        prefix = tuple(chosen.key_prefix.split("/")) if chosen.key_prefix else ()
+        return cls(config.name, config.num_dbs, prefix, chosen.pool or f"{config.name}_shards")
 
     def asset(self, noun: str) -> dg.AssetKey:
         """Key of one of the snapshot's assets."""
-        return dg.AssetKey([self.name, noun])
+        return dg.AssetKey([*self.key_prefix, self.name, noun])
+
+    def step(self, noun: str) -> str:
+        """Name of the step that materializes an asset."""
+        return "__".join(self.asset(noun).path).replace("-", "_")
+
+    @property
+    def published(self) -> dg.AssetKey:
+        """Key of the observed asset that stands for what readers are served."""
+        return self.asset("published_snapshot")
 
     @property
     def job(self) -> str:
         """The job that does everything in one run."""
         return f"build_{self.name}"
+
+    @property
+    def schedule(self) -> str:
+        """Rebuilds by the clock."""
+        return f"{self.name}_schedule"
+
+    @property
+    def source_sensor(self) -> str:
+        """Rebuilds when the source changes."""
+        return f"{self.name}_source_sensor"
+
+    @property
+    def pointer_sensor(self) -> str:
+        """Tells when the current pointer moves."""
+        return f"{self.name}_pointer_sensor"
+
+    @property
+    def automation_sensor(self) -> str:
+        """Looks at the declarative conditions."""
+        return f"{self.name}_automation_sensor"
+
+    @property
+    def failure_sensor(self) -> str:
+        """Tells when a run has failed."""
+        return f"{self.name}_failure_sensor"
 
     @property
     def resource(self) -> str:
@@ -44,20 +87,19 @@ class SnapshotNames:
         return f"{self.name}_references"
 
     @property
-    def pool(self) -> str:
-        """Concurrency pool of the steps that build shards."""
-        return f"{self.name}_shards"
-
-    @property
     def partitions(self) -> dg.StaticPartitionsDefinition:
         """One partition a shard, padded like the shard's directory."""
         return dg.StaticPartitionsDefinition([shard_partition(db_id) for db_id in range(self.num_dbs)])
 
     @property
-    def range_tags(self) -> dict[str, str]:
-        """Run tags that select every shard partition in a single run."""
+    def run_tags(self) -> dict[str, str]:
+        """Run tags that say which snapshot it is and select every shard partition in a single run."""
         keys = self.partitions.get_partition_keys()
-        return {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+        return {
+            SNAPSHOT_TAG: self.name,
+            "dagster/asset_partition_range_start": keys[0],
+            "dagster/asset_partition_range_end": keys[-1],
+        }
 
 
 def shard_partition(db_id: int) -> str:

@@ -11,7 +11,7 @@ from dagster_aws.s3 import S3Resource
 
 from sf_pipelines.snapshot.build import Build, Progress
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
-from sf_pipelines.snapshot.errors import ConfigError, SfPipelinesError
+from sf_pipelines.snapshot.errors import ConfigError, ObjectMissingError, SfPipelinesError
 from sf_pipelines.snapshot.store import Store
 
 # Seconds between two progress lines of one stage in Dagster's log.
@@ -36,24 +36,43 @@ class SnapshotAccess:
         """The snapshot's store."""
         return Store.open(self.config.store, self.config.s3, create=True)
 
+    def find_store(self) -> Store | None:
+        """The snapshot's store for a look that leaves nothing behind: a folder that is not there is not made."""
+        try:
+            return Store.open(self.config.store, self.config.s3)
+        except ObjectMissingError:
+            return None
 
-def snapshot_resource(config: WriteConfig, s3: S3Resource | None) -> dg.ResourceDefinition:
+
+def snapshot_resource(config: WriteConfig, s3: S3Resource | str | None) -> dg.ResourceDefinition:
     """A resource that yields a ``SnapshotAccess``.
 
     Args:
         config: the snapshot.
-        s3: credentials for source and store; None takes ``config.s3`` or the environment's.
+        s3: credentials for source and store: a resource, or the key of one that the deployment defines; None takes
+            ``config.s3`` or the environment's.
 
     Raises:
         ConfigError: credentials are given twice.
     """
     if s3 is not None and config.s3 is not None:
-        raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as config.s3 or as an S3Resource, not both")
+        raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as s3 or as an S3Resource, not both")
 
-    @dg.resource(description=f"The snapshot {config.name!r} at {config.store}.")
-    def snapshot(_: dg.InitResourceContext) -> SnapshotAccess:
+    @dg.resource(
+        description=f"The snapshot {config.name!r} at {config.store}.",
+        required_resource_keys={s3} if isinstance(s3, str) else None,
+    )
+    def snapshot(context: dg.InitResourceContext) -> SnapshotAccess:
         # Environment variables are looked up here, where the run is, and not where definitions were loaded.
-        return SnapshotAccess(config if s3 is None else config.model_copy(update={"s3": s3_options(s3)}))
+        found = getattr(context.resources, s3) if isinstance(s3, str) else s3
+        if found is None:
+            return SnapshotAccess(config)
+        if not isinstance(found, S3Resource):
+            raise ConfigError(
+                f"snapshot {config.name!r}: resource {s3!r} is a {type(found).__name__}; s3_resource must name a "
+                "dagster_aws.s3.S3Resource"
+            )
+        return SnapshotAccess(config.model_copy(update={"s3": s3_options(found)}))
 
     return snapshot
 

@@ -5,19 +5,18 @@ and that each shard's partition turns green as soon as it is sealed.
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import dagster as dg
 
-from sf_pipelines.orchestration.assets import CODE_VERSION, RETRY, common_settings
+from sf_pipelines.orchestration.assets import RETRY
+from sf_pipelines.orchestration.graph import CODE_VERSION, Graph
 from sf_pipelines.orchestration.io_manager import Reference
 from sf_pipelines.orchestration.metadata import reference, shard_metadata
 from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
-
-BackfillMode = Literal["single_run", "run_per_shard"]
+from sf_pipelines.snapshot.receipts import ShardReceipt
 
 _DESCRIPTION = (
     "One index a shard, built from its own rows, sealed: re-opened after the upload, counted, every object digested. "
@@ -26,24 +25,18 @@ _DESCRIPTION = (
 )
 
 
-def build_shard_indexes(names: SnapshotNames, config: WriteConfig, backfill: BackfillMode) -> dg.AssetsDefinition:
-    """The asset, partitioned by shard.
-
-    Args:
-        names: of the snapshot.
-        config: of the snapshot.
-        backfill: whether a backfill of several shards is one run or one run a shard.
-    """
-    plan, build_one, collect = _plan_op(names), _build_op(names), _collect_op(names)
-    settings = common_settings(names, "shard_indexes")
-    if backfill == "run_per_shard":
+def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
+    """The asset, partitioned by shard."""
+    names = graph.names
+    plan, build_one, collect = _plan_op(names), _build_op(graph), _collect_op(names)
+    settings = graph.asset_settings("shard_indexes", _kinds(graph.config))
+    if graph.options.backfill == "run_per_shard":
         settings["backfill_policy"] = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
 
     @dg.graph_asset(
         **settings,
         ins={"routed": dg.AssetIn(names.asset("routed_vectors"))},
         partitions_def=names.partitions,
-        kinds=_kinds(config),
         description=_DESCRIPTION,
     )
     def shard_indexes(routed: Reference) -> Reference:
@@ -88,7 +81,9 @@ def rebuild_asked(context: dg.OpExecutionContext, names: SnapshotNames) -> bool:
     return names.asset("routed_vectors") not in selected
 
 
-def _build_op(names: SnapshotNames) -> dg.OpDefinition:
+def _build_op(graph: Graph) -> dg.OpDefinition:
+    names = graph.names
+
     @dg.op(
         name=f"{names.name}_build_shard",
         out=dg.Out(dict, io_manager_key=names.io_manager),
@@ -101,7 +96,11 @@ def _build_op(names: SnapshotNames) -> dg.OpDefinition:
     def build_shard(context: dg.OpExecutionContext, task: Reference) -> Reference:
         access: SnapshotAccess = getattr(context.resources, names.resource)
         with surfaced(), access.build(context.log) as build:
-            receipt = stages.build_shard(build, task["run_id"], task["db_id"], rebuild=task["rebuild"])
+
+            def work() -> ShardReceipt:
+                return stages.build_shard(build, task["run_id"], task["db_id"], rebuild=task["rebuild"])
+
+            receipt = graph.execute(context, "build_shard", work)
         if receipt.reason:
             context.log.info("%s", receipt.reason)
         metadata = shard_metadata(receipt)

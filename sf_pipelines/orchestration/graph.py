@@ -1,0 +1,79 @@
+"""What the parts of one snapshot's graph share: configuration, options, names, and how stages are executed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import dagster as dg
+
+from sf_pipelines.orchestration.conditions import condition_of
+from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.options import SnapshotOptions
+from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig
+
+CODE_VERSION = str(BUILD_VERSION)
+
+StageContext = dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext
+
+Done = TypeVar("Done")
+
+
+class Execute(Protocol):
+    """Called for each stage of a run, in the step's process."""
+
+    def __call__(self, context: StageContext, stage: str, work: Callable[[], Done]) -> Done:
+        """Does the work of a stage.
+
+        Args:
+            context: of the step.
+            stage: ``scan``, ``sample``, ``train``, ``route``, ``build_shard``, ``assemble``, ``check`` or ``promote``.
+            work: does it and returns the receipt (of ``check`` the verdict).
+        """
+        ...
+
+
+def execute_stage(context: StageContext, stage: str, work: Callable[[], Done]) -> Done:
+    """The usual way: the work and nothing else."""
+    del context, stage
+    return work()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One snapshot in Dagster.
+
+    Attributes:
+        config: the snapshot.
+        options: how it sits in Dagster.
+        names: of its parts.
+        execute: does the work of a stage.
+    """
+
+    config: WriteConfig
+    options: SnapshotOptions
+    names: SnapshotNames
+    execute: Execute
+
+    @property
+    def group(self) -> str:
+        """Asset group."""
+        return self.options.group or self.config.name
+
+    def asset_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
+        """What all assets share, unpartitioned ones too: a single run can take the whole graph."""
+        return {
+            **self.described_settings(noun, kinds),
+            "code_version": CODE_VERSION,
+            "backfill_policy": dg.BackfillPolicy.single_run(),
+            "automation_condition": condition_of(noun) if self.options.automation else None,
+        }
+
+    def described_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
+        """What describes any asset, also one that Dagster only observes."""
+        return {
+            "key": self.names.asset(noun),
+            "group_name": self.group,
+            "owners": list(self.options.owners),
+            "tags": self.options.tags,
+            "kinds": kinds | set(self.options.kinds),
+        }

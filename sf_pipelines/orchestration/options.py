@@ -1,0 +1,279 @@
+"""How a snapshot sits in Dagster: the options of the component's YAML and of ``build_snapshot_defs``, in one model."""
+
+import os
+import zoneinfo
+from typing import Annotated, Any, Literal
+
+import dagster as dg
+from dagster_aws.s3 import S3Resource
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.model import ConfigModel
+
+BackfillMode = Literal["single_run", "run_per_shard"]
+Status = Literal["running", "stopped"]
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+_Interval = Annotated[int, Field(ge=1, le=86_400)]
+
+
+class FromEnvironment(ConfigModel):
+    """A value that is read from an environment variable where it is used, and is in no definition.
+
+    Attributes:
+        env: name of the variable.
+    """
+
+    env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+    def read(self) -> str:
+        """The value.
+
+        Raises:
+            ConfigError: the variable is not set.
+        """
+        found = os.environ.get(self.env)
+        if not found:
+            raise ConfigError(f"environment variable {self.env} is not set, but the snapshot's options name it")
+        return found
+
+
+def _from_environment(value: Any) -> Any:
+    # Decided by what it is, so that an error names the field that is wrong and not all that it might have been.
+    if isinstance(value, dg.EnvVar):
+        # A str that holds its variable's name.
+        return FromEnvironment(env=value.env_var_name)
+    return FromEnvironment(**value) if isinstance(value, dict) else value
+
+
+TextOrEnvironment = Annotated[Annotated[str, Field(min_length=1)] | FromEnvironment, BeforeValidator(_from_environment)]
+
+
+def text_of(value: str | FromEnvironment) -> str:
+    """The text itself, read from the environment where it is there."""
+    return value.read() if isinstance(value, FromEnvironment) else value
+
+
+class S3ResourceOptions(ConfigModel):
+    """Fields of a dagster-aws ``S3Resource``; each is a text or ``{env: NAME}``, read when a run or a tick starts.
+
+    Attributes:
+        endpoint_url: for servers other than AWS.
+        region_name: bucket's region.
+        aws_access_key_id: key id.
+        aws_secret_access_key: secret.
+        aws_session_token: for temporary credentials.
+    """
+
+    endpoint_url: TextOrEnvironment | None = None
+    region_name: TextOrEnvironment | None = None
+    aws_access_key_id: TextOrEnvironment | None = None
+    aws_secret_access_key: TextOrEnvironment | None = None
+    aws_session_token: TextOrEnvironment | None = None
+
+    def resource(self) -> S3Resource:
+        """The resource."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        fields: dict[str, Any] = {
+            name: dg.EnvVar(value.env) if isinstance(value, FromEnvironment) else value
+            for name, value in given.items()
+            if value is not None
+        }
+        return S3Resource(**fields)
+
+
+def _key_text(value: Any) -> Any:
+    if isinstance(value, dg.AssetKey):
+        return value.to_user_string()
+    return "/".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+_AssetKey = Annotated[str, Field(pattern=r"^[^/]+(/[^/]+)*$"), BeforeValidator(_key_text)]
+
+
+def _s3_options(value: Any) -> Any:
+    return S3ResourceOptions(**value) if isinstance(value, dict) else value
+
+
+class AutomationOptions(ConfigModel):
+    """Declarative conditions: each asset is requested when what it builds on is new.
+
+    Attributes:
+        interval_seconds: least time between two looks at the conditions.
+        default_status: whether the sensor that looks is on before anybody touches its switch in the UI.
+    """
+
+    interval_seconds: _Interval = 30
+    default_status: Status = "stopped"
+
+
+class ScheduleOptions(ConfigModel):
+    """Rebuilds by the clock, through the job ``build_<name>``.
+
+    Attributes:
+        cron: five fields, as in ``0 3 * * *``.
+        timezone: name of the IANA database that the fields are read in.
+        force: build and publish although nothing is new.
+        default_status: whether the schedule is on before anybody touches its switch in the UI.
+    """
+
+    cron: str
+    timezone: str = "UTC"
+    force: bool = False
+    default_status: Status = "stopped"
+
+    @field_validator("cron")
+    @classmethod
+    def _cron_is_valid(cls, value: str) -> str:
+        try:
+            dg.ScheduleDefinition(name="probe", job_name="probe", cron_schedule=value)
+        except dg.DagsterInvalidDefinitionError as error:
+            raise ValueError("is no cron expression of five fields, as in '0 3 * * *'") from error
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _timezone_is_known(cls, value: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(value)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError) as error:
+            raise ValueError("is no time zone of the IANA database, as in 'Europe/Berlin'") from error
+        return value
+
+
+class SourceSensorOptions(ConfigModel):
+    """A rebuild when the source's files change.
+
+    Attributes:
+        interval_seconds: least time between two looks at the source.
+        settle_seconds: time that the files must have been the same before they are built, so that a writer of many
+            files is not cut in two; 0 builds at the first look.
+        default_status: whether the sensor is on before anybody touches its switch in the UI.
+    """
+
+    interval_seconds: _Interval = 60
+    settle_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60
+    default_status: Status = "stopped"
+
+
+class PointerSensorOptions(ConfigModel):
+    """An event on the asset ``published_snapshot`` whenever the current pointer moves, by any hand.
+
+    Attributes:
+        interval_seconds: least time between two looks at the pointer.
+        default_status: whether the sensor is on before anybody touches its switch in the UI.
+    """
+
+    interval_seconds: _Interval = 30
+    default_status: Status = "stopped"
+
+
+class FreshnessOptions(ConfigModel):
+    """How old the published snapshot may get.
+
+    Attributes:
+        fail_hours: hours after which it counts as stale.
+        warn_hours: hours after which that is near.
+    """
+
+    fail_hours: Annotated[float, Field(gt=0, le=24 * 366)]
+    warn_hours: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _warns_before_it_fails(self) -> "FreshnessOptions":
+        if self.warn_hours is not None and self.warn_hours >= self.fail_hours:
+            raise ValueError(f"warn_hours {self.warn_hours:g} must be less than fail_hours {self.fail_hours:g}")
+        # Dagster looks once a minute and refuses shorter windows.
+        if min(self.fail_hours, self.warn_hours or self.fail_hours) * 60 < 1:
+            raise ValueError("fail_hours and warn_hours must be a minute or more")
+        return self
+
+
+class FailureAlertOptions(ConfigModel):
+    """What happens when a run that builds this snapshot fails: a line in the log, and a call of a webhook.
+
+    Attributes:
+        webhook_url: address that a JSON object is posted to; as a secret ``{env: NAME}``. None only logs.
+        authorization: value of the header ``Authorization``, as in ``{env: ALERT_TOKEN}``.
+        timeout_seconds: of one try.
+        tries: how often it is tried before the alert counts as lost; server errors and lost connections only.
+        default_status: whether the sensor is on before anybody touches its switch in the UI.
+    """
+
+    webhook_url: TextOrEnvironment | None = None
+    authorization: TextOrEnvironment | None = None
+    timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 10
+    tries: Annotated[int, Field(ge=1, le=10)] = 3
+    default_status: Status = "stopped"
+
+    @model_validator(mode="after")
+    def _webhook_is_http(self) -> "FailureAlertOptions":
+        url = self.webhook_url
+        if isinstance(url, str) and not url.startswith(("http://", "https://")):
+            raise ValueError("webhook_url must begin with http:// or https://")
+        if url is None and self.authorization is not None:
+            raise ValueError("authorization means nothing without webhook_url; leave it out")
+        return self
+
+
+class SnapshotOptions(ConfigModel):
+    """How a snapshot sits in Dagster.
+
+    Attributes:
+        source_assets: keys of the assets that write the source, as in ``lake/products``.
+        refresh_source: whether the job ``build_<name>`` materializes them too.
+        backfill: whether a backfill of several shards is one run or one run a shard.
+        key_prefix: put before the snapshot's name in all its asset keys, as in ``search/prod``.
+        group: asset group; None is the snapshot's name.
+        owners: e-mail addresses, or teams as in ``team:search``.
+        tags: of all assets.
+        kinds: shown beside each asset's own.
+        pool: concurrency pool of the steps that build shards; None is ``<name>_shards``.
+        s3_resource: S3 credentials of source and store: the key of an ``S3Resource`` that the deployment defines, or
+            the fields of one. None takes ``s3`` or the environment's.
+        automation: declarative conditions: each asset is requested when what it builds on is new; the pointer only
+            after the blocking checks have passed.
+        schedule: rebuilds by the clock.
+        source_sensor: a rebuild when the source changes.
+        pointer_sensor: an event when the published snapshot changes.
+        freshness: how old the published snapshot may get. It counts from the events of ``published_snapshot`` where
+            there is a pointer sensor, else from the last run that looked at the source and found it published.
+        failure_alert: what happens when a run fails.
+    """
+
+    source_assets: tuple[_AssetKey, ...] = ()
+    refresh_source: bool = False
+    backfill: BackfillMode = "single_run"
+    key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*$")] | None = None
+    group: _Name | None = None
+    owners: tuple[str, ...] = ()
+    tags: dict[str, str] = Field(default_factory=dict)
+    kinds: tuple[_Name, ...] = ()
+    pool: _Name | None = None
+    s3_resource: Annotated[_Name | S3ResourceOptions | None, BeforeValidator(_s3_options)] = None
+    automation: AutomationOptions | None = None
+    schedule: ScheduleOptions | None = None
+    source_sensor: SourceSensorOptions | None = None
+    pointer_sensor: PointerSensorOptions | None = None
+    freshness: FreshnessOptions | None = None
+    failure_alert: FailureAlertOptions | None = None
+
+    @field_validator("owners", "tags")
+    @classmethod
+    def _dagster_takes_it(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            dg.AssetSpec("probe", **{str(info.field_name): value})
+        except (dg.DagsterInvalidDefinitionError, ValueError) as error:
+            raise ValueError(str(error).splitlines()[0]) from error
+        return value
+
+
+def schedule_status(status: Status) -> dg.DefaultScheduleStatus:
+    """Dagster's word for it."""
+    return dg.DefaultScheduleStatus[status.upper()]
+
+
+def sensor_status(status: Status) -> dg.DefaultSensorStatus:
+    """Dagster's word for it."""
+    return dg.DefaultSensorStatus[status.upper()]

@@ -1,0 +1,95 @@
+"""A rebuild when the source's files change."""
+
+import time
+
+import dagster as dg
+
+from sf_pipelines.orchestration.graph import Graph
+from sf_pipelines.orchestration.options import SourceSensorOptions, sensor_status
+from sf_pipelines.orchestration.resources import SnapshotAccess
+from sf_pipelines.orchestration.source_watch import Decision, SourceCursor, decide, fingerprint
+from sf_pipelines.snapshot.errors import SourceNotFoundError
+from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.manifest.publish import read_pointer
+from sf_pipelines.snapshot.receipts import ScanReceipt
+from sf_pipelines.snapshot.source.files import find_files
+from sf_pipelines.snapshot.store import ObjectInfo
+
+FILES_TAG = "sf_pipelines/source_files"
+
+_UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+def build_source_sensor(graph: Graph, options: SourceSensorOptions) -> dg.SensorDefinition:
+    """The sensor; what it remembers and decides is in ``source_watch``."""
+    names = graph.names
+
+    @dg.sensor(
+        name=names.source_sensor,
+        job_name=names.job,
+        minimum_interval_seconds=options.interval_seconds,
+        default_status=sensor_status(options.default_status),
+        required_resource_keys={names.resource},
+        description=f"Builds the snapshot {names.name!r} when its source changes, {options.settle_seconds:g} s after "
+        "the last change.",
+    )
+    def source_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        access: SnapshotAccess = getattr(context.resources, names.resource)
+        # A source or store that cannot be read is an error of this tick: Dagster then keeps the old cursor.
+        cursor, source = SourceCursor.read(context.cursor), access.config.source
+        try:
+            _, files = find_files(source, access.config.s3)
+        except SourceNotFoundError as error:
+            return dg.SensorResult(skip_reason=f"{error}; what is published stays", cursor=context.cursor)
+        decision = decide(
+            cursor,
+            fingerprint(source, files),
+            now=time.time(),
+            settle_seconds=options.settle_seconds,
+            built=_built_from(access, source) if cursor.handled is None else None,
+            busy=_is_building(context.instance, graph),
+        )
+        kept = decision.cursor.model_dump_json()
+        if decision.action == "build":
+            return dg.SensorResult(run_requests=[_run_request(graph, decision, files)], cursor=kept)
+        return dg.SensorResult(skip_reason=_why_not(decision, len(files)), cursor=kept)
+
+    return source_sensor
+
+
+def _built_from(access: SnapshotAccess, source: str) -> str | None:
+    """Fingerprint of the files that the current snapshot was built from; None where that is not known."""
+    store = access.find_store()
+    pointer = read_pointer(store).pointer if store else None
+    scanned = Ledger(store, pointer.run_id).find(ScanReceipt) if store and pointer else None
+    return None if scanned is None else fingerprint(source, scanned.listing.files)
+
+
+def _is_building(instance: dg.DagsterInstance, graph: Graph) -> bool:
+    unfinished = dg.RunsFilter(job_name=graph.names.job, statuses=_UNFINISHED)
+    return bool(instance.get_run_records(unfinished, limit=1))
+
+
+def _run_request(graph: Graph, decision: Decision, files: list[ObjectInfo]) -> dg.RunRequest:
+    cursor = decision.cursor
+    return dg.RunRequest(
+        run_key=f"{graph.names.name}:{cursor.generation}:{cursor.handled}",
+        tags=graph.names.run_tags | {FILES_TAG: str(len(files))},
+    )
+
+
+def _why_not(decision: Decision, count: int) -> str:
+    files = "1 file" if count == 1 else f"{count:,} files"
+    return {
+        "adopt": f"The current snapshot was built from exactly these {files}; from now on, changes are built.",
+        "unchanged": f"Nothing has changed: the same {files} as when a build was last asked for.",
+        "settle": f"The source has changed ({files} now); a build starts when it has stayed the same for another "
+        f"{decision.wait:.0f} s.",
+        "busy": f"The source has changed ({files} now), but a build is going on; the next one starts after it.",
+    }[decision.action]

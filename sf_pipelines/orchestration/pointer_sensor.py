@@ -89,7 +89,7 @@ def describe_move(
         "dagster/row_count": state.manifest.row_count,
         "dagster/uri": pointer.manifest_ref,
         "run_id": pointer.run_id,
-        "previous_run_id": before.run_id if before else (_value(told, "run_id") if told else None) or "(unknown)",
+        "previous_run_id": before.run_id if before else _told_before(pointer, told),
         "kind": state.kind,
         "num_dbs": state.manifest.num_dbs,
         "moved_at": dg.MetadataValue.timestamp(pointer.updated_at),
@@ -132,3 +132,10 @@ def _last_event(instance: dg.DagsterInstance, key: dg.AssetKey) -> dg.AssetMater
 def _value(event: dg.AssetMaterialization, name: str) -> Any:
     found = event.metadata.get(name)
     return None if found is None else found.value
+
+
+def _told_before(pointer: Pointer, told: dg.AssetMaterialization | None) -> str:
+    """What was served before, where the pointer does not say."""
+    if told is not None:
+        return str(_value(told, "run_id"))
+    return "(none)" if pointer.seq == 1 else "(unknown)"

@@ -10,7 +10,7 @@ from sf_pipelines.orchestration.alerts import build_failure_sensor
 from sf_pipelines.orchestration.assets import build_assets
 from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, execute_stage
-from sf_pipelines.orchestration.io_manager import ReferenceIOManager
+from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.options import S3ResourceOptions, SnapshotOptions, sensor_status
 from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
@@ -71,7 +71,7 @@ def build_snapshot_defs(
         jobs=[_job(names, own, upstream if chosen.refresh_source else [])],
         schedules=[build_schedule(graph, chosen.schedule)] if chosen.schedule else [],
         sensors=list(_sensors(graph, own)),
-        resources={names.resource: snapshot, names.io_manager: ReferenceIOManager(snapshot=snapshot)},
+        resources={names.resource: snapshot, names.io_manager: reference_io_manager(names.resource)},
     )
 
 

@@ -20,14 +20,30 @@ FOLDER = "staging/dagster"
 Reference = dict[str, Any]
 
 
-class ReferenceIOManager(dg.ConfigurableIOManager):
+def reference_io_manager(resource: str) -> dg.IOManagerDefinition:
+    """The IO manager of one snapshot.
+
+    Args:
+        resource: key of the snapshot's access object. Required by key and not nested, so that the object may itself
+            require a resource of the deployment.
+    """
+
+    @dg.io_manager(required_resource_keys={resource}, description="Keeps references in the snapshot's own store.")
+    def references(context: dg.InitResourceContext) -> ReferenceIOManager:
+        return ReferenceIOManager(getattr(context.resources, resource))
+
+    return references
+
+
+class ReferenceIOManager(dg.IOManager):
     """Stores and loads references; a partitioned asset is a dictionary from partition key to reference.
 
     Attributes:
         snapshot: the snapshot whose store is used.
     """
 
-    snapshot: dg.ResourceDependency[SnapshotAccess]
+    def __init__(self, snapshot: SnapshotAccess) -> None:
+        self.snapshot = snapshot
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Writes a reference; for several partitions one object each."""

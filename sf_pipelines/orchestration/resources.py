@@ -64,7 +64,8 @@ def snapshot_resource(config: WriteConfig, s3: S3Resource | str | None) -> dg.Re
     )
     def snapshot(context: dg.InitResourceContext) -> SnapshotAccess:
         # Environment variables are looked up here, where the run is, and not where definitions were loaded.
-        found = getattr(context.resources, s3) if isinstance(s3, str) else s3
+        # Under its key an S3Resource shows as a boto3 client, which does not tell its credentials.
+        found = context.resources.original_resource_dict[s3] if isinstance(s3, str) else s3
         if found is None:
             return SnapshotAccess(config)
         if not isinstance(found, S3Resource):

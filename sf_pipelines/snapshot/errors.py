@@ -97,6 +97,12 @@ class ObjectMissingError(StoreError, FileNotFoundError):
     kind = "store.missing"
 
 
+class ConditionalWritesError(StoreError):
+    """The store ignores conditions on writes, so that two publishers would both win."""
+
+    kind = "store.conditional_writes"
+
+
 class WriteUncertainError(StoreUnavailableError):
     """A conditional write may or may not have been applied, and reading back did not tell."""
 

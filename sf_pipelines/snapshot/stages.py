@@ -25,7 +25,7 @@ from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
 from sf_pipelines.snapshot.ledger import Ledger
-from sf_pipelines.snapshot.manifest import publish, record
+from sf_pipelines.snapshot.manifest import probe, publish, record
 from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
     PromoteReceipt,
@@ -80,6 +80,7 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
     Raises:
         SourceError: no file, no row, or a column that cannot be used.
         ConfigError: more shards than rows.
+        ConditionalWritesError: the store ignores conditions on writes, so nothing could be published safely.
         StoreError: the store cannot be written.
     """
     config = build.config
@@ -89,6 +90,9 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
+    if not probe.was_published_here(build.store, view.pointer):
+        # Told now, and not after hours of work.
+        probe.require_conditional_writes(build.store)
     known = None if force else runs.published_run(build, view, build_key) or runs.held_run(build, view, build_key)
     if known is not None:
         return known

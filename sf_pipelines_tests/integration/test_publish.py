@@ -223,7 +223,8 @@ def interposed(store: Store, act: Callable[[Store], object], *, fails: bool = Fa
 
     class Interposed(Store):
         def swap(self, key: str, data: bytes, *args: Any, **kwargs: Any) -> bool:
-            act(store)
+            if key == "_CURRENT":
+                act(store)
             return super().swap(key, data, *args, **kwargs)
 
     return Interposed(store.url, store._backend, store.local_root)

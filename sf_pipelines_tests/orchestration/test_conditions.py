@@ -29,7 +29,7 @@ class Daemon:
         """What is requested: partitions by noun."""
         result = dg.evaluate_automation_conditions(self.defs, instance=self.instance, cursor=self.cursor)
         self.cursor = result.cursor
-        found = {key: result.get_requested_partitions(key) for key in self.graph.materializable_asset_keys}
+        found = {key: set(result.get_requested_partitions(key)) for key in self.graph.materializable_asset_keys}
         return {key.path[-1]: parts for key, parts in found.items() if parts}
 
     def execute(self, requested: dict[str, set[str | None]]) -> list[dg.ExecuteInProcessResult]:

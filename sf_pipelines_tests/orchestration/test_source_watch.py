@@ -1,5 +1,7 @@
 """What the source sensor decides, without Dagster."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,4 +111,4 @@ def test_the_last_state_is_always_built_and_nothing_twice_in_a_row(looks: list[t
             built.append((cursor.generation, cursor.handled))
     assert built[-1][1] == "A"
     assert [generation for generation, _ in built] == list(range(1, len(built) + 1))
-    assert all(one[1] != other[1] for one, other in zip(built, built[1:], strict=False))
+    assert all(one[1] != other[1] for one, other in pairwise(built))

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from sf_pipelines.orchestration import build_snapshot_defs
+from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs
 from sf_pipelines.snapshot.config import WriteConfig
 
 
@@ -71,7 +71,8 @@ def run_request(
 
 def snapshot_sensor(config: WriteConfig, instance: dg.DagsterInstance, noun: str, **options: Any) -> Sensor:
     """A sensor of one snapshot: ``source``, ``pointer``."""
-    defs = build_snapshot_defs(config, **{f"{noun}_sensor": options})
+    fields: dict[str, Any] = {f"{noun}_sensor": options}
+    defs = build_snapshot_defs(config, SnapshotOptions(**fields))
     return Sensor(defs, f"{config.name}_{noun}_sensor", instance)
 
 

@@ -25,6 +25,7 @@ from sf_pipelines.snapshot.manifest.pointer import (
     manifest_name,
     parse_manifest_key,
 )
+from sf_pipelines.snapshot.manifest.probe import require_conditional_writes, was_published_here
 from sf_pipelines.snapshot.manifest.wire import timestamp
 from sf_pipelines.snapshot.store import Store, Versioned
 
@@ -112,6 +113,7 @@ def publish(
     Raises:
         PublishConflictError: the pointer is no longer the one that the build went out from.
         IntegrityError: other bytes are stored under the manifest's public name.
+        ConditionalWritesError: the store ignores conditions on writes.
         WriteUncertainError: the store did not tell whether the pointer was moved; publish again to find out.
         ManifestError: the manifest is not the one of this build, or the pointer cannot be understood.
     """
@@ -125,6 +127,8 @@ def publish(
         return base.pointer, base
     if base.fingerprint != base_fingerprint:
         raise _conflict(store, run_id, base)
+    if not was_published_here(store, base.pointer):
+        require_conditional_writes(store)
     ours = successor(
         base,
         manifest_ref=store.url_of(key),

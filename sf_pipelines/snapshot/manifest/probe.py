@@ -1,0 +1,61 @@
+"""Does this store honour conditions on writes? Asked of the store itself before anything is first published there.
+
+Some providers of the S3 protocol answer a conditional write with success and do not look at the condition. Two
+publishers would then both win, and one snapshot would silently replace the other.
+"""
+
+import uuid
+
+from sf_pipelines.snapshot.errors import ConditionalWritesError, StoreDeniedError, WriteUncertainError
+from sf_pipelines.snapshot.manifest.pointer import Pointer
+from sf_pipelines.snapshot.store import Store
+
+_FOLDER = "staging/probe"
+
+
+def was_published_here(store: Store, pointer: Pointer | None) -> bool:
+    """Whether a pointer was moved in this very store by a writer that compares and swaps.
+
+    A snapshot that was copied from elsewhere, or that another tool published, proves nothing.
+    """
+    return pointer is not None and pointer.seq is not None and pointer.manifest_ref.startswith(f"{store.url}/")
+
+
+def require_conditional_writes(store: Store) -> None:
+    """Writes an object under ``staging/probe`` in all the ways that a publisher relies on, and removes it.
+
+    Raises:
+        ConditionalWritesError: a condition was ignored, or is not implemented.
+        StoreError: the store cannot be written.
+    """
+    key = f"{_FOLDER}/{uuid.uuid4().hex}"
+    bodies = [f"{key} {number}".encode() for number in range(4)]
+    try:
+        store.create(key, bodies[0])
+        if store.create(key, bodies[1]):
+            raise _ignored(store, "If-None-Match", "an object that must not be there was replaced")
+        first = store.get_versioned(key)
+        if not store.swap(key, bodies[2], first) or store.swap(key, bodies[3], first):
+            raise _ignored(store, "If-Match", "a write that expected another version was not told so")
+    except WriteUncertainError as error:
+        if "NotImplemented" in str(error):
+            raise _ignored(store, "If-None-Match and If-Match", "it answers NotImplemented") from error
+        raise
+    finally:
+        _remove(store, key)
+
+
+def _remove(store: Store, key: str) -> None:
+    try:
+        store.delete(key)
+    except StoreDeniedError:
+        # Whoever may only write leaves a few bytes; that is no reason to publish nothing.
+        return
+
+
+def _ignored(store: Store, header: str, what: str) -> ConditionalWritesError:
+    return ConditionalWritesError(
+        f"{store.url} does not honour conditional writes ({header}): {what}. Two builds at once could overwrite each "
+        "other's snapshot, so nothing is published there; use a provider (or a version of it) that implements "
+        "If-None-Match and If-Match on PUT, as Amazon S3 does, or a local folder"
+    )

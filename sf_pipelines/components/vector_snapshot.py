@@ -17,7 +17,7 @@ from sf_pipelines.snapshot.errors import ConfigError
 _TEMPLATE = {"type": "string", "pattern": r"^\{\{.*\}\}$"}
 
 
-class VectorSnapshotAttributes(WriteConfig, SnapshotOptions):
+class VectorSnapshotAttributes(SnapshotOptions, WriteConfig):
     """Fields of ``WriteConfig`` (what is built), and of ``SnapshotOptions`` (how it sits in Dagster)."""
 
     @field_validator("s3_resource")

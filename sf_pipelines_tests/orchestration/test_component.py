@@ -1,20 +1,34 @@
 """The component: YAML in, definitions out, and errors that name the field."""
 
 import os
+import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import jsonschema
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from pydantic import BaseModel
 from dagster.components.testing import create_defs_folder_sandbox
 
 from sf_pipelines.components import VectorSnapshotComponent
+from sf_pipelines.components.scaffolder import VectorSnapshotScaffolder
+from sf_pipelines.components.vector_snapshot import VectorSnapshotAttributes
 from sf_pipelines.definitions import defs
+from sf_pipelines.defs.digits_source.rows import digits_table
+from sf_pipelines.orchestration import build_snapshot_defs
+from sf_pipelines.orchestration.graph import Done, StageContext
+from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines_tests.orchestration.conftest import make_config
+from sf_pipelines_tests.orchestration.described import describe
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +63,8 @@ def test_the_demos_load() -> None:
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == {
         "digits/table",
         "digits/centroids",
+        "digits/published_snapshot",
+        "digits_kv/published_snapshot",
         *(f"digits/{noun}" for noun in stages),
         # Keys are sharded by hash, so there is nothing to train.
         *(f"digits_kv/{noun}" for noun in stages),
@@ -64,9 +80,9 @@ def test_the_demos_load() -> None:
 
 def test_every_asset_can_be_part_of_a_single_run() -> None:
     graph = defs().resolve_asset_graph()
-    policies = {graph.get(key).backfill_policy for key in graph.get_all_asset_keys()}
+    policies = {graph.get(key).backfill_policy for key in graph.materializable_asset_keys}
     assert policies == {dg.BackfillPolicy.single_run()}
-    assert all(graph.get(key).code_version for key in graph.get_all_asset_keys())
+    assert all(graph.get(key).code_version for key in graph.materializable_asset_keys)
 
 
 def test_yaml_has_the_fields_of_the_configuration() -> None:
@@ -112,14 +128,164 @@ def test_templates_are_filled_in_before_values_are_checked(monkeypatch: pytest.M
         ({"key_value": {"key_col": "id"}}, "key_value"),
         ({"backfill": "weekly"}, "backfill"),
         ({"recall_gate": {"min_recall": 2}}, "recall_gate.min_recall"),
+        ({"schedule": {"cron": "never"}}, "schedule.cron"),
+        ({"schedule": {"cron": "0 3 * * *", "timezone": "Mars/Olympus"}}, "schedule.timezone"),
+        ({"source_sensor": {"settle_seconds": -1}}, "source_sensor.settle_seconds"),
+        ({"pointer_sensor": {"every": 3}}, "pointer_sensor.every"),
+        ({"freshness": {"fail_hours": 1, "warn_hours": 2}}, "freshness"),
+        ({"failure_alert": {"webhook_url": {"env": "no name"}}}, "failure_alert.webhook_url.env"),
+        ({"s3_resource": {"aws_secret": "x"}}, "s3_resource.aws_secret"),
+        ({"s3": {"region": "x"}, "s3_resource": "lake"}, "s3_resource"),
+        ({"owners": ["joe"]}, "owners"),
+        ({"tags": {"a b": "c"}}, "tags"),
+        ({"key_prefix": "a//b"}, "key_prefix"),
+        ({"automation": True}, "automation"),
     ],
 )
 def test_a_wrong_field_is_named_at_load(change: dict[str, Any], field: str) -> None:
-    assert field in load_error(ATTRIBUTES | change)
+    told = load_error(ATTRIBUTES | change)
+    assert field in told
+    if field != "key_value" and "," not in field and "num_shards" not in field:
+        assert re.search(rf"defs\.yaml:\d+: attributes\.{field}: ", told), told
+
+
+WRONG = """\
+# a comment
+type: sf_pipelines.components.VectorSnapshotComponent
+
+attributes:
+  name: products
+  source: data/products/*.parquet
+  store: data/products/snapshot
+  num_dbs: 3
+  vector_spec:
+    # another
+    dim: eight
+  schedule: {cron: "0 3 * * *",
+             timezone: Mars/Olympus}
+"""
+
+
+def test_the_line_of_a_wrong_field_is_that_of_the_file() -> None:
+    with create_defs_folder_sandbox() as sandbox:
+        folder = sandbox.scaffold_component(VectorSnapshotComponent, defs_path="products")
+        (folder / "defs.yaml").write_text(WRONG)
+        with (
+            pytest.raises(Exception, match="products") as caught,
+            sandbox.load_component_and_build_defs(defs_path=folder),
+        ):
+            pass
+    told = "".join(traceback.format_exception(caught.value))
+    assert "products/defs.yaml:11: attributes.vector_spec.dim: should be a valid integer" in told
+    assert "products/defs.yaml:13: attributes.schedule.timezone: is no time zone" in told
 
 
 def test_a_missing_field_is_named_at_load() -> None:
     assert "num_dbs" in load_error({name: value for name, value in ATTRIBUTES.items() if name != "num_dbs"})
+
+
+def test_a_variable_that_is_not_set_is_named_at_load() -> None:
+    assert "NOT_SET_ANYWHERE" in load_error(ATTRIBUTES | {"num_dbs": "{{ env('NOT_SET_ANYWHERE') }}"})
+
+
+FULL: dict[str, Any] = {
+    "key_prefix": "search/prod-1",
+    "group": "vectors",
+    "owners": ["team:search", "a@b.org"],
+    "tags": {"tier": "gold"},
+    "kinds": ["embedding"],
+    "pool": "heavy",
+    "automation": {},
+    "schedule": {"cron": "0 3 * * *", "timezone": "Europe/Berlin", "default_status": "running"},
+    "source_sensor": {"interval_seconds": 45, "default_status": "running"},
+    "pointer_sensor": {},
+    "freshness": {"fail_hours": 36, "warn_hours": 26},
+    "failure_alert": {"webhook_url": {"env": "ALERT_URL"}},
+    "s3_resource": {"region_name": "eu-west-1", "aws_secret_access_key": {"env": "LAKE_SECRET"}},
+}
+
+
+def test_every_option_arrives_in_dagster() -> None:
+    _, made = load(ATTRIBUTES | FULL)
+    graph = made.resolve_asset_graph()
+    prefix = ["search", "prod-1", "products"]
+    own = [key for key in graph.get_all_asset_keys() if key.path[:3] == prefix]
+    assert len(own) == 8
+    for key in own:
+        node = graph.get(key)
+        assert (node.group_name, set(node.owners), node.tags["tier"]) == ("vectors", set(FULL["owners"]), "gold")
+        assert "embedding" in node.kinds
+        assert (node.automation_condition is not None) == (key.path[-1] != "published_snapshot")
+    window = timedelta(hours=36), timedelta(hours=26)
+    policy = graph.get(dg.AssetKey([*prefix, "published_snapshot"])).freshness_policy_or_from_metadata
+    assert policy == dg.FreshnessPolicy.time_window(*window)
+    assert graph.get(dg.AssetKey([*prefix, "current_pointer"])).freshness_policy_or_from_metadata is None
+    pools = {
+        node.pool for node in made.resolve_job_def("build_products").all_node_defs if isinstance(node, dg.OpDefinition)
+    }
+    assert pools == {None, "heavy"}
+    sensors = {f"products_{noun}_sensor" for noun in ("source", "pointer", "automation", "failure")}
+    assert {sensor.name for sensor in made.sensors or ()} == sensors
+    assert made.resolve_schedule_def("products_schedule").default_status == dg.DefaultScheduleStatus.RUNNING
+    source = made.resolve_sensor_def("products_source_sensor")
+    assert (source.minimum_interval_seconds, source.default_status) == (45, dg.DefaultSensorStatus.RUNNING)
+
+
+def test_freshness_without_a_pointer_sensor_is_that_of_the_pointer() -> None:
+    _, made = load(ATTRIBUTES | {"freshness": {"fail_hours": 36}})
+    graph = made.resolve_asset_graph()
+    assert graph.get(dg.AssetKey(["products", "current_pointer"])).freshness_policy_or_from_metadata is not None
+
+
+def test_keywords_say_the_same_as_the_yaml() -> None:
+    component, made = load(ATTRIBUTES | FULL)
+    again = build_snapshot_defs(
+        component.config(Path("/srv")), **FULL, source_assets=[dg.AssetKey(["lake", "products"])]
+    )
+    same = build_snapshot_defs(component.config(Path("/srv")), component.options)
+    described = [describe(defs.get_repository_def()) for defs in (made, again, same)]
+    assert described[0] == described[1] == described[2]
+    with pytest.raises(ConfigError, match="shedule"):
+        build_snapshot_defs(component.config(Path("/srv")), shedule={})
+    with pytest.raises(ConfigError, match="not both"):
+        build_snapshot_defs(component.config(Path("/srv")), component.options, group="x")
+
+
+class Counting(VectorSnapshotComponent):
+    """Adds to what stages do."""
+
+    def execute(self, context: StageContext, stage: str, work: Callable[[], Done]) -> Done:
+        done = super().execute(context, stage, work)
+        CALLS.append((stage, type(done).__name__))
+        return done
+
+
+CALLS: list[tuple[str, str]] = []
+
+
+def test_a_subclass_adds_to_what_stages_do(tmp_path: Path) -> None:
+    path = tmp_path / "source" / "digits.parquet"
+    path.parent.mkdir()
+    pq.write_table(digits_table().slice(0, 300), path)
+    own = make_config(tmp_path, num_dbs=2).model_dump(exclude={"vector_spec", "recall_gate", "s3"})
+    spec = {"dim": 64, "vector_col": "pixels"}
+    gate = {"k": 5, "min_recall": 0.5, "query_rows": 200}
+    component = Counting(VectorSnapshotAttributes(**own, vector_spec=spec, recall_gate=gate))  # pyright: ignore[reportArgumentType]
+    calls = CALLS
+    calls.clear()
+    made = component.build_defs(dg.ComponentTree.for_test().load_context)
+    assert made.resolve_job_def("build_tiny").execute_in_process().success
+    assert calls == [
+        ("scan", "ScanReceipt"),
+        ("sample", "SampleReceipt"),
+        ("train", "TrainReceipt"),
+        ("route", "RouteReceipt"),
+        ("build_shard", "ShardReceipt"),
+        ("build_shard", "ShardReceipt"),
+        ("assemble", "ManifestReceipt"),
+        *[("check", "Verdict")] * len(CHECKS),
+        ("promote", "PromoteReceipt"),
+    ]
 
 
 def load_error(attributes: dict[str, Any]) -> str:
@@ -133,6 +299,12 @@ def test_the_schema_describes_every_field() -> None:
     schema = VectorSnapshotComponent.model().model_json_schema()
     assert set(schema["properties"]) >= {*ATTRIBUTES, "recall_gate", "s3", "backfill", "refresh_source"}
     assert schema["properties"]["num_dbs"]["anyOf"][0]["type"] == "integer"
+    assert set(schema["properties"]) == set(VectorSnapshotAttributes.model_fields)
+    validator = jsonschema.Draft202012Validator(schema)
+    for good in (ATTRIBUTES, ATTRIBUTES | FULL, ATTRIBUTES | {"vector_spec": {"dim": "{{ env.DIM }}"}}):
+        assert list(validator.iter_errors(good)) == []
+    for bad in ({"num_dbs": "many"}, {"schedule": {"cron": 3}}, {"schedule": {"crom": "x"}}, {"s3_resource": 5}):
+        assert list(validator.iter_errors(ATTRIBUTES | bad)), bad
 
 
 def test_the_scaffold_is_a_component_that_loads() -> None:
@@ -141,6 +313,26 @@ def test_the_scaffold_is_a_component_that_loads() -> None:
         attributes = yaml.safe_load((folder / "defs.yaml").read_text())["attributes"]
     component, _ = load(attributes)
     assert component.attributes.name == "movies"
+    assert component.attributes.schedule is not None
+    assert component.attributes.source_sensor is not None
+
+
+def test_what_the_scaffold_has_in_comments_is_right(tmp_path: Path) -> None:
+    request = dg.ScaffoldRequest(
+        type_name="mine.Snapshot",
+        target_path=tmp_path / "2 movies",
+        scaffold_format="yaml",
+        project_root=tmp_path,
+        params=BaseModel(),
+    )
+    request.target_path.mkdir()
+    VectorSnapshotScaffolder().scaffold(request)
+    written = (request.target_path / "defs.yaml").read_text()
+    everything = re.sub(r"^  # (?=[a-z0-9_]+:|  )", "  ", written, flags=re.MULTILINE)
+    found = yaml.safe_load(everything)
+    assert (found["type"], found["attributes"]["name"]) == ("mine.Snapshot", "_2_movies")
+    assert set(found["attributes"]) >= {"automation", "freshness", "failure_alert", "s3_resource", "key_prefix", "pool"}
+    VectorSnapshotAttributes(**found["attributes"])
 
 
 def test_dagster_validates_the_workspace(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import jsonschema
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pydantic import BaseModel
 from dagster.components.testing import create_defs_folder_sandbox
+from pydantic import BaseModel
 
 from sf_pipelines.components import VectorSnapshotComponent
 from sf_pipelines.components.scaffolder import VectorSnapshotScaffolder
@@ -318,7 +318,7 @@ def test_the_scaffold_is_a_component_that_loads() -> None:
 
 
 def test_what_the_scaffold_has_in_comments_is_right(tmp_path: Path) -> None:
-    request = dg.ScaffoldRequest(
+    request: Any = dg.ScaffoldRequest(
         type_name="mine.Snapshot",
         target_path=tmp_path / "2 movies",
         scaffold_format="yaml",

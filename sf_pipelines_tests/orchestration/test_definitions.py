@@ -1,0 +1,37 @@
+"""The definitions of the deployment, compared with what they were: two snapshots of different kinds."""
+
+import json
+import os
+from pathlib import Path
+
+from sf_pipelines.definitions import defs
+from sf_pipelines_tests.orchestration.described import describe
+
+GOLDEN = Path(__file__).with_name("definitions.json")
+
+
+def test_the_definitions_are_what_they_were() -> None:
+    """A change that is wanted: run this test with UPDATE_DEFINITIONS=1 and look at the difference."""
+    found = json.dumps(describe(defs().get_repository_def()), indent=1, sort_keys=True) + "\n"
+    if os.environ.get("UPDATE_DEFINITIONS"):
+        GOLDEN.write_text(found, encoding="utf-8")
+    assert json.loads(GOLDEN.read_text(encoding="utf-8")) == json.loads(found)
+
+
+def test_nothing_is_on_by_default() -> None:
+    repository = defs().get_repository_def()
+    assert {schedule.default_status.value for schedule in repository.schedule_defs} == {"STOPPED"}
+    assert {sensor.default_status.value for sensor in repository.sensor_defs} == {"STOPPED"}
+
+
+def test_snapshots_share_nothing_but_their_source() -> None:
+    found = describe(defs().get_repository_def())
+    owned = {
+        name: {key for key in found["assets"] if key.startswith(f"{name}/") and key != "digits/table"}
+        for name in ("digits", "digits_kv")
+    }
+    for name, other in (("digits", "digits_kv"), ("digits_kv", "digits")):
+        needed = {parent for key in owned[name] for parent in found["assets"][key]["after"]}
+        assert not needed & owned[other]
+        assert not set(found["jobs"][f"build_{name}"]["assets"]) & owned[other]
+    assert found["jobs"]["build_digits"]["pools"] != found["jobs"]["build_digits_kv"]["pools"]

@@ -39,7 +39,7 @@ def build_failure_sensor(graph: Graph, options: FailureAlertOptions) -> dg.Senso
     def failure_sensor(context: dg.RunFailureSensorContext) -> dg.SkipReason | None:
         run = context.dagster_run
         # Every failed run of the code location is shown to this sensor.
-        if run.job_name != names.job and not is_of_snapshot(run, graph):
+        if not graph.is_built_by(run):
             return dg.SkipReason(f"Run {run.run_id} does not build the snapshot {names.name!r}.")
         alert = describe_failure(context, graph)
         context.log.error("%s", alert["text"])
@@ -48,12 +48,6 @@ def build_failure_sensor(graph: Graph, options: FailureAlertOptions) -> dg.Senso
         return None
 
     return failure_sensor
-
-
-def is_of_snapshot(run: dg.DagsterRun, graph: Graph) -> bool:
-    """Whether a run of selected assets, of a backfill or of an automation condition has assets of this snapshot."""
-    own = [*graph.names.key_prefix, graph.names.name]
-    return any(key.path[: len(own)] == own for key in run.asset_selection or ())
 
 
 def describe_failure(context: dg.RunFailureSensorContext, graph: Graph) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _job(names: SnapshotNames, own: Sequence[dg.AssetKey], upstream: Sequence[dg
 def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefinition]:
     options = graph.options
     if options.source_sensor:
-        yield build_source_sensor(graph, options.source_sensor)
+        yield build_source_sensor(graph, options.source_sensor, own)
     if options.pointer_sensor:
         yield build_pointer_sensor(graph, options.pointer_sensor)
     if options.failure_alert:

@@ -59,6 +59,11 @@ class Graph:
         """Asset group."""
         return self.options.group or self.config.name
 
+    def is_built_by(self, run: dg.DagsterRun) -> bool:
+        """Whether a run is of the snapshot's job, or has assets of the snapshot in any other way."""
+        own = [*self.names.key_prefix, self.config.name]
+        return run.job_name == self.names.job or any(key.path[: len(own)] == own for key in run.asset_selection or ())
+
     def asset_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
         """What all assets share, unpartitioned ones too: a single run can take the whole graph."""
         return {

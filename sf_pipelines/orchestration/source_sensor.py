@@ -1,6 +1,7 @@
 """A rebuild when the source's files change."""
 
 import time
+from collections.abc import Sequence
 
 import dagster as dg
 
@@ -26,8 +27,14 @@ _UNFINISHED = [
 ]
 
 
-def build_source_sensor(graph: Graph, options: SourceSensorOptions) -> dg.SensorDefinition:
-    """The sensor; what it remembers and decides is in ``source_watch``."""
+def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequence[dg.AssetKey]) -> dg.SensorDefinition:
+    """The sensor; what it remembers and decides is in ``source_watch``.
+
+    Args:
+        graph: of the snapshot.
+        options: of the sensor.
+        own: keys of the snapshot's assets, without those that write the source.
+    """
     names = graph.names
 
     @dg.sensor(
@@ -57,7 +64,7 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions) -> dg.Sensor
         )
         kept = decision.cursor.model_dump_json()
         if decision.action == "build":
-            return dg.SensorResult(run_requests=[_run_request(graph, decision, files)], cursor=kept)
+            return dg.SensorResult(run_requests=[_run_request(graph, decision, files, own)], cursor=kept)
         return dg.SensorResult(skip_reason=_why_not(decision, len(files)), cursor=kept)
 
     return source_sensor
@@ -72,15 +79,20 @@ def _built_from(access: SnapshotAccess, source: str) -> str | None:
 
 
 def _is_building(instance: dg.DagsterInstance, graph: Graph) -> bool:
-    unfinished = dg.RunsFilter(job_name=graph.names.job, statuses=_UNFINISHED)
-    return bool(instance.get_run_records(unfinished, limit=1))
+    """Whether a run of the job, or one of selected assets of the snapshot (also of a backfill), has not ended."""
+    unfinished = instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))
+    return any(graph.is_built_by(record.dagster_run) for record in unfinished)
 
 
-def _run_request(graph: Graph, decision: Decision, files: list[ObjectInfo]) -> dg.RunRequest:
+def _run_request(
+    graph: Graph, decision: Decision, files: list[ObjectInfo], own: Sequence[dg.AssetKey]
+) -> dg.RunRequest:
     cursor = decision.cursor
     return dg.RunRequest(
         run_key=f"{graph.names.name}:{cursor.generation}:{cursor.handled}",
         tags=graph.names.run_tags | {FILES_TAG: str(len(files))},
+        # The source is there already. If the run wrote it again, its own writing would be the next change.
+        asset_selection=list(own) if graph.options.refresh_source else None,
     )
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
+from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs
 from sf_pipelines.orchestration.names import SNAPSHOT_TAG
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import StoreError
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures, run_job
-from sf_pipelines_tests.orchestration.ticks import Sensor, Tick, snapshot_sensor
+from sf_pipelines_tests.orchestration.ticks import Sensor, Tick, run_request, snapshot_sensor
 
 
 @pytest.fixture
@@ -118,6 +119,40 @@ def test_a_run_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterIn
     assert "a build is going on" in why(sensor.tick())
     instance.report_run_canceled(run)
     only(sensor.tick())
+
+
+def test_a_backfill_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterInstance) -> None:
+    def queue(*keys: list[str]) -> dg.DagsterRun:
+        selected = frozenset(dg.AssetKey(key) for key in keys)
+        run = dg.DagsterRun("__ASSET_JOB", status=dg.DagsterRunStatus.QUEUED, asset_selection=selected)
+        return instance.add_run(run)
+
+    queue(["tiny2", "manifest"], ["lake", "tiny"])
+    ours = queue(["tiny", "shard_indexes"])
+    assert "a build is going on" in why(sensor.tick())
+    instance.report_run_canceled(ours)
+    only(sensor.tick())
+
+
+def test_a_run_does_not_write_the_source_that_launched_it(
+    config: WriteConfig, instance: dg.DagsterInstance, source: Path
+) -> None:
+    @dg.asset(key=["lake", "digits"], backfill_policy=dg.BackfillPolicy.single_run())
+    def always_written() -> None:
+        pq.write_table(digits_table().slice(0, ROWS + 1), source)
+
+    options = {"source_sensor": {"settle_seconds": 0}, "source_assets": ["lake/digits"], "refresh_source": True}
+    ours = build_snapshot_defs(config, SnapshotOptions(**options))
+    defs = dg.Definitions.merge(ours, dg.Definitions(assets=[always_written]))
+    sensor = Sensor(defs, "tiny_source_sensor", instance)
+    built = sensor.run(only(sensor.tick()))
+    assert built.success, failures(built)
+    assert rows_served(config) == ROWS
+    assert "Nothing has changed" in why(sensor.tick())
+    assert run_request(defs, "build_tiny", dg.RunRequest(), instance).success
+    assert rows_served(config) == ROWS + 1
+    assert sensor.run(only(sensor.tick())).success
+    assert "Nothing has changed" in why(sensor.tick())
 
 
 def test_files_settle_before_they_are_built(config: WriteConfig, instance: dg.DagsterInstance, source: Path) -> None:

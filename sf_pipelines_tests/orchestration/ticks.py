@@ -65,7 +65,11 @@ def run_request(
     """Executes a requested run."""
     assert job is not None
     return defs.resolve_job_def(job).execute_in_process(
-        instance=instance, tags=dict(request.tags), run_config=request.run_config, raise_on_error=False
+        instance=instance,
+        tags=dict(request.tags),
+        run_config=request.run_config,
+        asset_selection=request.asset_selection,
+        raise_on_error=False,
     )
 
 

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from dagster.components.testing import create_defs_folder_sandbox
-from pydantic import BaseModel
 
 from sf_pipelines.components import VectorSnapshotComponent
 from sf_pipelines.components.scaffolder import VectorSnapshotScaffolder
@@ -323,7 +322,7 @@ def test_what_the_scaffold_has_in_comments_is_right(tmp_path: Path) -> None:
         target_path=tmp_path / "2 movies",
         scaffold_format="yaml",
         project_root=tmp_path,
-        params=BaseModel(),
+        params=None,
     )
     request.target_path.mkdir()
     VectorSnapshotScaffolder().scaffold(request)

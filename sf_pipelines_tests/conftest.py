@@ -12,6 +12,8 @@ from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
 
 from sf_pipelines.snapshot.config import S3Options
+from sf_pipelines_tests.faces import FACES, Face
+from sf_pipelines_tests.flaky import FlakyServer
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +63,17 @@ def bucket(moto_options: S3Options) -> str:
     name = f"test-{uuid.uuid4().hex[:12]}"
     make_bucket(moto_options, name)
     return name
+
+
+@pytest.fixture(scope="session")
+def flaky(moto_options: S3Options) -> Iterator[FlakyServer]:
+    """A way to the test server that fails when it is told to."""
+    server = FlakyServer(moto_options)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=FACES)
+def face(request: pytest.FixtureRequest) -> Face:
+    """The blocking readers, or those for asyncio."""
+    return request.param

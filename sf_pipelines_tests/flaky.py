@@ -58,7 +58,7 @@ class FlakyServer:
 
     @contextmanager
     def failing(self, keys: str, fault: Fault) -> Iterator[_Rule]:
-        """Reading objects whose address matches fails for as long as the block lasts; what hangs is then let go."""
+        """Reading objects whose address matches fails for as long as the block lasts; what hangs is then answered."""
         rule = _Rule(re.compile(keys), fault)
         self.rules.append(rule)
         try:
@@ -121,7 +121,6 @@ class _Proxy(BaseHTTPRequestHandler):
             rule.hits += 1
             if fault == "hang":
                 rule.released.wait(30)
-                fault = "reset"
         if fault == "reset":
             # Closing without the usual goodbye.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

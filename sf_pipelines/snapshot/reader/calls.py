@@ -98,8 +98,9 @@ class Terms:
 
     @contextmanager
     def searching(self) -> Iterator[None]:
-        """Where a partial answer will do, time ends a little earlier: else one late shard would leave none for the
-        payloads of the others, and so no answer at all.
+        """Where a partial answer will do, time ends a little earlier for as long as the block lasts.
+
+        Else one late shard would leave none for the payloads of the others, and so no answer at all.
         """
         self._share = _SEARCHING if self.partial else 1.0
         try:

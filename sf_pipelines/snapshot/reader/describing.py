@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from numpy.typing import ArrayLike
 
 from sf_pipelines.snapshot.manifest.models import CurveRecord
+from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.plan import Wanted, as_queries, one, plan_for, routable
 from sf_pipelines.snapshot.reader.state import SnapshotState
@@ -117,6 +118,9 @@ def explain(core: ReaderCore, query: ArrayLike, wanted: Wanted) -> Explanation:
         distances: dict[int, float] = {}
         if isinstance(state.routing, VectorRouting):
             order, away = state.routing.probe(routable(state, rows))
+            if state.routing.strategy == "cluster" and state.metric is DistanceMetric.DOT_PRODUCT:
+                # Routing compares products alone; a distance is what a score would be.
+                away = 1.0 + away
             distances = dict(zip(order[0].tolist(), away[0].tolist(), strict=True))
         turns = [*asked, *(shard for shard in distances if shard not in set(asked))]
         shards = [

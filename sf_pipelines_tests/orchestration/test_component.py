@@ -317,12 +317,13 @@ def test_the_scaffold_is_a_component_that_loads() -> None:
 
 
 def test_what_the_scaffold_has_in_comments_is_right(tmp_path: Path) -> None:
+    no_params: Any = None
     request: Any = dg.ScaffoldRequest(
         type_name="mine.Snapshot",
         target_path=tmp_path / "2 movies",
         scaffold_format="yaml",
         project_root=tmp_path,
-        params=None,
+        params=no_params,
     )
     request.target_path.mkdir()
     VectorSnapshotScaffolder().scaffold(request)

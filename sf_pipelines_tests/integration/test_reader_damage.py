@@ -62,16 +62,15 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     pq.write_table(vector_table(VECTORS, value=[f"value {n}" for n in range(ROWS)]), folder / "source.parquet")
     unified = name.startswith("unified-")
     fields: dict[str, Any] = {"key_value": {"key_col": "id", "value_cols": ["value"]}} if unified else {}
-    config = WriteConfig(
-        name="damage",
-        source=str(folder / "source.parquet"),
-        store=str(folder / "store"),
-        num_dbs=SHARDS,
-        vector_spec={"dim": DIM, "metric": "l2", "backend": name.removeprefix("unified-")},
-        recall_gate={"k": 3, "min_recall": 0.5},
-        **fields,
-    )
-    build_snapshot(config, cache_dir=folder / "built")
+    fields |= {
+        "name": "damage",
+        "source": str(folder / "source.parquet"),
+        "store": str(folder / "store"),
+        "num_dbs": SHARDS,
+        "vector_spec": {"dim": DIM, "metric": "l2", "backend": name.removeprefix("unified-")},
+        "recall_gate": {"k": 3, "min_recall": 0.5},
+    }
+    build_snapshot(WriteConfig(**fields), cache_dir=folder / "built")
     return Built(folder / "store", unified)
 
 

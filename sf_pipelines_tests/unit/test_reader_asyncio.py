@@ -1,6 +1,7 @@
 """Cancellation at every await, event loops that come and go, deadlines, one rate limiter for threads and tasks."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -157,12 +158,13 @@ def test_a_call_that_is_given_up_in_a_thread_is_closed(tmp_path: Path, monkeypat
             await reader.search(QUERIES[0], K, shard_ids=[1, 2])
             scans, core = HeldScans(monkeypatch), reader._core
             call = searching.search_one(core, QUERIES[0], K, Wanted(), Terms(), include_vectors=False)
+            steps: Any = call.steps
             task = asyncio.create_task(core.run_async(call))
             await reached(scans.reached)
             await cancelled(task)
             assert serving_of(reader).users == 1
             scans.go.set()
-            await asyncio.to_thread(eventually, lambda: call.steps.gi_frame is None)
+            await asyncio.to_thread(eventually, lambda: inspect.getgeneratorstate(steps) == inspect.GEN_CLOSED)
             await check_works(reader, turns)
 
     with no_leaks(tmp_path / "cache"):

@@ -254,7 +254,7 @@ def test_each_call_tells_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             call()
         told = [event for event in events.records if not event[0].startswith(("reader.shard_", "reader.init"))]
         assert [name for name, _ in told] == ["reader.search", "reader.search", "reader.multi_get", "reader.get"]
-        assert all(fields.pop("latency_ms") > 0 and fields.pop("kind") == "unified" for _, fields in told)
+        assert all(float(fields.pop("latency_ms")) > 0 and fields.pop("kind") == "unified" for _, fields in told)
         assert [fields for _, fields in told] == [
             {"status": "ok", "queries": 3, "shards": 3, "results": 3 * K},
             {"status": "ok", "queries": 1, "shards": 3, "results": K},

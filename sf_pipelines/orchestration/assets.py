@@ -38,7 +38,7 @@ class _Step:
     noun: str
     after: str
     stage: Callable[[Build, str], Any]
-    describe: Callable[[Any], dict[str, Any]]
+    describe: Callable[[Build, Any], dict[str, Any]]
     kinds: set[str]
     description: str
 
@@ -137,15 +137,15 @@ def run_stage(
     graph: Graph,
     stage: str,
     work: Callable[[Build], Any],
-    describe: Callable[[Any], dict[str, Any]],
+    describe: Callable[[Build, Any], dict[str, Any]],
 ) -> dg.MaterializeResult:
     """Runs one stage; its receipt becomes the materialization."""
     access: SnapshotAccess = getattr(context.resources, graph.names.resource)
     with surfaced(), access.build(context.log) as build:
         receipt: Receipt = graph.execute(context, stage, lambda: work(build))
-    if receipt.reason:
-        context.log.info("%s", receipt.reason)
-    return materialized(receipt, describe(receipt))
+        if receipt.reason:
+            context.log.info("%s", receipt.reason)
+        return materialized(receipt, describe(build, receipt))
 
 
 def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:

@@ -1,11 +1,16 @@
-"""Receipts and verdicts as Dagster metadata. No figure is computed here."""
+"""Receipts and verdicts as Dagster metadata."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
+from sf_pipelines.orchestration import pictures
+from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.errors import ObjectMissingError
 from sf_pipelines.snapshot.gate import Verdict
+from sf_pipelines.snapshot.ledger import STAGING
+from sf_pipelines.snapshot.projection import project
 from sf_pipelines.snapshot.receipts import (
     CurvePoint,
     ManifestReceipt,
@@ -17,6 +22,8 @@ from sf_pipelines.snapshot.receipts import (
     ShardReceipt,
     TrainReceipt,
 )
+from sf_pipelines.snapshot.routed import vectors_of
+from sf_pipelines.snapshot.routing.protocol import VectorRouting
 
 Metadata = dict[str, Any]
 
@@ -57,10 +64,12 @@ def receipt_metadata(receipt: Receipt) -> Metadata:
     return common | ({"reason": receipt.reason} if receipt.reason else {})
 
 
-def scan_metadata(receipt: ScanReceipt) -> Metadata:
+def scan_metadata(build: Build, receipt: ScanReceipt) -> Metadata:
     """The pinned source."""
     files = receipt.listing.files
     return {
+        "dagster/uri": receipt.listing.root,
+        "dagster/column_schema": _columns(receipt, build.config.row_columns),
         "dagster/row_count": receipt.rows,
         "build_key": receipt.build_key,
         "files": len(files),
@@ -70,20 +79,21 @@ def scan_metadata(receipt: ScanReceipt) -> Metadata:
     }
 
 
-def sample_metadata(receipt: SampleReceipt) -> Metadata:
+def sample_metadata(build: Build, receipt: SampleReceipt) -> Metadata:
     """Validated rows and the samples drawn from them."""
     reasons = [{"reason": reason, "rows": rows} for reason, rows in sorted(receipt.reject_reasons.items())]
     return {
         "dagster/row_count": receipt.rows_kept,
         "rows_in": receipt.rows_in,
         "rejected": receipt.rejected,
+        "reject_rate": receipt.rejected / max(1, receipt.rows_in),
         "training_rows": receipt.train_rows,
         "query_rows": receipt.query_rows,
-        "rejects": receipt.rejects_key,
+        "rejects": build.store.url_of(receipt.rejects_key),
     } | ({"reject_reasons": table(reasons)} if reasons else {})
 
 
-def train_metadata(receipt: TrainReceipt) -> Metadata:
+def train_metadata(build: Build, receipt: TrainReceipt) -> Metadata:
     """The routing artifact."""
     return {
         "shape": " x ".join(str(size) for size in receipt.shape),
@@ -91,21 +101,24 @@ def train_metadata(receipt: TrainReceipt) -> Metadata:
         "kept_from_current_snapshot": receipt.kept,
         **({} if receipt.drift is None else {"drift": receipt.drift}),
         **({"trained_anew_because": receipt.retrained} if receipt.retrained else {}),
-        receipt.artifact: receipt.ref.key,
+        receipt.artifact: build.store.url_of(receipt.ref.key),
+        **_plane(build, receipt),
     }
 
 
-def route_metadata(receipt: RouteReceipt) -> Metadata:
+def route_metadata(build: Build, receipt: RouteReceipt) -> Metadata:
     """Rows of each shard."""
     sizes = [shard.rows for shard in receipt.shards]
     rows = [{"shard": shard.db_id, "rows": shard.rows} for shard in receipt.shards[:_TABLE_ROWS]]
     return {
+        "dagster/uri": build.store.url_of(f"{STAGING}/run_id={receipt.run_id}"),
         "dagster/row_count": receipt.rows,
         "index_family": str(receipt.index_family),
         "largest_shard_rows": max(sizes),
         "smallest_shard_rows": min(sizes),
         "empty_shards": sizes.count(0),
         "shards": table(rows),
+        "shard_sizes": pictures.shard_sizes(receipt.shards),
     }
 
 
@@ -122,10 +135,12 @@ def shard_metadata(receipt: ShardReceipt) -> Metadata:
     }
 
 
-def manifest_metadata(receipt: ManifestReceipt) -> Metadata:
+def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
     """The staged manifest and the measured curve."""
     chosen = next((point for point in receipt.curve if point.num_probes == receipt.num_probes), None)
     figures = {} if chosen is None else {"tuning_recall": chosen.recall, "tuning_recall_lower_bound": chosen.lower}
+    gate = build.config.recall_gate
+    picture = pictures.recall_by_probes(receipt.curve, receipt.latencies, receipt.num_probes, gate.min_recall, gate.k)
     return {
         "dagster/row_count": receipt.rows,
         "num_probes": receipt.num_probes,
@@ -133,12 +148,15 @@ def manifest_metadata(receipt: ManifestReceipt) -> Metadata:
         "manifest": receipt.manifest_key,
         "manifest_digest": receipt.manifest_digest,
         "recall_curve": curve_table(receipt.curve),
+        "recall_and_latency_by_probes": picture,
+        **_cost(build, receipt),
     }
 
 
-def promote_metadata(receipt: PromoteReceipt) -> Metadata:
+def promote_metadata(build: Build, receipt: PromoteReceipt) -> Metadata:
     """The pointer."""
     return {
+        "dagster/uri": build.store.url,
         "published": receipt.published,
         "previous_run_id": receipt.previous_run_id or "(none)",
         "seq": receipt.seq,
@@ -151,6 +169,37 @@ def verdict_metadata(verdict: Verdict) -> Metadata:
     rows = list(verdict.table)[:_TABLE_ROWS]
     reason = {"reason": verdict.reason} if verdict.reason else {}
     return {"message": verdict.message, **verdict.figures, **reason} | ({"table": table(rows)} if rows else {})
+
+
+def _columns(receipt: ScanReceipt, wanted: Sequence[str]) -> dg.TableSchema:
+    """The source columns that a build reads."""
+    schema = receipt.listing.arrow_schema
+    return dg.TableSchema(columns=[dg.TableColumn(name, str(schema.field(name).type)) for name in wanted])
+
+
+def _plane(build: Build, receipt: TrainReceipt) -> Metadata:
+    """The training data as a picture; nothing once a cleanup has removed it."""
+    ledger, routing = build.ledger(receipt.run_id), build.routing(receipt)
+    if not isinstance(routing, VectorRouting):
+        raise TypeError(f"{routing.strategy} was trained, and does not route by vector")
+    try:
+        sample = vectors_of(ledger.get_table(ledger.need(SampleReceipt).training))
+    except ObjectMissingError:
+        return {}
+    metric, centroids = build.config.vector_spec.metric, receipt.artifact == "centroids"
+    return {"training_data_on_a_plane": pictures.projection(project(sample, routing, metric, centroids=centroids))}
+
+
+def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:
+    """What the build has taken so far: work of all stages, wherever it was done, and bytes stored."""
+    run, ledger = build.receipts(receipt.run_id), build.ledger(receipt.run_id)
+    shards = [ledger.read(ShardReceipt, key) for key in receipt.shards]
+    stages: list[Receipt] = [run.scanned, run.sampled, *([run.trained] if run.trained else []), run.routed, receipt]
+    return {
+        "build_seconds": round(sum(one.seconds for one in [*stages, *shards]), 3),
+        "stored_bytes": sum(shard.bytes for shard in shards),
+        "shards_copied": sum(shard.reused is not None for shard in shards),
+    }
 
 
 def curve_table(curve: Sequence[CurvePoint]) -> dg.TableMetadataValue:

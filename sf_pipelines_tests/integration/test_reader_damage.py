@@ -61,6 +61,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(name)
     pq.write_table(vector_table(VECTORS, value=[f"value {n}" for n in range(ROWS)]), folder / "source.parquet")
     unified = name.startswith("unified-")
+<<<<<<< HEAD
     fields: dict[str, Any] = {"key_value": {"key_col": "id", "value_cols": ["value"]}} if unified else {}
     fields |= {
         "name": "damage",
@@ -71,6 +72,22 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "recall_gate": {"k": 3, "min_recall": 0.5},
     }
     build_snapshot(WriteConfig(**fields), cache_dir=folder / "built")
+=======
+    fields: dict[str, Any] = {
+        "vector_spec": {"dim": DIM, "metric": "l2", "backend": name.removeprefix("unified-")},
+        "recall_gate": {"k": 3, "min_recall": 0.5},
+    }
+    if unified:
+        fields["key_value"] = {"key_col": "id", "value_cols": ["value"]}
+    config = WriteConfig(
+        name="damage",
+        source=str(folder / "source.parquet"),
+        store=str(folder / "store"),
+        num_dbs=SHARDS,
+        **fields,
+    )
+    build_snapshot(config, cache_dir=folder / "built")
+>>>>>>> 03502d0 (Tests: types)
     return Built(folder / "store", unified)
 
 

@@ -38,16 +38,19 @@ def write(root: Path, ids: list[Any], backend: str, *, unified: bool = False, co
         wrong = vector_table(VECTORS[::-1].copy()).column("vector")
         table = table.rename_columns({"vector": column}).append_column("vector", wrong)
     pq.write_table(table, root / "source.parquet", row_group_size=25)
-    fields: dict[str, Any] = {"payload_cols": ("title",)}
+    fields: dict[str, Any] = {
+        "vector_spec": {"dim": DIM, "metric": "l2", "backend": backend, "vector_col": column},
+        "recall_gate": {"k": 3, "min_recall": 0.5},
+    }
     if unified:
-        fields = {"key_value": {"key_col": "id", "value_cols": ["title"]}}
+        fields["key_value"] = {"key_col": "id", "value_cols": ["title"]}
+    else:
+        fields["payload_cols"] = ("title",)
     config = WriteConfig(
         name="trip",
         source=str(root / "source.parquet"),
         store=str(root / "store"),
         num_dbs=SHARDS,
-        vector_spec={"dim": DIM, "metric": "l2", "backend": backend, "vector_col": column},
-        recall_gate={"k": 3, "min_recall": 0.5},
         **fields,
     )
     build_snapshot(config, cache_dir=root / "built")

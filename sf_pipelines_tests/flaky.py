@@ -42,7 +42,7 @@ class FlakyServer:
         behind: options of the server behind it.
 
     Attributes:
-        options: of this one; a failing request is not repeated, and given up after a second.
+        options: of this one; a failing request is not repeated, and given up after two seconds.
     """
 
     def __init__(self, behind: S3Options) -> None:
@@ -53,7 +53,7 @@ class FlakyServer:
         self._server = self._listen(0)
         self.port: int = self._server.server_address[1]
         self.options = behind.model_copy(
-            update={"endpoint_url": f"http://127.0.0.1:{self.port}", "timeout": 1.0, "retries": 0}
+            update={"endpoint_url": f"http://127.0.0.1:{self.port}", "timeout": 2.0, "retries": 0}
         )
 
     @contextmanager

@@ -29,7 +29,7 @@ from sf_pipelines_tests.tables import vector_table
 
 ROWS, DIM, SHARDS = 60, 8, 2
 VECTORS = clustered(ROWS, DIM)
-FLIPS, FLIPS_OF_COPIES = 200, 20
+FLIPS, FLIPS_OF_COPIES = 200, 12
 
 
 class Built(NamedTuple):
@@ -61,18 +61,6 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(name)
     pq.write_table(vector_table(VECTORS, value=[f"value {n}" for n in range(ROWS)]), folder / "source.parquet")
     unified = name.startswith("unified-")
-<<<<<<< HEAD
-    fields: dict[str, Any] = {"key_value": {"key_col": "id", "value_cols": ["value"]}} if unified else {}
-    fields |= {
-        "name": "damage",
-        "source": str(folder / "source.parquet"),
-        "store": str(folder / "store"),
-        "num_dbs": SHARDS,
-        "vector_spec": {"dim": DIM, "metric": "l2", "backend": name.removeprefix("unified-")},
-        "recall_gate": {"k": 3, "min_recall": 0.5},
-    }
-    build_snapshot(WriteConfig(**fields), cache_dir=folder / "built")
-=======
     fields: dict[str, Any] = {
         "vector_spec": {"dim": DIM, "metric": "l2", "backend": name.removeprefix("unified-")},
         "recall_gate": {"k": 3, "min_recall": 0.5},
@@ -87,7 +75,6 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         **fields,
     )
     build_snapshot(config, cache_dir=folder / "built")
->>>>>>> 03502d0 (Tests: types)
     return Built(folder / "store", unified)
 
 

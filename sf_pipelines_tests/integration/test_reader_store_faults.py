@@ -51,7 +51,7 @@ FAULTS: dict[Fault, type[SfPipelinesError]] = {
     "truncate": StoreUnavailableError,
     "garble": IntegrityError,
 }
-# Every fault once, and elsewhere one of each sort: each test costs a fifth of a second, one that hangs a second.
+# Every fault once, and elsewhere one of each sort: each test costs a fifth of a second, one that hangs two.
 SOME: tuple[Fault, ...] = (503, "reset", "truncate", "garble")
 CASES = [("sync", "centroids", fault) for fault in FAULTS]
 CASES += [("async", "centroids", fault) for fault in ("hang", *SOME)] + [
@@ -242,7 +242,8 @@ def test_an_object_may_take_longer_than_a_request(
 ) -> None:
     monkeypatch.setattr(store_module, "_PART", DRIP_BYTES)
     data = np.random.default_rng(0).bytes(15 * DRIP_BYTES + 7)
-    store = Store.open(f"s3://{bucket}/root", flaky.options)
+    # The object takes one and a half seconds, each of its parts a tenth.
+    store = Store.open(f"s3://{bucket}/root", flaky.options.model_copy(update={"timeout": 1.0}))
     store.put("large", data)
     sealed = hashlib.sha256(data).hexdigest()
     with flaky.failing("root/large$", "drip"):

@@ -16,8 +16,6 @@ from sf_pipelines.snapshot.errors import DeadlineError, IntegrityError, QueryErr
 from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, Value
 from sf_pipelines.snapshot.reader.handles import OpenShard, ShardHandles
 
-# Share of a partial answer's time after which shards count as late: the rest is for the payloads of what was found.
-_SEARCHING = 0.9
 # A shard's own failures. Others are of the call or of the reader, and every shard would have them.
 _OF_A_SHARD = (StoreError, IntegrityError, DeadlineError)
 
@@ -87,26 +85,13 @@ class Terms:
         if self.timeout is not None:
             self.timeout = _seconds(self.timeout)
         self.started = time.perf_counter()
-        self._share = 1.0
 
     @property
     def left(self) -> float | None:
         """Seconds that are left, at least 0; None where there is no end."""
         if self.timeout is None:
             return None
-        return max(0.0, self.timeout * self._share - (time.perf_counter() - self.started))
-
-    @contextmanager
-    def searching(self) -> Iterator[None]:
-        """Where a partial answer will do, time ends a little earlier for as long as the block lasts.
-
-        Else one late shard would leave none for the payloads of the others, and so no answer at all.
-        """
-        self._share = _SEARCHING if self.partial else 1.0
-        try:
-            yield
-        finally:
-            self._share = 1.0
+        return max(0.0, self.timeout - (time.perf_counter() - self.started))
 
     @property
     def elapsed_ms(self) -> float:

@@ -204,8 +204,7 @@ class _Asking:
         self, plan: Plan, queries: Float32, k: int, *, include_vectors: bool
     ) -> Steps[list[list[SearchResult]]]:
         """Hits with payloads. A shard that fails to give its payloads gives no hits either."""
-        with self._terms.searching():
-            answers = yield from self._answers(plan, queries, k)
+        answers = yield from self._answers(plan, queries, k)
         while True:
             missing = len(self._terms.missing)
             usable = [answer for answer in answers if answer.shard not in self._terms.missing]

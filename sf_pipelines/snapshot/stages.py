@@ -90,7 +90,7 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
-    if not probe.was_published_here(build.store, view.pointer):
+    if not probe.is_proven(build.store, view.pointer):
         # Told now, and not after hours of work.
         probe.require_conditional_writes(build.store)
     known = None if force else runs.published_run(build, view, build_key) or runs.held_run(build, view, build_key)

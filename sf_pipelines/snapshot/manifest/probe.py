@@ -13,11 +13,14 @@ from sf_pipelines.snapshot.store import Store
 _FOLDER = "staging/probe"
 
 
-def was_published_here(store: Store, pointer: Pointer | None) -> bool:
-    """Whether a pointer was moved in this very store by a writer that compares and swaps.
+def is_proven(store: Store, pointer: Pointer | None) -> bool:
+    """Whether the store is known to honour conditions: a pointer was moved there by a writer that compares and swaps.
 
-    A snapshot that was copied from elsewhere, or that another tool published, proves nothing.
+    A snapshot that was copied from elsewhere, or that another tool published, proves nothing. On local disk there is
+    nobody to ask: the comparing is done here, under a lock.
     """
+    if store.local_root is not None:
+        return True
     return pointer is not None and pointer.seq is not None and pointer.manifest_ref.startswith(f"{store.url}/")
 
 

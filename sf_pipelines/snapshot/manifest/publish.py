@@ -25,7 +25,7 @@ from sf_pipelines.snapshot.manifest.pointer import (
     manifest_name,
     parse_manifest_key,
 )
-from sf_pipelines.snapshot.manifest.probe import require_conditional_writes, was_published_here
+from sf_pipelines.snapshot.manifest.probe import is_proven, require_conditional_writes
 from sf_pipelines.snapshot.manifest.wire import timestamp
 from sf_pipelines.snapshot.store import Store, Versioned
 
@@ -127,7 +127,7 @@ def publish(
         return base.pointer, base
     if base.fingerprint != base_fingerprint:
         raise _conflict(store, run_id, base)
-    if not was_published_here(store, base.pointer):
+    if not is_proven(store, base.pointer):
         require_conditional_writes(store)
     ours = successor(
         base,

@@ -14,6 +14,8 @@ from sf_pipelines.snapshot.reader.calls import Call, FanOut, Job, Outcomes, Requ
 from sf_pipelines.snapshot.reader.handles import Handle
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
 
+_OPENERS = 4
+
 ResultT = TypeVar("ResultT")
 
 
@@ -47,7 +49,8 @@ class Runner:
         self.limiter = limiter
         self._concurrency = concurrency
         self.threads = ThreadPoolExecutor(concurrency, thread_name_prefix="sf-pipelines-search")
-        self.openers = ThreadPoolExecutor(concurrency, thread_name_prefix="sf-pipelines-open")
+        # They wait for the store more than they work; with many, some that hang leave others.
+        self.openers = ThreadPoolExecutor(_OPENERS * concurrency, thread_name_prefix="sf-pipelines-open")
 
     def shut_down(self) -> None:
         """Lets the threads end when they have done what they were given."""

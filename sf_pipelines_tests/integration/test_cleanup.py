@@ -124,7 +124,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(root, config, oldest, pinned, source, fork, bad, failed, killed, running, lost)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def copied(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> Store:
     """The same store for one test alone."""
     if request.param == "local":
@@ -368,6 +368,7 @@ def failing(store: Store, after: int) -> Store:
     return made
 
 
+@pytest.mark.slow
 def test_a_crash_after_every_single_delete(world: World, tmp_path: Path) -> None:
     """Whatever is listed can be opened; cleaning up again ends where one that was not stopped ends."""
     reference = _local_copy(world, tmp_path / "reference")

@@ -41,7 +41,7 @@ def two(root: Path, **fields: Any) -> tuple[WriteConfig, list[str]]:
     return config, runs
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     if request.param == "local":
         return {}

@@ -65,7 +65,7 @@ class Place:
         return pointer
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     fields: dict[str, Any] = {}
     if request.param == "s3":

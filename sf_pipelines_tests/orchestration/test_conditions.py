@@ -91,6 +91,7 @@ def test_a_new_source_flows_to_the_pointer(daemon: Daemon, config: WriteConfig, 
     assert sum("current_pointer" in nouns for nouns in asked) == 1
 
 
+@pytest.mark.slow
 def test_one_new_shard_is_not_enough_for_the_manifest(daemon: Daemon, config: WriteConfig, source: Path) -> None:
     daemon.tick()
     daemon.touch_source()
@@ -109,6 +110,7 @@ def test_one_new_shard_is_not_enough_for_the_manifest(daemon: Daemon, config: Wr
     assert "manifest" in daemon.tick()
 
 
+@pytest.mark.slow
 def test_a_failed_blocking_check_keeps_the_pointer(
     daemon: Daemon, config: WriteConfig, instance: dg.DagsterInstance, tmp_path: Path, source: Path
 ) -> None:

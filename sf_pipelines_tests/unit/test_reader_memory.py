@@ -8,7 +8,9 @@ import pytest
 
 from sf_pipelines.snapshot.errors import IntegrityError
 from sf_pipelines.snapshot.metric import DistanceMetric
+from sf_pipelines.snapshot.reader.events import EventName, RecordingEvents
 from sf_pipelines.snapshot.reader.handles import OpenShard
+from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.faces import Face, vector_reader
@@ -93,3 +95,24 @@ def test_a_shard_that_cannot_be_opened_keeps_no_room(
             with pytest.raises(IntegrityError, match="shard 0 at"):
                 reader.search(QUERIES[0], 3, shard_ids=[0])
             assert (reader.health().memory_bytes, reader.health().open_shards) == (0, [])
+
+
+def test_a_shard_that_outgrew_the_budget_is_asked_by_its_index(tmp_path: Path) -> None:
+    """Vectors alone would fit; with what comes along they do not: once is enough to know."""
+    store = Store.open(tmp_path / "store", create=True)
+    vectors = clustered(400, 8)
+    payloads = [{"text": "x" * 300}] * len(vectors)
+    publish_by_hand(store, list(range(400)), vectors, centroids=clustered(4, 8, seed=0), payloads=payloads, ours=True)
+    opened = RecordingEvents()
+    budget = 4 * vectors.nbytes
+    assert store.local_root is not None
+    with ShardedVectorReader(
+        store.local_root, cache_dir=tmp_path / "cache", memory_budget=budget, events=opened
+    ) as reader:
+        for _ in range(5):
+            reader.search(vectors[0], 5, num_probes=4)
+        before = len(opened.named(EventName.SHARD_OPENED))
+        for _ in range(5):
+            reader.search(vectors[0], 5, num_probes=4)
+            reader.health()
+        assert len(opened.named(EventName.SHARD_OPENED)) == before

@@ -26,6 +26,8 @@ _PIECE = 500_000
 _CORES = os.cpu_count() or 1
 # One thread at a time lets BLAS spread a product: a second one would only wait busily for the first.
 _spreading = threading.Lock()
+# Nobody is in the middle of a product when this process forks: the child's copy would be locked for ever.
+os.register_at_fork(before=_spreading.acquire, after_in_parent=_spreading.release, after_in_child=_spreading.release)
 
 Piece = tuple[Float32, Float32, Float32]
 
@@ -48,9 +50,13 @@ def products(pairs: Sequence[tuple[Float32, Float32]], pool: Executor | None = N
         out.append(keys)
         if not keys.size:
             continue
-        # Where all cores are idle BLAS reads the vectors for a single query a third faster than threads of ours do.
-        alone = pool is not None and len(queries) == 1
-        if rows_of_piece(*columns.shape) and not alone:
+        if pool is not None and len(queries) == 1 and _spreading.acquire(blocking=False):
+            # Where all cores are idle BLAS reads the vectors for a single query a third faster than our threads do.
+            try:
+                np.matmul(vectors, columns, out=keys)
+            finally:
+                _spreading.release()
+        elif rows_of_piece(*columns.shape):
             step = max(1, _PIECE // vectors.shape[1])
             pieces += [(vectors[at : at + step], columns, keys[at : at + step]) for at in range(0, len(vectors), step)]
         else:

@@ -307,16 +307,21 @@ def near_all(
         pool: see ``products``.
     """
     lengths = lengths_of(queries)
+    if sum(len(scan.rows) * len(which) for scan, which in jobs) > _BLOCK:
+        # Shard by shard, so that no more than one has its queries copied at a time.
+        return [_near_alone(scan, *_of(queries, lengths, which), k, pool) for scan, which in jobs]
     asked = [(scan, *_of(queries, lengths, which)) for scan, which in jobs]
     ready = [place for place, (scan, _, size) in enumerate(asked) if not scan.too_large(size)]
-    if sum(len(scan.rows) * len(which) for scan, which in jobs) > _BLOCK:
-        ready = []
     tables = products([(asked[place][0].vectors, asked[place][1]) for place in ready], pool)
     keys = dict(zip(ready, tables, strict=True))
     return [
         scan.near(part, k, pool=pool, lengths=size, keys=keys.get(place))
         for place, (scan, part, size) in enumerate(asked)
     ]
+
+
+def _near_alone(scan: MemoryScan, part: Float32, lengths: Float64, k: int, pool: Executor | None) -> Near:
+    return scan.near(part, k, pool=pool, lengths=lengths)
 
 
 def _of(queries: Float32, lengths: Float64, which: Int64) -> tuple[Float32, Float64]:

@@ -66,8 +66,9 @@ class BlockingReader(Facing):
             routing_context: a value for each column of the expression, as the rows have it.
             include_vectors: return the stored vectors too.
             timeout: seconds after which shards that have not answered count as failed; None waits.
-            partial: answer without shards that fail, and name them in ``missing_shards``, in place of an error. Of
-                ``timeout`` a tenth is then kept for the payloads of what was found.
+            partial: answer without shards that fail, and name them in ``missing_shards``, in place of an error.
+                Payloads of what was found in time are still fetched from shards that are open, so an answer may take a
+                little longer than ``timeout``.
 
         Raises:
             QueryError: an argument is wrong, or the shards cannot be told.

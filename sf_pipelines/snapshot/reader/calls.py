@@ -178,12 +178,13 @@ def each_shard(
     """
     found: dict[int, AnswerT] = {}
     slow: list[Job[AnswerT]] = []
-    at_any_time = answered and terms.partial and terms.timeout is not None
+    at_any_time = answered and terms.partial
     for job in jobs:
-        if terms.left == 0 and not at_any_time:
+        late = terms.left == 0
+        if late and not at_any_time:
             _lost(terms, job.shard, terms.late(job.shard))
             continue
-        handle = handles.take_open(job.shard, _is_open if at_any_time else is_quick)
+        handle = handles.take_open(job.shard, _is_open if late else is_quick)
         if handle is None:
             slow.append(job)
             continue
@@ -194,7 +195,12 @@ def each_shard(
             found[job.shard] = outcome
     if slow:
         outcomes: Outcomes = yield FanOut(handles, slow)
-        for shard, outcome in outcomes.items():
+        runs = {job.shard: job.run for job in slow}
+        for shard, in_time in outcomes.items():
+            outcome = in_time
+            if at_any_time and isinstance(in_time, DeadlineError):
+                handle = handles.take_open(shard, _is_open)
+                outcome = in_time if handle is None else attempt(handles.using, handle, runs[shard])
             if isinstance(outcome, SfPipelinesError):
                 _lost(terms, shard, outcome)
             else:

@@ -230,6 +230,10 @@ class ReaderCore:
                     raise
                 self.note_failure(error)
                 outcome = RefreshOutcome("failed", old.state.manifest.run_id, error)
+            except Exception as error:
+                # Not of the tree: the caller hears of it, and so does whoever asks for health.
+                self.note_failure(error)
+                raise
         facts: dict[str, Value] = {EventField.STATUS: outcome.status}
         if outcome.error is not None:
             facts[EventField.ERROR] = outcome.error.kind

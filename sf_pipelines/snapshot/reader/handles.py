@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,9 @@ from sf_pipelines.snapshot.store import Store
 
 PartT = TypeVar("PartT", ShardIndex, KeyValueShard)
 AnswerT = TypeVar("AnswerT")
+
+# Shards that are opened while one is being loaded.
+_AHEAD = 8
 
 
 def open_index(state: SnapshotState, folder: Path) -> ShardIndex:
@@ -235,6 +239,8 @@ class ShardHandles:
         self._handles: dict[int, Handle] = {}
         # Those who wait for shards that are being opened; an entry goes with the last of them.
         self._waiting: dict[int, list[Future[Handle]]] = {}
+        # Bytes that shards held when they were closed.
+        self._grown: dict[int, int] = {}
         self._crowded = False
         self._closed = False
 
@@ -314,10 +320,18 @@ class ShardHandles:
 
     def warm(self, shards: Iterable[int]) -> None:
         """Opens shards and loads what is kept in memory; empty ones are left out. Errors as of ``acquire``."""
-        for db_id in shards:
-            if self.state.shards[db_id].key is not None:
-                with self.borrow(db_id) as opened:
-                    opened.warm()
+        wanted = deque(db_id for db_id in shards if self.state.shards[db_id].key is not None)
+        opening: deque[Future[Handle]] = deque()
+        try:
+            while wanted or opening:
+                while wanted and len(opening) < _AHEAD:
+                    opening.append(self.acquire(wanted.popleft()))
+                handle = opening[0].result()
+                opening.popleft()
+                self.using(handle, OpenShard.warm)
+        finally:
+            for future in opening:
+                self.abandon(future)
 
     @property
     def open_shards(self) -> list[int]:
@@ -335,7 +349,7 @@ class ShardHandles:
     def memory_bytes(self) -> int:
         """About how much memory all open shards hold."""
         with self._lock:
-            return self._count_memory()
+            return self._held()
 
     def close(self) -> None:
         """Closes what nobody uses now, and the rest when it is given back."""
@@ -398,21 +412,22 @@ class ShardHandles:
 
     def _surplus(self) -> list[Handle]:
         idle = sorted((handle.last_use, db_id) for db_id, handle in self._handles.items() if not handle.users)
-        memory = self._count_memory()
+        for handle in self._handles.values():
+            handle.counted = handle.shard.memory_bytes
+        memory = sum(handle.counted for handle in self._handles.values())
         out: list[Handle] = []
         for _, db_id in idle:
             if not self._too_many(memory):
                 break
             handle = self._handles.pop(db_id)
             memory -= handle.counted
+            self._grown[db_id] = max(handle.counted, self._grown.get(db_id, 0))
             out.append(handle)
         self._crowded = self._too_many(memory)
         return out
 
-    def _count_memory(self) -> int:
-        for handle in self._handles.values():
-            handle.counted = handle.shard.memory_bytes
-        return sum(handle.counted for handle in self._handles.values())
+    def _held(self) -> int:
+        return sum(handle.shard.memory_bytes for handle in self._handles.values())
 
     def _too_many(self, memory: int) -> bool:
         most = self._limits.shards
@@ -422,8 +437,10 @@ class ShardHandles:
         """Whether vectors of this size fit beside what is held: no other shard is closed for them."""
         with self._lock:
             shard.reserved = 0
-            if self._limits.exact_scan and self._count_memory() + size <= self._limits.memory:
-                shard.reserved = size
+            # With ids and payloads it may have held more when it was open before, and had to be closed for it.
+            needed = max(size, self._grown.get(shard.entry.db_id, 0))
+            if self._limits.exact_scan and self._held() + needed <= self._limits.memory:
+                shard.reserved = needed
             return shard.reserved > 0
 
     def _open(self, shard: ShardEntry) -> Handle:

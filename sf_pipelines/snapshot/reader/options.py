@@ -81,6 +81,13 @@ class ReaderSettings:
         self._check_whole("max_concurrency", 1)
         if self.max_cached_shards is not None:
             self._check_whole("max_cached_shards", 1)
+        for name in ("exact_scan", "preload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False (got {getattr(self, name)!r})")
+        if self.rate_limiter is not None and not isinstance(self.rate_limiter, RateLimiter):
+            raise ConfigError(f"rate_limiter must be a RateLimiter, or None (got {self.rate_limiter!r})")
+        if not callable(getattr(self.events, "emit", None)):
+            raise ConfigError(f"events must have a method emit(name, attributes) (got {self.events!r})")
         every = self.refresh_interval
         if every is not None and (isinstance(every, bool) or not isinstance(every, int | float) or not every > 0):
             raise ConfigError(f"refresh_interval must be a number of seconds above 0, or None (got {every!r})")

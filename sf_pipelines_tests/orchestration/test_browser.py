@@ -67,12 +67,15 @@ def show(driver: WebDriver, served: Served, page: str, *texts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "texts"),
-    # A job's page is narrower; it draws only the assets that fit.
-    [("asset-groups/digits", ASSETS), ("jobs/build_digits", {"View 8 assets", "source_vectors"})],
+    ("page", "texts", "button"),
+    # A job's page is narrower; it draws only the assets that fit. In the group there is one that is only observed.
+    [
+        ("asset-groups/digits", {*ASSETS, "published_snapshot"}, "Materialize all (8)"),
+        ("jobs/build_digits", {"View 8 assets", "source_vectors"}, "Materialize all"),
+    ],
 )
 def test_materialize_all_builds_the_snapshot_and_moves_the_pointer(
-    chromium: WebDriver, served: Served, page: str, texts: set[str]
+    chromium: WebDriver, served: Served, page: str, texts: set[str], button: str
 ) -> None:
     data: Path = served.project / "data"
     if data.exists():
@@ -80,7 +83,7 @@ def test_materialize_all_builds_the_snapshot_and_moves_the_pointer(
     before = len(served.runs())
     show(chromium, served, f"{PAGES}/{page}", *texts)
 
-    click(chromium, "Materialize all")
+    click(chromium, button)
     click(chromium, "All")
     click(chromium, "Launch backfill")
 
@@ -99,4 +102,6 @@ def test_partitions_and_checks_are_shown(chromium: WebDriver, served: Served) ->
     show(chromium, served, "assets/digits/shard_indexes?view=partitions", "00000", "00003", "Materialized (4)")
     checks = ("manifest_custom_fields", "shard_coverage", "search_round_trip", "recall", "shard_balance", "Succeeded")
     show(chromium, served, "assets/digits/manifest?view=checks", *checks, "Execute all")
-    show(chromium, served, "assets/digits/manifest", "num_probes", "recall_curve")
+    show(chromium, served, "assets/digits/manifest", "num_probes", "recall_curve", "recall_and_latency_by_probes")
+    show(chromium, served, "assets/digits/routed_vectors", "shard_sizes")
+    show(chromium, served, "assets/digits/centroids", "training_data_on_a_plane")

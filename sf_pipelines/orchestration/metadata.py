@@ -7,7 +7,7 @@ import dagster as dg
 
 from sf_pipelines.orchestration import pictures
 from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.errors import ObjectMissingError
+from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.gate import Verdict
 from sf_pipelines.snapshot.ledger import STAGING
 from sf_pipelines.snapshot.projection import project
@@ -178,14 +178,15 @@ def _columns(receipt: ScanReceipt, wanted: Sequence[str]) -> dg.TableSchema:
 
 
 def _plane(build: Build, receipt: TrainReceipt) -> Metadata:
-    """The training data as a picture; nothing once a cleanup has removed it."""
-    ledger, routing = build.ledger(receipt.run_id), build.routing(receipt)
+    """The training data as a picture; nothing where it is gone or damaged, which is for the stages to mind."""
+    ledger = build.ledger(receipt.run_id)
+    try:
+        routing = build.routing(receipt)
+        sample = vectors_of(ledger.get_table(ledger.need(SampleReceipt).training))
+    except (ObjectMissingError, IntegrityError):
+        return {}
     if not isinstance(routing, VectorRouting):
         raise TypeError(f"{routing.strategy} was trained, and does not route by vector")
-    try:
-        sample = vectors_of(ledger.get_table(ledger.need(SampleReceipt).training))
-    except ObjectMissingError:
-        return {}
     metric, centroids = build.config.vector_spec.metric, receipt.artifact == "centroids"
     return {"training_data_on_a_plane": pictures.projection(project(sample, routing, metric, centroids=centroids))}
 

@@ -43,8 +43,12 @@ _OPEN_SHARDS = 8
 
 
 def is_held(scanned: ScanReceipt, pointer: Pointer | None) -> bool:
-    """Whether a rollback keeps what this build makes, or has made, from being published."""
-    return pointer is not None and pointer.hold == scanned.build_key and not scanned.forced
+    """Whether a rollback keeps what this build makes, or has made, from being published.
+
+    Force overrides the holds that there are, not the rollback that later takes the forced build back.
+    """
+    forced = scanned.forced and not scanned.published
+    return pointer is not None and pointer.hold == scanned.build_key and not forced
 
 
 class Progress(Protocol):
@@ -102,8 +106,8 @@ class Build:
                 "again (in Dagster: materialize source_vectors and what follows)"
             )
         if ledger.find(PromoteReceipt) is not None:
-            held = is_held(receipt, read_pointer(self.store).pointer)
-            return receipt.model_copy(update={"published": True, "held": held})
+            published = receipt.model_copy(update={"published": True})
+            return published.model_copy(update={"held": is_held(published, read_pointer(self.store).pointer)})
         self.renew(receipt)
         return receipt
 

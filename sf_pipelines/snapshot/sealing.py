@@ -16,7 +16,7 @@ from sf_pipelines.snapshot.errors import (
     CountMismatchError,
     IndexBuildError,
     IntegrityError,
-    ObjectMissingError,
+    StoreError,
     VectorFunctionError,
 )
 from sf_pipelines.snapshot.evaluation import NOBODY, truth_table
@@ -167,7 +167,8 @@ def _copy(
             if store.sha256(f"{db_key}/{item.path}") != item.sha256:
                 return _cleared(store, db_key)
         return same.objects, tuple(store.head(f"{db_key}/{item.path}").etag for item in same.objects)
-    except ObjectMissingError:
+    except StoreError:
+        # Gone, or larger than the store copies in one go.
         return _cleared(store, db_key)
 
 

@@ -90,12 +90,12 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
-    if not probe.is_proven(build.store, view.pointer):
-        # Told now, and not after hours of work.
-        probe.require_conditional_writes(build.store)
     known = None if force else runs.published_run(build, view, build_key) or runs.held_run(build, view, build_key)
     if known is not None:
         return known
+    if not probe.is_proven(build.store, view.pointer):
+        # Told now, and not after hours of work.
+        probe.require_conditional_writes(build.store)
     base: dict[str, Any] = {
         "base_fingerprint": view.fingerprint,
         "base_run_id": view.pointer.run_id if view.pointer else None,
@@ -200,7 +200,8 @@ def train(build: Build, run_id: str) -> TrainReceipt:
     number = ledger.next_number(TrainReceipt)
     found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
     # What was kept has had its chance; what was trained for this very sample would come out the same.
-    failed = found is not None and found.kept and config.retrain == "auto" and gating.has_failed(build, run_id)
+    kept = found is not None and found.kept and not scanned.published
+    failed = kept and config.retrain == "auto" and gating.has_failed(build, run_id)
     if found is not None and not failed:
         what = "kept" if found.kept else "trained"
         return found.model_copy(update={"reason": f"these {found.artifact} were {what} before"})

@@ -260,7 +260,9 @@ class Guard:
         """Every text in a receipt that is a key or a folder of this root."""
         if key not in self._strings:
             try:
-                found = _texts(json.loads(self._store.get(key)))
+                told = json.loads(self._store.get(key))
+                # A copied shard stands alone: where it came from may go.
+                found = _texts({**told, "reused": None} if isinstance(told, dict) else told)
             except ObjectMissingError:
                 return frozenset()
             except ValueError as error:

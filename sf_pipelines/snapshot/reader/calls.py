@@ -159,14 +159,13 @@ def each_shard(
 ) -> Steps[dict[int, AnswerT]]:
     """Runs jobs of different shards; those of shards that are quick right here, the others side by side.
 
-    A scan of a shard in memory takes less than a millisecond and uses all cores itself: handing it to other threads
-    makes it slower.
+    What takes microseconds, as a look-up in an open file or a payload that is held, costs more to hand to a thread.
 
     Args:
         handles: of the shards.
         jobs: one for each shard.
         terms: of the call; shards that failed join ``missing`` where partial answers are wanted.
-        is_quick: whether an opened shard is.
+        is_quick: whether the job of an opened shard is.
         answered: whether this fetches the rest of answers that came in time. In a partial answer they are not thrown
             away when the time is over: of shards that are open it is fetched right here, however late it is.
 
@@ -179,32 +178,32 @@ def each_shard(
     found: dict[int, AnswerT] = {}
     slow: list[Job[AnswerT]] = []
     at_any_time = answered and terms.partial
+
+    def settle(shard: int, outcome: Any) -> None:
+        if not isinstance(outcome, SfPipelinesError):
+            found[shard] = outcome
+        elif terms.does_without(outcome):
+            terms.missing[shard] = outcome
+        else:
+            raise outcome
+
     for job in jobs:
         late = terms.left == 0
         if late and not at_any_time:
-            _lost(terms, job.shard, terms.late(job.shard))
+            settle(job.shard, terms.late(job.shard))
             continue
         handle = handles.take_open(job.shard, _is_open if late else is_quick)
         if handle is None:
             slow.append(job)
             continue
-        outcome = attempt(handles.using, handle, job.run)
-        if isinstance(outcome, SfPipelinesError):
-            _lost(terms, job.shard, outcome)
-        else:
-            found[job.shard] = outcome
+        settle(job.shard, attempt(handles.using, handle, job.run))
     if slow:
         outcomes: Outcomes = yield FanOut(handles, slow)
         runs = {job.shard: job.run for job in slow}
         for shard, in_time in outcomes.items():
-            outcome = in_time
-            if at_any_time and isinstance(in_time, DeadlineError):
-                handle = handles.take_open(shard, _is_open)
-                outcome = in_time if handle is None else attempt(handles.using, handle, runs[shard])
-            if isinstance(outcome, SfPipelinesError):
-                _lost(terms, shard, outcome)
-            else:
-                found[shard] = outcome
+            is_late = at_any_time and isinstance(in_time, DeadlineError)
+            handle = handles.take_open(shard, _is_open) if is_late else None
+            settle(shard, in_time if handle is None else attempt(handles.using, handle, runs[shard]))
     return found
 
 
@@ -219,12 +218,6 @@ def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
 def _is_open(opened: OpenShard) -> bool:
     del opened
     return True
-
-
-def _lost(terms: Terms, shard: int, error: SfPipelinesError) -> None:
-    if not terms.does_without(error):
-        raise error
-    terms.missing[shard] = error
 
 
 def _seconds(timeout: float) -> float:

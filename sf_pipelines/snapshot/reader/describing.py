@@ -122,7 +122,8 @@ def explain(core: ReaderCore, query: ArrayLike, wanted: Wanted) -> Explanation:
                 # Routing compares products alone; a distance is what a score would be.
                 away = 1.0 + away
             distances = dict(zip(order[0].tolist(), away[0].tolist(), strict=True))
-        turns = [*asked, *(shard for shard in distances if shard not in set(asked))]
+        # A shard that is in both keeps its first place.
+        turns = list(dict.fromkeys([*asked, *distances]))
         shards = [
             ExplainedShard(shard, distances.get(shard), state.shards[shard].rows, place < len(asked), shard in loaded)
             for place, shard in enumerate(turns)

@@ -43,7 +43,7 @@ Context = Annotated[
 def build(
     config: Annotated[Path, typer.Argument(help="YAML file with the fields of WriteConfig.", show_default=False)],
     force: Annotated[
-        bool, typer.Option("--force", help="Build and publish again although nothing is new, or a rollback holds it.")
+        bool, typer.Option("--force", help="Build and publish again although nothing is new, taking nothing over.")
     ] = False,
 ) -> None:
     """Build a snapshot, prove its recall, and publish it; go on where an earlier try was killed."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from sf_pipelines.cli_shared import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
 from sf_pipelines.snapshot.errors import OperationError
+from sf_pipelines.snapshot.manifest.pointer import Hold
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot.operations.cleanup import CleanupResult
@@ -92,9 +94,17 @@ def rollback(
         "before": result.previous_run_id or "(no pointer)",
         "looked at": f"{checked.objects} objects, {checked.bytes:,} bytes, of which {checked.hashed} were hashed",
         "withdrawn": ", ".join(result.withdrawn) or "(none)",
-        "held": "(nothing)" if result.hold is None else f"build key {result.hold[:16]}, until release or a new source",
+        "held": _held(result.holds, "; until release, or until another build is published") or "(nothing)",
     }
     print_facts(out, facts)
+
+
+def _held(holds: Sequence[Hold], until: str = "") -> str:
+    """Build keys that are, or were, held."""
+    shown = ", ".join(
+        hold.build_key[:16] + ("" if hold.gate_key is None else f" under gate {hold.gate_key[:16]}") for hold in holds
+    )
+    return f"build key {shown}{until}" if shown else ""
 
 
 @operations.command()
@@ -107,7 +117,7 @@ def release(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False
     if as_json:
         _print_json(result)
         return
-    said = "nothing was held" if result.released is None else f"released build key {result.released[:16]}"
+    said = f"released {_held(result.released)}" if result.released else "nothing was held"
     Console().print(f"{said}; {safe(result.run_id)} stays current", highlight=False, soft_wrap=True)
 
 
@@ -305,4 +315,6 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, timedelta):
         return value.total_seconds()
+    if isinstance(value, Hold):
+        return value.model_dump(mode="json", exclude_none=True)
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -19,6 +19,7 @@ _DESCRIPTIONS = {
     "search_round_trip": "Rows of every shard are found again, through the real reader, on the staged manifest.",
     "recall": "Measured on queries that did not choose num_probes; the lower confidence bound must reach min_recall.",
     "shard_balance": "Largest shard over mean shard.",
+    "drift": "How the new snapshot differs from the one that is served: answers, rows, routing.",
     "stock_recall": "What a stock reader with its default settings would find.",
 }
 

@@ -42,15 +42,6 @@ _RENEW_SECONDS = 20.0
 _OPEN_SHARDS = 8
 
 
-def is_held(scanned: ScanReceipt, pointer: Pointer | None) -> bool:
-    """Whether a rollback keeps what this build makes, or has made, from being published.
-
-    Force overrides the holds that there are, not the rollback that later takes the forced build back.
-    """
-    forced = scanned.forced and not scanned.published
-    return pointer is not None and pointer.hold == scanned.build_key and not forced
-
-
 class Progress(Protocol):
     """Told how far a stage is."""
 
@@ -107,9 +98,13 @@ class Build:
             )
         if ledger.find(PromoteReceipt) is not None:
             published = receipt.model_copy(update={"published": True})
-            return published.model_copy(update={"held": is_held(published, read_pointer(self.store).pointer)})
+            return published.model_copy(update={"held": self.is_held(published, read_pointer(self.store).pointer)})
         self.renew(receipt)
         return receipt
+
+    def is_held(self, scanned: ScanReceipt, pointer: Pointer | None) -> bool:
+        """Whether a rollback keeps what this build makes, or has made, from being published; force does not help."""
+        return pointer is not None and pointer.is_held(scanned.build_key, self.config.gate_key())
 
     def renew(self, scanned: ScanReceipt) -> None:
         """Says that a build goes on; cheap enough to call for every batch."""

@@ -218,6 +218,29 @@ class RecallGate(ConfigModel):
     query_rows: Annotated[int, Field(ge=200, le=10_000)] = 500
 
 
+class DriftLimits(ConfigModel):
+    """How far a new snapshot may differ from the current one before the drift check says so.
+
+    Attributes:
+        min_overlap: mean share of the same rows in the answers of both snapshots to the query sample.
+        max_gone_fraction: rows that are gone, as a share of the current snapshot's.
+        max_added_fraction: rows that are new, as a share of the current snapshot's.
+        blocking: whether a snapshot beyond a limit is kept from being published; else it is a warning.
+    """
+
+    min_overlap: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_gone_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_added_fraction: Annotated[float, Field(ge=0)] | None = None
+    blocking: bool = False
+
+    @model_validator(mode="after")
+    def _blocks_by_something(self) -> Self:
+        limits = (self.min_overlap, self.max_gone_fraction, self.max_added_fraction)
+        if self.blocking and all(limit is None for limit in limits):
+            raise ValueError("blocking means nothing without min_overlap, max_gone_fraction or max_added_fraction")
+        return self
+
+
 class WriteConfig(ConfigModel):
     """One snapshot: where its rows come from, where it is published, how it is sharded, indexed and gated.
 
@@ -235,6 +258,7 @@ class WriteConfig(ConfigModel):
         vector_spec: the vector and its index.
         recall_gate: what must be proven before publishing.
         max_reject_fraction: rejected rows beyond this share stop the build.
+        drift: how far a snapshot may differ from the current one; None only measures.
         max_shard_skew: largest shard over mean shard that may be published; None only warns above 4.
         retrain: whether centroids or hyperplanes of the current snapshot are used again, so that shards whose rows have
             not changed are copied in place of built: ``auto`` does until the data has drifted from them or the gate
@@ -254,6 +278,7 @@ class WriteConfig(ConfigModel):
     vector_spec: VectorSpec
     recall_gate: RecallGate = RecallGate()
     max_reject_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drift: DriftLimits | None = None
     max_shard_skew: Annotated[float, Field(ge=1)] | None = None
     retrain: Literal["auto", "always", "never"] = "auto"
     batch_rows: Annotated[int, Field(gt=0, le=1_000_000)] = 8192
@@ -435,13 +460,14 @@ class WriteConfig(ConfigModel):
 
     def gate_key(self) -> str:
         """Digest of what decides ``num_probes`` and the verdicts on one and the same set of shards."""
-        return digest_json(
-            {
-                "gate": self.recall_gate.model_dump(mode="json"),
-                "num_probes": self.num_probes,
-                "max_shard_skew": self.max_shard_skew,
-            }
-        )
+        gate: dict[str, Any] = {
+            "gate": self.recall_gate.model_dump(mode="json"),
+            "num_probes": self.num_probes,
+            "max_shard_skew": self.max_shard_skew,
+        }
+        if self.drift is not None and self.drift.blocking:
+            gate["drift"] = self.drift.model_dump(mode="json")
+        return digest_json(gate)
 
 
 def digest_json(value: Any) -> str:

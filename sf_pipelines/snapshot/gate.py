@@ -7,7 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.checks import RUNNERS, Figures, Finding, Judged
+from sf_pipelines.snapshot.checks import RUNNERS as CORE_RUNNERS
+from sf_pipelines.snapshot.checks import Check, Figures, Finding, Judged
+from sf_pipelines.snapshot.drift import drift
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     GateFailedError,
@@ -20,8 +22,10 @@ from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
     PromoteReceipt,
     ShardReceipt,
+    TrainReceipt,
 )
 from sf_pipelines.snapshot.sealing import changed_objects
+from sf_pipelines.snapshot.training import outworn_key
 
 Severity = Literal["ERROR", "WARN"]
 
@@ -56,13 +60,18 @@ class Verdict(Model):
     reason: str = ""
 
 
+RUNNERS: dict[str, Check] = {**CORE_RUNNERS, "drift": drift}
 CHECKS: tuple[str, ...] = tuple(RUNNERS)
 _ALWAYS_REQUIRED = CHECKS[:4]
+# What other centroids or hyperplanes may pass.
+_ABOUT_ROUTING = frozenset({"recall", "shard_balance"})
 
 
 def required_checks(build: Build) -> tuple[str, ...]:
-    """The checks that must pass: the first four, and the balance where ``max_shard_skew`` is set."""
-    return (*_ALWAYS_REQUIRED, *(["shard_balance"] if build.config.max_shard_skew else []))
+    """The checks that must pass: the first four, and the balance and the drift where the config limits them."""
+    config = build.config
+    balance = ["shard_balance"] if config.max_shard_skew else []
+    return (*_ALWAYS_REQUIRED, *balance, *(["drift"] if config.drift and config.drift.blocking else []))
 
 
 def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Verdict:
@@ -94,6 +103,8 @@ def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Ve
     )
     key = f"{_folder(receipt, name)}/{verdict.judged_at:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}.json"
     build.store.put(key, verdict.model_dump_json(exclude={"reason"}).encode(), content_type="application/json")
+    if name in _ABOUT_ROUTING and verdict.severity == "ERROR" and not verdict.passed and "error" not in verdict.figures:
+        _note_outworn(build, verdict)
     return verdict
 
 
@@ -114,13 +125,12 @@ def latest_verdict(build: Build, receipt: ManifestReceipt, name: str, *, any_gat
     return verdict if same_gate and verdict.manifest_digest == receipt.manifest_digest else None
 
 
-def has_failed(build: Build, run_id: str) -> bool:
-    """Whether a required check that other centroids may pass has failed on the run's newest manifest."""
-    receipt = build.ledger(run_id).find(ManifestReceipt)
-    if receipt is None:
-        return False
-    names = {"recall", "shard_balance"} & set(required_checks(build))
-    return any((verdict := latest_verdict(build, receipt, name)) and not verdict.passed for name in names)
+def _note_outworn(build: Build, verdict: Verdict) -> None:
+    """Leaves a note where a snapshot fails with a routing artifact that it kept: it is not kept again."""
+    trained = build.ledger(verdict.run_id).find(TrainReceipt)
+    if trained is not None and trained.kept:
+        note = verdict.model_dump_json(include={"name", "run_id", "message", "judged_at"}).encode()
+        build.store.create(outworn_key(trained.ref), note, content_type="application/json")
 
 
 def require_passed(build: Build, run_id: str, receipt: ManifestReceipt) -> None:

@@ -77,7 +77,8 @@ def build_snapshot(
         config: what to build.
         engine: how work is spread; None is this process.
         progress: told how far each stage is.
-        force: build and publish again although nothing is new, or a rollback holds it.
+        force: build and publish again although nothing is new, taking nothing over from the current snapshot. What a
+            rollback holds stays held until ``release``.
         cache_dir: folder for verified copies of shards; None is the readers' default.
 
     Returns:

@@ -87,8 +87,7 @@ class ScanReceipt(Receipt):
         base_run_id: run that pointer names.
         base_seq: its sequence number.
         record_key: the build's run record.
-        forced: whether everything is made anew, nothing taken over from the current snapshot, and published although a
-            rollback holds its build key.
+        forced: whether everything is made anew, nothing taken over from the current snapshot.
         published: whether a snapshot of this build was published before.
         held: whether a rollback withdrew that snapshot and keeps it from coming back; never stored.
     """

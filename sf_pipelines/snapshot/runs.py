@@ -1,12 +1,15 @@
 """Runs that a scan finds again: the published one, one that a rollback holds, one that was not finished."""
 
+from dataclasses import dataclass
+from datetime import datetime
+
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import GateError, IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.ledger import STAGING, Ledger
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
-from sf_pipelines.snapshot.receipts import PromoteReceipt, ScanReceipt
+from sf_pipelines.snapshot.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 
 
@@ -27,9 +30,10 @@ def published_run(build: Build, view: publish.PointerView, build_key: str) -> Sc
 
 def held_run(build: Build, view: publish.PointerView, build_key: str) -> ScanReceipt | None:
     """The scan of the run that a rollback withdrew, where it holds this build; None once that run was cleaned up."""
-    if view.pointer is None or view.pointer.hold != build_key:
+    if view.pointer is None or not view.pointer.is_held(build_key, build.config.gate_key()):
         return None
-    receipt = newest_run(build.store, build_key, promoted=True)
+    # What is served may be of the same build, under another gate.
+    receipt = newest_run(build.store, build_key, promoted=True, besides=view.pointer.run_id)
     if receipt is None:
         return None
     reason = hold_reason(build, receipt, view.pointer)
@@ -40,23 +44,49 @@ def hold_reason(build: Build, scanned: ScanReceipt, pointer: Pointer) -> str:
     """Why a build ends without publishing, and what can be done about it."""
     return (
         "nothing is published: a rollback withdrew what was built from this source and config and holds it (build key "
-        f"{scanned.build_key[:16]}); {pointer.run_id} stays current. Change the source or the config, build with "
-        f"force, or lift the hold: sf-pipelines release {build.config.store}"
+        f"{scanned.build_key[:16]}); {pointer.run_id} stays current. Change the source or the config, or lift "
+        f"the hold: sf-pipelines release {build.config.store}"
     )
 
 
-def newest_run(store: Store, build_key: str, *, promoted: bool) -> ScanReceipt | None:
-    """The newest run of the same build that was, or was not, published."""
+def newest_run(store: Store, build_key: str, *, promoted: bool, besides: str = "") -> ScanReceipt | None:
+    """The newest run of the same build that was, or was not, published; another one than ``besides``."""
     found: list[ScanReceipt] = []
     for folder in store.folders(STAGING):
         run_id = folder.removeprefix("run_id=")
-        if not run_id.startswith(build_key[:16]):
+        if not run_id.startswith(build_key[:16]) or run_id == besides:
             continue
         ledger = Ledger(store, run_id)
         receipt = ledger.find(ScanReceipt, inputs=build_key)
         if receipt is not None and (ledger.find(PromoteReceipt) is not None) == promoted:
             found.append(receipt)
     return max(found, key=lambda receipt: receipt.created_at, default=None)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The shards of a run that a rollback went back to.
+
+    Attributes:
+        since: when the pointer came back to it.
+        shards: keys of the receipts that its manifest was assembled from, by db_id.
+    """
+
+    since: datetime
+    shards: tuple[str, ...]
+
+    def of(self, ledger: Ledger, newest: ShardReceipt) -> ShardReceipt:
+        """What stands for a shard: what was built anew before the rollback was withdrawn with its fork."""
+        return ledger.read(ShardReceipt, self.shards[newest.db_id]) if newest.created_at < self.since else newest
+
+
+def standing_shards(build: Build, scanned: ScanReceipt) -> Standing | None:
+    """The shards that a published run has since a rollback; None where no rollback went back to it."""
+    pointer = publish.read_pointer(build.store).pointer if scanned.published else None
+    if pointer is None or pointer.run_id != scanned.run_id or pointer.moved_by == "build":
+        return None
+    manifest = build.ledger(scanned.run_id).need(ManifestReceipt)
+    return Standing(pointer.updated_at, manifest.shards)
 
 
 def held_back(build: Build, scanned: ScanReceipt, pointer: Pointer, inputs: str) -> PromoteReceipt:

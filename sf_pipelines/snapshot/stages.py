@@ -12,7 +12,7 @@ from typing import Any
 from sf_pipelines.snapshot import gate as gating
 from sf_pipelines.snapshot import runs
 from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
-from sf_pipelines.snapshot.build import Build, Stopwatch, is_held
+from sf_pipelines.snapshot.build import Build, Stopwatch
 from sf_pipelines.snapshot.checks import staged_manifest
 from sf_pipelines.snapshot.errors import (
     ConfigError,
@@ -44,7 +44,7 @@ from sf_pipelines.snapshot.sealing import is_intact, same_shard, seal_shard
 from sf_pipelines.snapshot.sharding import ClusterSharding
 from sf_pipelines.snapshot.source.files import SourceListing, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
-from sf_pipelines.snapshot.training import train_or_keep
+from sf_pipelines.snapshot.training import is_outworn, train_or_keep
 from sf_pipelines.snapshot.validation import validate_and_sample
 
 __all__ = [
@@ -75,7 +75,8 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
 
     Args:
         build: what to build.
-        force: build again although nothing is new, or a rollback holds it.
+        force: build again although nothing is new, and take nothing over from the current snapshot. What a rollback
+            holds stays held.
 
     Raises:
         SourceError: no file, no row, or a column that cannot be used.
@@ -90,7 +91,9 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
-    known = None if force else runs.published_run(build, view, build_key) or runs.held_run(build, view, build_key)
+    known = runs.held_run(build, view, build_key)
+    if known is None and not force:
+        known = runs.published_run(build, view, build_key)
     if known is not None:
         return known
     if not probe.is_proven(build.store, view.pointer):
@@ -101,7 +104,6 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         "base_run_id": view.pointer.run_id if view.pointer else None,
         "base_seq": view.seq,
         "gate_key": config.gate_key(),
-        "forced": force,
     }
     unfinished = None if force else runs.newest_run(build.store, build_key, promoted=False)
     if unfinished is None:
@@ -116,6 +118,7 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
             key_encoding=contract.keys.encoding if contract.keys else None,
             filter_columns=contract.filter_columns,
             record_key=record.start_record(build.store, run_id),
+            forced=force,
             **base,
         )
         return build.ledger(run_id).commit(receipt, number=0)
@@ -200,13 +203,12 @@ def train(build: Build, run_id: str) -> TrainReceipt:
     number = ledger.next_number(TrainReceipt)
     found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
     # What was kept has had its chance; what was trained for this very sample would come out the same.
-    kept = found is not None and found.kept and not scanned.published
-    failed = kept and config.retrain == "auto" and gating.has_failed(build, run_id)
-    if found is not None and not failed:
+    may_go = not scanned.published and config.retrain == "auto"
+    if found is not None and not (found.kept and may_go and is_outworn(build, found.ref)):
         what = "kept" if found.kept else "trained"
         return found.model_copy(update={"reason": f"these {found.artifact} were {what} before"})
     vectors = vectors_of(ledger.get_table(sampled.training))
-    return ledger.commit(train_or_keep(build, scanned, vectors, inputs, gate_failed=failed), number=number)
+    return ledger.commit(train_or_keep(build, scanned, vectors, inputs), number=number)
 
 
 # 4. route
@@ -311,6 +313,9 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     shard, part = routed.shards[db_id], f"db={db_id:05d}"
     attempt = ledger.next_number(ShardReceipt, part)
     found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
+    standing = runs.standing_shards(build, run.scanned)
+    if found is not None and standing is not None:
+        found = standing.of(ledger, found)
     if found is not None and not rebuild and (run.scanned.held or is_intact(build.store, found)):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
     ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
@@ -334,7 +339,9 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
     """
     run, ledger = build.receipts(run_id), build.ledger(run_id)
     scanned, sampled = run.scanned, run.sampled
-    shards = shard_receipts(ledger, run.routed)
+    shards, standing = shard_receipts(ledger, run.routed), runs.standing_shards(build, scanned)
+    if standing is not None:
+        shards = [standing.of(ledger, shard) for shard in shards]
     inputs = inputs_of(
         queries=sampled.queries.sha256,
         routing=run.routing_digest,
@@ -404,7 +411,7 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
     manifest = ledger.need(ManifestReceipt)
     inputs = inputs_of(manifest=manifest.manifest_digest)
     pointer = publish.read_pointer(build.store).pointer
-    if pointer is not None and is_held(scanned, pointer):
+    if pointer is not None and build.is_held(scanned, pointer):
         return runs.held_back(build, scanned, pointer, inputs)
     found = ledger.find(PromoteReceipt, inputs=inputs)
     if found is not None:

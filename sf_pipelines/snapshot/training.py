@@ -11,7 +11,7 @@ import numpy as np
 from sf_pipelines.snapshot.build import Build, Stopwatch
 from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig, digest_json
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.ledger import get_verified
+from sf_pipelines.snapshot.ledger import STAGING, get_verified
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.receipts import Ref, ScanReceipt, TrainReceipt
 from sf_pipelines.snapshot.routing import Fit, fit_of
@@ -42,9 +42,17 @@ class _Found:
     fault: str
 
 
-def train_or_keep(
-    build: Build, scanned: ScanReceipt, vectors: Float32, inputs: str, *, gate_failed: bool
-) -> TrainReceipt:
+def outworn_key(ref: Ref) -> str:
+    """Key of the note that a snapshot which kept this artifact has failed its gate."""
+    return f"{STAGING}/outworn/{ref.sha256}.json"
+
+
+def is_outworn(build: Build, ref: Ref) -> bool:
+    """Whether a snapshot that kept this artifact has failed its gate, whatever the source was then."""
+    return build.store.exists(outworn_key(ref))
+
+
+def train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs: str) -> TrainReceipt:
     """Stores the routing artifact of a run, trained anew or copied from the current snapshot.
 
     Args:
@@ -52,13 +60,12 @@ def train_or_keep(
         scanned: scan of the run.
         vectors: training sample, float32, shape (n, dim).
         inputs: digest for the receipt.
-        gate_failed: whether the run has failed its gate with what it kept.
 
     Raises:
         ConfigError: fewer training vectors than shards.
     """
     watch, run_id = Stopwatch(), scanned.run_id
-    found = _current(build, scanned, vectors, gate_failed=gate_failed)
+    found = _current(build, scanned, vectors)
     if found.receipt is not None and not found.fault:
         old = found.receipt
         ref = _stored(build, run_id, old.artifact, found.data)
@@ -84,7 +91,7 @@ def train_or_keep(
     )
 
 
-def _current(build: Build, scanned: ScanReceipt, vectors: Float32, *, gate_failed: bool) -> _Found:
+def _current(build: Build, scanned: ScanReceipt, vectors: Float32) -> _Found:
     base = scanned.base_run_id
     receipt = None if base is None else build.ledger(base).find(TrainReceipt)
     if receipt is None:
@@ -97,8 +104,8 @@ def _current(build: Build, scanned: ScanReceipt, vectors: Float32, *, gate_faile
         return _Found(receipt, b"", None, f"that of {base} cannot be read: {error}")
     drift = _drift(receipt.figures, _fit(build.config, np.load(io.BytesIO(data), allow_pickle=False), vectors))
     fault = ""
-    if build.config.retrain == "auto" and gate_failed:
-        fault = f"the gate failed with that of {base}"
+    if build.config.retrain == "auto" and is_outworn(build, receipt.ref):
+        fault = f"a snapshot that kept that of {base} failed its gate"
     elif build.config.retrain == "auto" and drift > 1:
         fault = f"the data has drifted from that of {base} (drift {drift:.2f}, up to 1 it is kept)"
     return _Found(receipt, data, drift, fault)

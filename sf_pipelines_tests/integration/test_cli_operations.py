@@ -80,7 +80,7 @@ def test_rollback_hold_release_history(tmp_path: Path, monkeypatch: pytest.Monke
     assert code == 0
     assert "released build key" in text
     assert "nothing was held" in run("release", store)[1]
-    assert said(run("release", store, "--json")[1])["released"] is None
+    assert said(run("release", store, "--json")[1])["released"] == []
 
     result = said(run("rollback", store, "--to", first, "--deep", "--json")[1])
     assert (result["run_id"], result["previous_run_id"]) == (first, second)

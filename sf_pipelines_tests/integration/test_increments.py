@@ -142,8 +142,31 @@ def test_a_gate_that_fails_with_kept_centroids_asks_for_new_ones(
     second = build(config, tmp_path)
     trained, _ = receipts(tmp_path, second.run_id)
     assert not trained.kept
-    assert "the gate failed" in trained.retrained
+    assert "failed its gate" in trained.retrained
     assert len(history(Store.open(tmp_path / "store"))) == 2
+
+
+def test_centroids_that_failed_a_gate_are_not_kept_when_the_source_is_new_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sf_pipelines.snapshot import training
+    from sf_pipelines.snapshot.errors import GateFailedError
+
+    write_source(tmp_path / "source.parquet")
+    config = small_config(tmp_path, max_shard_skew=2.0)
+    build(config, tmp_path)
+    monkeypatch.setattr(training, "_drift", lambda *_: 0.5)
+    with ShardedVectorReader(tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
+        vectors = clustered(8000, 16)
+        near = vectors[[reader.route_vector(vector, 1) == [0] for vector in vectors]]
+    rewrite(tmp_path, near[:ROWS])
+    with pytest.raises(GateFailedError, match="shard_balance"):
+        build(config, tmp_path)
+    rewrite(tmp_path, near[1 : ROWS + 1])
+    second = build(config, tmp_path)
+    trained, _ = receipts(tmp_path, second.run_id)
+    assert not trained.kept
+    assert "failed its gate" in trained.retrained
 
 
 @pytest.mark.parametrize("damage", ["changed", "lost", "changed in the copy"])

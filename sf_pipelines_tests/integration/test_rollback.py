@@ -1,5 +1,6 @@
 """Rollback on real stores: verified first, one winner, and a bad snapshot that does not come back by itself."""
 
+import json
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -22,12 +23,13 @@ from sf_pipelines.snapshot.errors import (
     SfPipelinesError,
     SnapshotDamagedError,
 )
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, MAX_REMEMBERED, Pointer, manifest_key
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.pins import pin, pins, unpin
 from sf_pipelines.snapshot.operations.rollback import release, rollback
 from sf_pipelines.snapshot.operations.status import snapshots
-from sf_pipelines.snapshot.receipts import ShardReceipt
+from sf_pipelines.snapshot.receipts import ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled
@@ -88,7 +90,7 @@ def test_to_the_one_before(place: Place) -> None:
         assert reader.refresh()
         assert reader.snapshot_info().run_id == first
     pointer = place.pointer()
-    assert pointer.hold == before.build_key == result.hold
+    assert pointer.hold == before.build_key == result.holds[-1].build_key
     assert (pointer.withdrawn, pointer.served, pointer.moved_by) == ((second,), (first,), "rollback")
     assert pointer.previous is not None
     assert (pointer.previous.run_id, pointer.previous.write_id) == (second, before.write_id)
@@ -243,8 +245,66 @@ def test_a_hold_keeps_the_bad_snapshot_away(place: Place) -> None:
 
     third = place.publish(2)
     pointer = place.pointer()
-    assert (pointer.run_id, pointer.hold, pointer.withdrawn) == (third, None, (second,))
+    assert (pointer.run_id, pointer.hold, pointer.holds, pointer.withdrawn) == (third, None, (), (second,))
     assert pointer.served == (first, third)
+
+
+def test_rollbacks_one_after_the_other_hold_everything_that_they_withdrew(local: Place) -> None:
+    runs = [local.publish(seed) for seed in range(4)]
+    rollback(local.open())
+    rollback(local.open(), back=2)
+    assert local.pointer().run_id == runs[0]
+    assert len(local.pointer().holds) == 3
+    # The source is still the last one that was withdrawn.
+    again = build_snapshot(local.config, cache_dir=local.cache)
+    assert (again.published, again.held, again.run_id) == (False, True, runs[0])
+    assert [entry.is_held for entry in snapshots(local.open())] == [True, True, True, False]
+
+
+def test_what_differs_in_its_gate_alone_is_held_under_that_gate(local: Place) -> None:
+    """Source and shards are those of the target; the published number of probes, say, was the fault."""
+    first = local.publish(0)
+    other = small_config(local.folder, recall_gate={"min_recall": 0.9})
+    second = build_snapshot(other, cache_dir=local.cache)
+    assert second.published
+    result = rollback(local.open())
+    assert result.run_id == first
+    assert [hold.gate_key for hold in result.holds] == [other.gate_key()]
+    again = build_snapshot(other, cache_dir=local.cache)
+    assert (again.published, again.held, again.run_id) == (False, True, first)
+    # What is served is not held: a damaged shard of it can be built anew.
+    same = build_snapshot(local.config, cache_dir=local.cache)
+    assert (same.published, same.held, same.run_id) == (False, False, first)
+    assert [entry.is_held for entry in snapshots(local.open())] == [True, False]
+    release(local.open())
+    assert build_snapshot(other, cache_dir=local.cache).published
+
+
+def test_a_hold_written_by_itself_is_understood() -> None:
+    fields = {"manifest_ref": "r", "manifest_content_type": "t", "run_id": "x", "updated_at": "2026-01-01T00:00:00Z"}
+    pointer = Pointer.decode(json.dumps(fields | {"hold": "k"}).encode(), "here")
+    assert pointer.is_held("k", "any")
+    assert not pointer.is_held("other", "any")
+    assert Pointer.decode(pointer.encode(), "here") == pointer
+
+
+def test_a_shard_that_was_withdrawn_with_its_fork_does_not_come_back(local: Place) -> None:
+    first = local.publish(0)
+    with Build(local.config, cache_dir=local.cache) as build:
+        stages.build_shard(build, first, 1, rebuild=True)
+    forked = build_snapshot(local.config, cache_dir=local.cache)
+    assert forked.published
+    assert rollback(local.open()).run_id == first
+    for _ in range(2):
+        again = build_snapshot(local.config, cache_dir=local.cache)
+        assert (again.published, again.run_id) == (False, first)
+    assert set(local.open().folders("staging")) == {f"run_id={first}", f"run_id={forked.run_id}"}
+    # A shard that breaks afterwards is built anew all the same.
+    (victim,) = (local.folder / "store").glob(f"shards/run_id={first}/db=00001/attempt=00-*/vector_index.lance/data/*")
+    victim.unlink()
+    healed = build_snapshot(local.config, cache_dir=local.cache)
+    assert healed.published
+    assert healed.run_id not in {first, forked.run_id}
 
 
 def test_a_damaged_shard_of_what_is_held_is_not_built_anew(local: Place) -> None:
@@ -278,27 +338,27 @@ def test_a_hold_stays_when_the_withdrawn_build_is_gone(local: Place) -> None:
     assert f"run_id={late.run_id}" in runs
 
 
-def test_force_publishes_what_is_held(local: Place) -> None:
+def test_force_does_not_publish_what_is_held(local: Place) -> None:
     first, second = local.publish(0), local.publish(1)
     rollback(local.open())
+    held = build_snapshot(local.config, cache_dir=local.cache, force=True)
+    assert (held.published, held.held, held.run_id) == (False, True, first)
+    release(local.open())
     forced = build_snapshot(local.config, cache_dir=local.cache, force=True)
     assert forced.published
     assert forced.run_id not in {first, second}
     assert (local.pointer().hold, local.pointer().withdrawn) == (None, (second,))
 
 
-def test_force_that_was_killed_does_not_outlive_its_process(local: Place) -> None:
-    """The next build without force goes on with its run, and is held back."""
+def test_a_forced_build_that_was_killed_goes_on_as_a_forced_one(local: Place) -> None:
     first = local.publish(0)
-    local.publish(1)
-    rollback(local.open())
     build, run_id = assembled(local.config, local.cache, force=True)
     build.close()
-    for key in [info.key for info in local.open().objects("staging") if "/receipts/promote/" in info.key]:
-        local.open().delete(key)
+    local.open().delete(CURRENT)
     again = build_snapshot(local.config, cache_dir=local.cache)
-    assert (again.published, again.held, again.run_id) == (False, True, first)
-    assert run_id != first
+    assert again.published
+    assert again.run_id == run_id != first
+    assert Ledger(local.open(), run_id).need(ScanReceipt).forced
 
 
 def test_promote_alone_is_held_back(local: Place) -> None:
@@ -315,13 +375,13 @@ def test_release(place: Place) -> None:
     rollback(place.config.store, s3=place.config.s3)
     held = place.pointer().hold
     result = release(place.config.store, s3=place.config.s3)
-    assert (result.released, result.run_id, result.seq) == (held, first, 4)
+    assert (result.released[-1].build_key, result.run_id, result.seq) == (held, first, 4)
     pointer = place.pointer()
     assert (pointer.run_id, pointer.hold, pointer.withdrawn) == (first, None, (second,))
     assert pointer.previous is not None
     assert pointer.previous.run_id == second
     data = place.open().get(CURRENT)
-    assert release(place.config.store, s3=place.config.s3).released is None
+    assert release(place.config.store, s3=place.config.s3).released == ()
     assert place.open().get(CURRENT) == data
     again = build_snapshot(place.config, cache_dir=place.cache)
     assert again.published
@@ -332,7 +392,7 @@ def test_going_back_to_what_was_withdrawn_lifts_its_hold(local: Place) -> None:
     first, second = local.publish(0), local.publish(1)
     rollback(local.open())
     result = rollback(local.open(), second)
-    assert (result.hold, result.withdrawn) == (None, ())
+    assert (result.holds, result.withdrawn) == ((), ())
     assert local.pointer().served == (first, second)
     again = build_snapshot(local.config, cache_dir=local.cache)
     assert (again.published, again.held, again.run_id) == (False, False, second)
@@ -342,7 +402,7 @@ def test_a_hold_never_blocks_what_is_served(local: Place) -> None:
     """Both were built from one source: a damaged shard of what is served can still be built anew."""
     first = local.publish(0)
     second = build_snapshot(local.config, cache_dir=local.cache, force=True).run_id
-    assert rollback(local.open()).hold is None
+    assert rollback(local.open()).holds == ()
     (victim,) = (local.folder / "store").glob(f"shards/run_id={first}/db=00001/*/vector_index.lance/data/*")
     victim.unlink()
     healed = build_snapshot(local.config, cache_dir=local.cache)
@@ -362,7 +422,7 @@ def test_without_a_pointer_that_can_be_read(local: Place) -> None:
         with pytest.raises((ManifestError, OperationError)):
             rollback(store)
         result = rollback(store, first)
-        assert (result.run_id, result.previous_run_id, result.hold) == (first, None, None)
+        assert (result.run_id, result.previous_run_id, result.holds) == (first, None, ())
         assert local.pointer().run_id == first
 
 

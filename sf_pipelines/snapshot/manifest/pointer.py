@@ -4,7 +4,7 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from sf_pipelines.snapshot.errors import ManifestError
 from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE, WireModel, tail_of
@@ -43,6 +43,25 @@ class PreviousPointer(WireModel):
     write_id: str | None = None
 
 
+class Hold(WireModel):
+    """A build that a rollback keeps from being published again.
+
+    Attributes:
+        build_key: of what was withdrawn.
+        gate_key: of the gate that it was published by, where what is served instead is of the same build under another
+            gate; None holds the build whatever the gate.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    build_key: str
+    gate_key: str | None = None
+
+    def covers(self, build_key: str | None, gate_key: str | None) -> bool:
+        """Whether a build is one that is held."""
+        return self.build_key == build_key and self.gate_key in {None, gate_key}
+
+
 class Pointer(WireModel):
     """What ``_CURRENT`` says: five fields of the format, then this package's; others are ignored.
 
@@ -58,7 +77,9 @@ class Pointer(WireModel):
         manifest_digest: SHA-256 (hex) of the manifest's bytes.
         build_key: digest of source version and config.
         gate_key: digest of the gate that the snapshot passed.
-        hold: build key that a rollback blocked.
+        hold: build key that a rollback blocked last; written for those who read no ``holds``.
+        holds: all builds that rollbacks block, the last one last. They end with a release, and when another build is
+            published.
         served: run ids that were served one after the other, the present one last; a rollback goes back along them.
         withdrawn: run ids that rollbacks have withdrawn, the last one last: nobody should fall back to them.
         moved_by: what moved the pointer: ``build``, ``rollback`` or ``release``.
@@ -78,9 +99,24 @@ class Pointer(WireModel):
     build_key: str | None = None
     gate_key: str | None = None
     hold: str | None = None
+    holds: Annotated[tuple[Hold, ...], Field(strict=False)] = ()
     served: RunIds = ()
     withdrawn: RunIds = ()
     moved_by: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_hold_is_a_list_of_one(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("holds"):
+            last = data["holds"][-1]
+            return data | {"hold": last.build_key if isinstance(last, Hold) else last.get("build_key")}
+        return data | {"holds": ({"build_key": data["hold"]},)} if data.get("hold") else data
+
+    def is_held(self, build_key: str | None, gate_key: str | None) -> bool:
+        """Whether a rollback keeps a build from being published."""
+        return any(hold.covers(build_key, gate_key) for hold in self.holds)
 
     @field_serializer("updated_at")
     def _write_moment(self, value: datetime) -> str:
@@ -88,7 +124,7 @@ class Pointer(WireModel):
 
     def encode(self) -> bytes:
         """Compact JSON with sorted keys; fields that say nothing are left out."""
-        silent = {name for name in ("served", "withdrawn") if not getattr(self, name)}
+        silent = {name for name in ("holds", "served", "withdrawn") if not getattr(self, name)}
         return dump_json(self.model_dump(mode="json", exclude_none=True, exclude=silent)).encode()
 
     @classmethod

@@ -5,8 +5,9 @@ publishers would then both win, and one snapshot would silently replace the othe
 """
 
 import uuid
+from contextlib import suppress
 
-from sf_pipelines.snapshot.errors import ConditionalWritesError, StoreDeniedError, WriteUncertainError
+from sf_pipelines.snapshot.errors import ConditionalWritesError, StoreError, WriteUncertainError
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.store import Store
 
@@ -45,15 +46,10 @@ def require_conditional_writes(store: Store) -> None:
             raise _ignored(store, "If-None-Match and If-Match", "it answers NotImplemented") from error
         raise
     finally:
-        _remove(store, key)
-
-
-def _remove(store: Store, key: str) -> None:
-    try:
-        store.delete(key)
-    except StoreDeniedError:
-        # Whoever may only write leaves a few bytes; that is no reason to publish nothing.
-        return
+        # Whoever may only write, or whose store fails just now, leaves a few bytes, which a cleanup finds; that is no
+        # reason to publish nothing, and must not hide what went wrong before.
+        with suppress(StoreError):
+            store.delete(key)
 
 
 def _ignored(store: Store, header: str, what: str) -> ConditionalWritesError:

@@ -157,8 +157,11 @@ def move(store: Store, ours: Pointer, base: PointerView) -> Pointer:
 
     Raises:
         PublishConflictError: somebody else moved the pointer; names who.
+        ConditionalWritesError: the store ignores conditions on writes.
         WriteUncertainError: the store did not tell whether the pointer was moved; look at the history.
     """
+    if not is_proven(store, base.pointer):
+        require_conditional_writes(store)
     applied = store.swap(CURRENT, ours.encode(), base.version, content_type=POINTER_CONTENT_TYPE)
     now = read_pointer(store)
     if _is_ours(now.pointer, ours, applied=applied):

@@ -13,7 +13,9 @@ from sf_pipelines.snapshot.operations.protection import CleanupRules, Guard, Pro
 from sf_pipelines.snapshot.receipts import ScanReceipt
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
-Rule = Literal["snapshot", "leftovers", "build", "attempts", "routing", "staging", "verdicts", "dagster", "temporary"]
+Rule = Literal[
+    "snapshot", "leftovers", "build", "attempts", "routing", "staging", "verdicts", "dagster", "notes", "temporary"
+]
 
 # What a writer on local disk leaves when it is killed: obstore's parts, and this package's own before the rename.
 _TEMPORARY = re.compile(r".+#\d+|\.(_CURRENT|run\.yaml)\.[A-Za-z0-9_]{8}")
@@ -30,8 +32,9 @@ class CleanupGroup:
             snapshot that a cleanup began to remove; ``build`` a build that failed or was abandoned; ``attempts``
             attempts at a shard that lost; ``routing`` centroids or hyperplanes of attempts that lost; ``staging``
             what stages handed to each other; ``verdicts`` verdicts on manifests that were not published;
-            ``dagster`` references of a Dagster run; ``temporary`` what killed writers left on local disk.
-        run_id: build that they are of; a Dagster run under ``dagster``; None for temporary files.
+            ``dagster`` references of a Dagster run; ``notes`` notes on routing that has failed its gate; ``temporary``
+            what killed writers left on local disk.
+        run_id: build that they are of; a Dagster run under ``dagster``; None for notes and temporary files.
         why: why they may go.
         steps: keys in the order in which they go; those of one step in any order.
         objects: how many.
@@ -127,6 +130,7 @@ def plan_cleanup(store: Store, rules: CleanupRules, *, now: datetime | None = No
     planner = _Planner(protection, rules, moment)
     groups = [group for run_id in sorted(inventory.runs) for group in planner.of_run(run_id, inventory.runs[run_id])]
     groups += planner.of_dagster(store, inventory)
+    groups += planner.of_notes(inventory)
     groups += planner.of_temporary(store)
     kept = {**protection.kept, **protection.live}
     return CleanupPlan(
@@ -205,6 +209,11 @@ class _Planner:
                 why = f"references of a Dagster run that wrote nothing for {self._rules.stale_after}"
                 yield from _group("dagster", run_id, why, [items])
 
+    def of_notes(self, inventory: Inventory) -> Iterator[CleanupGroup]:
+        """Notes of no build. Without one, routing that failed its gate long ago may be tried once more."""
+        stale = [item for item in inventory.notes if self._is_old(item.info.modified)]
+        yield from _group("notes", None, f"nobody wrote them again for {self._rules.stale_after}", [stale])
+
     def _names_a_live_run(self, store: Store, items: list[Item]) -> bool:
         names = [run_id.encode() for run_id in self._protection.live]
         return bool(names) and any(name in store.get(item.key) for item in items for name in names)
@@ -238,7 +247,7 @@ class _Planner:
         return moment is not None and moment <= self._now - self._rules.stale_after
 
 
-def _group(rule: Rule, run_id: str, why: str, steps: list[list[Item]]) -> Iterator[CleanupGroup]:
+def _group(rule: Rule, run_id: str | None, why: str, steps: list[list[Item]]) -> Iterator[CleanupGroup]:
     infos = [item.info for step in steps for item in step]
     if infos:
         keys = tuple(tuple(item.key for item in step) for step in steps if step)

@@ -15,7 +15,8 @@ class Kind(StrEnum):
     """What an object is.
 
     ``WORK`` is what stages hand to each other and nobody reads once the snapshot is published: routed rows, exact
-    neighbours, rows to be found again, staged manifests.
+    neighbours, rows to be found again, staged manifests. ``NOTE`` is of no build: that routing has failed
+    its gate, and what asking the store for conditional writes left there.
     """
 
     MANIFEST = "manifest"
@@ -27,6 +28,7 @@ class Kind(StrEnum):
     VERDICT = "verdict"
     WORK = "work"
     DAGSTER = "dagster"
+    NOTE = "note"
     KEPT = "kept"
 
 
@@ -50,6 +52,7 @@ _PATTERNS: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
         (Kind.SAMPLE, rf"{_STAGING}/(samples/[a-z]+-{_HEX}\.arrow|rejects-{_HEX}\.parquet)"),
         (Kind.VERDICT, rf"{_STAGING}/verdicts/(?P<digest>[0-9a-f]{{64}})/[a-z_]+/[^/]+\.json"),
         (Kind.WORK, rf"{_STAGING}/((routed|truth|witnesses)/[^/]+-{_HEX}\.arrow|manifest-[0-9a-f]{{32}})"),
+        (Kind.NOTE, r"staging/(outworn/[0-9a-f]{64}\.json|probe/[0-9a-f]{32})"),
         (Kind.DAGSTER, r"(?P<unit>staging/dagster/runs/[^/]+)/.+"),
         (Kind.KEPT, rf"staging/dagster/latest/.+|pins/[^/]+\.json|{CURRENT}|\.sf_pipelines\.lock"),
     )
@@ -87,11 +90,13 @@ class Inventory:
     Attributes:
         runs: recognised objects by build.
         dagster: references of Dagster runs, by their folder.
+        notes: what is of no build.
         unknown: objects that nobody here has written.
     """
 
     runs: dict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
     dagster: dict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
+    notes: list[Item] = field(default_factory=list)
     unknown: list[ObjectInfo] = field(default_factory=list)
 
     @classmethod
@@ -104,6 +109,8 @@ class Inventory:
                 made.unknown.append(info)
             elif item.kind is Kind.DAGSTER:
                 made.dagster[item.unit].append(item)
+            elif item.kind is Kind.NOTE:
+                made.notes.append(item)
             elif item.run_id is not None:
                 made.runs[item.run_id].append(item)
         return made

@@ -14,7 +14,7 @@ from sf_pipelines.snapshot.errors import (
     SnapshotDamagedError,
 )
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
-from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_key
+from sf_pipelines.snapshot.manifest.pointer import CURRENT, MAX_REMEMBERED, Hold, Pointer, manifest_key
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, PointerView, history, move, read_pointer, successor
 from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
@@ -23,6 +23,9 @@ from sf_pipelines.snapshot.verification import Wholeness, check_whole, verify_sn
 
 # Faults that an error message names.
 _SHOWN = 5
+
+# Build key and gate key of a snapshot; None where another writer made it.
+Keys = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class RollbackResult:
         manifest_key: its manifest.
         previous_run_id: the snapshot that was served before; None where the pointer was gone.
         seq: the pointer's sequence number.
-        hold: build key that is kept from being published again; None where nothing needs to be held.
+        holds: builds that are kept from being published again, the last one last.
         withdrawn: run ids that rollbacks have withdrawn.
         checked: what was looked at before the pointer was moved.
     """
@@ -43,7 +46,7 @@ class RollbackResult:
     manifest_key: str
     previous_run_id: str | None
     seq: int
-    hold: str | None
+    holds: tuple[Hold, ...]
     withdrawn: tuple[str, ...]
     checked: Wholeness
 
@@ -53,12 +56,12 @@ class ReleaseResult:
     """What a release did.
 
     Attributes:
-        released: build key that was held; None when nothing was.
+        released: builds that were held.
         run_id: the snapshot that is served, as before.
         seq: the pointer's sequence number.
     """
 
-    released: str | None
+    released: tuple[Hold, ...]
     run_id: str
     seq: int | None
 
@@ -80,8 +83,8 @@ def rollback(
     """Makes a snapshot current that was published before.
 
     The target is looked at first: its manifest must be the one that was published, and every object of its shards
-    must be there as it was sealed. Then the pointer is moved by compare-and-swap. It holds the build key of the
-    snapshot that was withdrawn, so that the next build of the same source and config does not publish it again.
+    must be there as it was sealed. Then the pointer is moved by compare-and-swap. It holds the build keys of the
+    snapshots that were withdrawn, so that the next build of the same source and config does not publish them again.
 
     Going to a snapshot that an earlier rollback withdrew undoes that rollback, and lifts its hold. A pointer that is
     gone or cannot be understood is replaced when ``to`` is given.
@@ -101,6 +104,7 @@ def rollback(
         SnapshotDamagedError: objects of the target are gone or changed; names them.
         IntegrityError: its manifest or its routing cannot be understood or is not what was published.
         PublishConflictError: somebody else moved the pointer at the same time; names who.
+        ConditionalWritesError: the store ignores conditions on writes, so that two operators could both win.
         StoreError: the store did not do what was asked.
     """
     store = open_root(root, s3)
@@ -119,14 +123,14 @@ def rollback(
         manifest_key=target.manifest_key,
         previous_run_id=view.pointer.run_id if view.pointer else None,
         seq=moved.seq or 0,
-        hold=moved.hold,
+        holds=moved.holds,
         withdrawn=moved.withdrawn,
         checked=checked,
     )
 
 
 def release(root: str | Path | Store, *, s3: S3Options | None = None) -> ReleaseResult:
-    """Lifts the hold that a rollback has set: the next build of that source and config may publish again.
+    """Lifts what rollbacks hold: the next build of that source and config may publish again.
 
     The served snapshot stays the same. The snapshots that were withdrawn stay so: nobody falls back to them.
 
@@ -143,12 +147,12 @@ def release(root: str | Path | Store, *, s3: S3Options | None = None) -> Release
     found = view.pointer
     if found is None:
         raise OperationError(f"nothing is current under {store.url}, so nothing is held")
-    if found.hold is None:
-        return ReleaseResult(None, found.run_id, found.seq)
+    if not found.holds:
+        return ReleaseResult((), found.run_id, found.seq)
     # What was served before is the same as ever: it says what diff compares with.
-    kept = _fields(found) | {"previous": found.previous, "hold": None, "moved_by": "release"}
+    kept = _fields(found) | {"previous": found.previous, "moved_by": "release"} | _held(())
     moved = move(store, successor(view, **kept), view)
-    return ReleaseResult(found.hold, moved.run_id, moved.seq)
+    return ReleaseResult(found.holds, moved.run_id, moved.seq)
 
 
 def _present(store: Store, *, replace: bool) -> PointerView:
@@ -197,43 +201,63 @@ def _verified(
 
 def _pointer_to(store: Store, view: PointerView, trail: Trail, target: HistoryEntry, state: SnapshotState) -> Pointer:
     extras, withdrawn = state.manifest.extras, trail.withdrawn_by(target)
-    build_key = extras.build_key if extras else None
+    keys = (extras.build_key, extras.gate_key) if extras else (None, None)
     return successor(
         view,
         manifest_ref=store.url_of(target.manifest_key),
         run_id=target.run_id,
         manifest_digest=state.manifest_digest,
-        build_key=build_key,
-        gate_key=extras.gate_key if extras else None,
-        hold=_hold(store, view.pointer, withdrawn, build_key),
+        build_key=keys[0],
+        gate_key=keys[1],
+        **_held(_holds(store, view.pointer, trail, withdrawn, keys)),
         served=trail.served_after(target),
         withdrawn=withdrawn,
         moved_by="rollback",
     )
 
 
-def _hold(store: Store, found: Pointer | None, withdrawn: tuple[str, ...], target_key: str | None) -> str | None:
-    """Build key to hold after a rollback: that of the snapshot that is withdrawn now, else the one held before.
+def _held(holds: tuple[Hold, ...]) -> dict[str, Any]:
+    """The pointer's fields for what is held."""
+    return {"hold": holds[-1].build_key if holds else None, "holds": holds}
 
-    Never that of the target: its own source and config give nothing new anyway, and a hold would keep a damaged shard
-    of it from being built anew.
+
+def _holds(
+    store: Store, found: Pointer | None, trail: Trail, withdrawn: tuple[str, ...], target: Keys
+) -> tuple[Hold, ...]:
+    """What is held after a rollback: what was held before, and every snapshot that this one takes out of service.
+
+    Never what is the target's own: its source and config give nothing new anyway, and a hold would keep a damaged
+    shard of it from being built anew. What differs from it in its gate alone is held under that gate.
     """
     if found is None:
-        return None
-    key = found.hold
+        return ()
+    ends = any(hold.covers(*target) for hold in found.holds)
+    # Where a hold ends because the target is covered by it, others that it covers may have to be held by their gate.
+    fresh = set(withdrawn) - (set() if ends else set(found.withdrawn)) - {found.run_id}
+    keys = [keys_in(store, entry) for entry in trail.entries if entry.run_id in fresh]
     if found.run_id in withdrawn:
-        key = found.build_key or _build_key_in(store, found) or key
-    return None if key == target_key else key
+        own = (found.build_key, found.gate_key)
+        keys.append(own if found.build_key else _keys_at(store, manifest_key(found)))
+    fresh_holds = [
+        Hold(build_key=build_key, gate_key=gate_key if build_key == target[0] else None)
+        for build_key, gate_key in keys
+        if build_key is not None
+    ]
+    holds = dict.fromkeys((*(hold for hold in found.holds if hold not in fresh_holds), *fresh_holds))
+    return tuple(hold for hold in holds if not hold.covers(*target))[-MAX_REMEMBERED:]
 
 
-def _build_key_in(store: Store, pointer: Pointer) -> str | None:
-    """The build key as the manifest says it, where the pointer was moved by somebody who does not."""
-    key = manifest_key(pointer)
+def keys_in(store: Store, entry: HistoryEntry) -> Keys:
+    """Build key and gate key as a published manifest says them; nothing where it cannot be understood."""
+    return _keys_at(store, entry.manifest_key)
+
+
+def _keys_at(store: Store, key: str) -> Keys:
     try:
         extras = decode_manifest(store.get(key), where=store.url_of(key)).extras
     except (IntegrityError, ObjectMissingError):
-        return None
-    return extras.build_key if extras else None
+        return None, None
+    return (extras.build_key, extras.gate_key) if extras else (None, None)
 
 
 def _undo(store: Store, moved: Pointer, before: PointerView, target: HistoryEntry) -> None:

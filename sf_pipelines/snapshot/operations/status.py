@@ -5,11 +5,10 @@ from datetime import datetime
 from pathlib import Path
 
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, ObjectMissingError
-from sf_pipelines.snapshot.manifest.codec import decode_manifest
-from sf_pipelines.snapshot.manifest.publish import HistoryEntry, history, read_pointer
+from sf_pipelines.snapshot.errors import ManifestError
+from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.pins import pins
-from sf_pipelines.snapshot.operations.rollback import open_root
+from sf_pipelines.snapshot.operations.rollback import keys_in, open_root
 from sf_pipelines.snapshot.store import Store
 
 
@@ -55,7 +54,6 @@ def snapshots(root: str | Path | Store, *, limit: int | None = 10, s3: S3Options
         pointer = None
     pinned = {pin.run_id: pin.reason for pin in pins(store)}
     withdrawn = set(pointer.withdrawn) if pointer is not None else set[str]()
-    hold = pointer.hold if pointer is not None else None
     return [
         SnapshotStatus(
             run_id=entry.run_id,
@@ -63,17 +61,8 @@ def snapshots(root: str | Path | Store, *, limit: int | None = 10, s3: S3Options
             manifest_key=entry.manifest_key,
             is_current=entry.is_current,
             is_withdrawn=entry.run_id in withdrawn,
-            is_held=hold is not None and entry.run_id in withdrawn and _build_key(store, entry) == hold,
+            is_held=pointer is not None and entry.run_id in withdrawn and pointer.is_held(*keys_in(store, entry)),
             pinned=pinned.get(entry.run_id),
         )
         for entry in history(store, limit)
     ]
-
-
-def _build_key(store: Store, entry: HistoryEntry) -> str | None:
-    """What was built, as the manifest says it."""
-    try:
-        extras = decode_manifest(store.get(entry.manifest_key), where=store.url_of(entry.manifest_key)).extras
-    except (IntegrityError, ObjectMissingError):
-        return None
-    return extras.build_key if extras else None

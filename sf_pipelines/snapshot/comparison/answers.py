@@ -46,7 +46,7 @@ class AnswerOverlap:
 
 
 def compare_answers(
-    store: Store, s3: S3Options | None, old: SnapshotState, new: SnapshotState, cache: Path, notes: list[str]
+    store: Store, s3: S3Options | None, old: SnapshotState, new: SnapshotState, cache: Path | None, notes: list[str]
 ) -> AnswerOverlap | None:
     """Asks both snapshots, each with its own number of probes, for the query sample of the newer one.
 
@@ -55,7 +55,7 @@ def compare_answers(
         s3: credentials.
         old: one snapshot.
         new: the other.
-        cache: folder for copies of their shards.
+        cache: folder for copies of their shards; None is the readers' default.
         notes: where it is said why nothing was measured.
     """
     if old.dim != new.dim:
@@ -111,7 +111,7 @@ def _ask(
     queries: pa.Table,
     k: int,
     homes: Int32 | None,
-    cache: Path,
+    cache: Path | None,
 ) -> Any:
     """Ids of the answers, shape (n, k + 1); None where a query has fewer."""
     options: dict[str, Any] = {"cache_dir": cache, "max_cached_shards": _OPEN_SHARDS}

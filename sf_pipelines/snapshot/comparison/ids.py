@@ -56,23 +56,33 @@ def compare_ids(
         StoreError: a shard cannot be fetched.
         IntegrityError: a shard is damaged.
     """
-    rows = max(before.manifest.row_count, after.manifest.row_count)
+    rows, same = max(before.manifest.row_count, after.manifest.row_count), _same_shards(before, after)
     with tempfile.TemporaryDirectory(prefix="sf_pipelines-diff-") as name:
         whole = [all(_are_numbers(store, state, cache)) for state in (before, after)]
         kind = pa.int64() if all(whole) else pa.large_string()
         sides = [Buckets(Path(name), side, rows, pa.schema([("id", kind)])) for side in ("before", "after")]
         for state, side in zip((before, after), sides, strict=True):
-            for ids in _ids_of(store, state, cache):
+            for ids in _ids_of(store, state, cache, besides=same):
                 column = ids.cast(kind)
                 side.add(pa.record_batch([column], names=["id"]), hash_column(column))
                 shard_done()
-        added = gone = kept = 0
+        for _ in range(2 * len(same)):
+            shard_done()
+        added, gone, kept = 0, 0, sum(entry.rows for entry in after.shards if entry.db_id in same)
         for (old, _), (new, _) in zip(sides[0].close(), sides[1].close(), strict=True):
             old_ids, new_ids = _distinct(old), _distinct(new)
             common = pc.call_function("sum", [pc.call_function("is_in", [new_ids], pc.SetLookupOptions(old_ids))])
             both = common.as_py() or 0
             added, gone, kept = added + len(new_ids) - both, gone + len(old_ids) - both, kept + both
     return IdChanges(added, gone, kept, as_text=whole[0] != whole[1])
+
+
+def _same_shards(before: SnapshotState, after: SnapshotState) -> frozenset[int]:
+    """Shards that are one and the same, byte for byte, on both sides: a build copies what has not changed."""
+    sealed = {entry.db_id: entry.objects for entry in before.shards if entry.objects}
+    return frozenset(
+        entry.db_id for entry in after.shards if entry.objects and sealed.get(entry.db_id) == entry.objects
+    )
 
 
 def _are_numbers(store: Store, state: SnapshotState, cache: ShardCache) -> Iterator[bool]:
@@ -84,10 +94,12 @@ def _are_numbers(store: Store, state: SnapshotState, cache: ShardCache) -> Itera
         yield pa.types.is_integer(ids.type)
 
 
-def _ids_of(store: Store, state: SnapshotState, cache: ShardCache) -> Iterator[pa.Array]:
-    """The ids of each shard that is not empty."""
+def _ids_of(
+    store: Store, state: SnapshotState, cache: ShardCache, besides: frozenset[int] = frozenset()
+) -> Iterator[pa.Array]:
+    """The ids of each shard that is not empty, and not one of ``besides``."""
     for entry in state.shards:
-        if entry.key is None:
+        if entry.key is None or entry.db_id in besides:
             continue
         with cache.checkout(store, entry.key, entry.objects) as folder, closing(open_index(state, folder)) as index:
             ids = index.ids()

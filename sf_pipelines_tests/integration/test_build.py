@@ -80,6 +80,7 @@ def test_a_snapshot_end_to_end(tmp_path: Path, place: dict[str, Any]) -> None:
     assert verify_snapshot(config.store, s3=config.s3).passed
 
 
+@pytest.mark.slow
 def test_an_unchanged_source_is_not_published_again(tmp_path: Path, place: dict[str, Any]) -> None:
     config = small_config(tmp_path, **place["fields"])
     first = build_snapshot(config, cache_dir=place["cache"])
@@ -161,6 +162,7 @@ def test_a_verdict_under_another_gate_does_not_count(tmp_path: Path) -> None:
         stages.promote(stricter, run_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["changed", "deleted", "added"])
 def test_a_shard_object_touched_after_the_build_fails_the_gate(tmp_path: Path, how: str) -> None:
     write_source(tmp_path / "source.parquet")
@@ -224,6 +226,7 @@ def test_verify_names_a_damaged_object_of_a_published_snapshot(tmp_path: Path, h
     assert found.recall is None
 
 
+@pytest.mark.slow
 def test_a_damaged_object_of_a_published_snapshot_is_healed_in_a_fork(tmp_path: Path, place: dict[str, Any]) -> None:
     config = small_config(tmp_path, **place["fields"])
     first = build_snapshot(config, cache_dir=place["cache"])

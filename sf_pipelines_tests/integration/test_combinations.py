@@ -111,6 +111,7 @@ def stored_form(vectors: np.ndarray, one: Combination) -> np.ndarray:
     return vectors.astype(np.float16).astype(np.float32) if one.quantization == "fp16" else vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", CHOSEN, ids=lambda one: one.name)
 def test_a_legal_combination_is_built_gated_published_and_searched(one: Combination, tmp_path: Path) -> None:
     vectors = clustered_vectors()

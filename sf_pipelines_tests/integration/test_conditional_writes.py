@@ -47,6 +47,7 @@ def test_nothing_is_built_where_conditions_are_ignored(config: WriteConfig, lost
     assert stored(config) == []
 
 
+@pytest.mark.slow
 def test_conditions_that_are_not_implemented_are_named(config: WriteConfig) -> None:
     endpoint = str(config.s3 and config.s3.endpoint_url)
     with (
@@ -57,6 +58,7 @@ def test_conditions_that_are_not_implemented_are_named(config: WriteConfig) -> N
     assert stored(config) == []
 
 
+@pytest.mark.slow
 def test_a_proxy_that_loses_nothing_is_fine(config: WriteConfig, tmp_path: Path) -> None:
     with losing_headers(str(config.s3 and config.s3.endpoint_url)) as endpoint:
         result = build_snapshot(behind(config, endpoint), cache_dir=tmp_path / "cache")
@@ -64,6 +66,7 @@ def test_a_proxy_that_loses_nothing_is_fine(config: WriteConfig, tmp_path: Path)
     assert not [key for key in stored(config) if "probe" in key]
 
 
+@pytest.mark.slow
 def test_promote_asks_again_when_the_provider_changed_meanwhile(config: WriteConfig, tmp_path: Path) -> None:
     build, run_id = assembled(config, tmp_path / "cache")
     stages.gate(build, run_id)
@@ -75,6 +78,7 @@ def test_promote_asks_again_when_the_provider_changed_meanwhile(config: WriteCon
     assert not [key for key in stored(config) if key.startswith(("manifests", "_CURRENT"))]
 
 
+@pytest.mark.slow
 def test_it_is_asked_until_the_first_publish_here_and_not_after(
     config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

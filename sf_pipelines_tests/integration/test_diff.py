@@ -114,6 +114,7 @@ def _local(store: Store, key: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_snapshot_with_itself(tmp_path: Path) -> None:
     config, (first, _) = two(tmp_path)
     found = diff(config.store, first, first)

@@ -122,6 +122,7 @@ def test_another_kind_of_index_is_built(tmp_path: Path) -> None:
     assert [shard.reused for shard in shards] == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_gate_that_fails_with_kept_centroids_asks_for_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,6 +333,7 @@ def check_race(place: Place, results: dict[str, str], seq: int) -> None:
     assert ours == winners
 
 
+@pytest.mark.slow
 def test_race_of_threads(place: Place) -> None:
     racers = 8
     with ThreadPoolExecutor(racers) as pool:
@@ -346,6 +347,7 @@ def test_race_of_threads(place: Place) -> None:
             check_race(place, {name: future.result() for name, future in futures.items()}, number + 1)
 
 
+@pytest.mark.slow
 def test_race_of_processes(place: Place) -> None:
     racers = 4
     spawn = multiprocessing.get_context("spawn")

@@ -128,6 +128,7 @@ def test_to_a_run_id_and_so_many_back_along_what_was_served(local: Place) -> Non
         rollback(local.open(), "nobody")
 
 
+@pytest.mark.slow
 def test_what_was_never_served_is_no_step_back(local: Place) -> None:
     """A publisher was killed between the manifest's public name and the pointer."""
     first = local.publish(0)
@@ -164,6 +165,7 @@ def _harm_changed(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [_harm_gone, _harm_cut, _harm_changed])
 @pytest.mark.parametrize("what", ["shards/run_id={}/db=00001/*/vector_index.lance/data/*", "vector_meta/run_id={}/*"])
 def test_a_damaged_target_is_refused_and_named(local: Place, harm: Callable[[Path], None], what: str) -> None:
@@ -178,6 +180,7 @@ def test_a_damaged_target_is_refused_and_named(local: Place, harm: Callable[[Pat
     assert local.pointer().run_id == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gone", "changed", "cut"])
 def test_a_damaged_target_on_s3_is_refused(bucket: str, moto_options: S3Options, tmp_path: Path, how: str) -> None:
     place = Place(tmp_path, {"store": f"s3://{bucket}/small", "s3": moto_options})
@@ -307,6 +310,7 @@ def test_a_shard_that_was_withdrawn_with_its_fork_does_not_come_back(local: Plac
     assert healed.run_id not in {first, forked.run_id}
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_of_what_is_held_is_not_built_anew(local: Place) -> None:
     local.publish(0)
     second = local.publish(1)
@@ -319,6 +323,7 @@ def test_a_damaged_shard_of_what_is_held_is_not_built_anew(local: Place) -> None
     assert {info.key for info in local.open().objects()} == objects
 
 
+@pytest.mark.slow
 def test_a_hold_stays_when_the_withdrawn_build_is_gone(local: Place) -> None:
     """Then it is built once more, and goes no further than its gate."""
     first, second = local.publish(0), local.publish(1)
@@ -361,6 +366,7 @@ def test_a_forced_build_that_was_killed_goes_on_as_a_forced_one(local: Place) ->
     assert Ledger(local.open(), run_id).need(ScanReceipt).forced
 
 
+@pytest.mark.slow
 def test_promote_alone_is_held_back(local: Place) -> None:
     first, second = local.publish(0), local.publish(1)
     rollback(local.open())
@@ -370,6 +376,7 @@ def test_promote_alone_is_held_back(local: Place) -> None:
     assert local.pointer().run_id == first
 
 
+@pytest.mark.slow
 def test_release(place: Place) -> None:
     first, second = place.publish(0), place.publish(1)
     rollback(place.config.store, s3=place.config.s3)
@@ -388,6 +395,7 @@ def test_release(place: Place) -> None:
     assert again.run_id not in {first, second}
 
 
+@pytest.mark.slow
 def test_going_back_to_what_was_withdrawn_lifts_its_hold(local: Place) -> None:
     first, second = local.publish(0), local.publish(1)
     rollback(local.open())
@@ -398,6 +406,7 @@ def test_going_back_to_what_was_withdrawn_lifts_its_hold(local: Place) -> None:
     assert (again.published, again.held, again.run_id) == (False, False, second)
 
 
+@pytest.mark.slow
 def test_a_hold_never_blocks_what_is_served(local: Place) -> None:
     """Both were built from one source: a damaged shard of what is served can still be built anew."""
     first = local.publish(0)
@@ -426,6 +435,7 @@ def test_without_a_pointer_that_can_be_read(local: Place) -> None:
         assert local.pointer().run_id == first
 
 
+@pytest.mark.slow
 def test_lists_in_the_pointer_are_bounded_and_long_ones_readable(local: Place) -> None:
     local.publish(0)
     second = local.publish(1)
@@ -443,6 +453,7 @@ def test_lists_in_the_pointer_are_bounded_and_long_ones_readable(local: Place) -
 # Two at once.
 
 
+@pytest.mark.slow
 def test_two_rollbacks_at_once_have_one_winner(place: Place) -> None:
     runs = [place.publish(seed) for seed in range(3)]
     barrier = threading.Barrier(2)
@@ -482,6 +493,7 @@ def interposed(place: Place, act: Callable[[], object]) -> Store:
     return Interposed(real.url, real._backend, real.local_root)
 
 
+@pytest.mark.slow
 def test_two_rollbacks_to_one_target_have_one_winner(place: Place) -> None:
     first = place.publish(0)
     place.publish(1)
@@ -491,6 +503,7 @@ def test_two_rollbacks_to_one_target_have_one_winner(place: Place) -> None:
     assert place.pointer().seq == 3
 
 
+@pytest.mark.slow
 def test_a_release_does_not_overwrite_a_rollback(place: Place) -> None:
     runs = [place.publish(seed) for seed in range(3)]
     rollback(place.open())
@@ -500,6 +513,7 @@ def test_a_release_does_not_overwrite_a_rollback(place: Place) -> None:
     assert place.pointer().hold is not None
 
 
+@pytest.mark.slow
 def test_a_publish_beats_a_rollback_and_a_rollback_a_publish(place: Place) -> None:
     first, second = place.publish(0), place.publish(1)
     with pytest.raises(PublishConflictError) as caught:
@@ -526,6 +540,7 @@ def race_in_process(store: str, s3: S3Options | None, target: str) -> str:
         return f"{error.ours} lost to {error.theirs}"
 
 
+@pytest.mark.slow
 def test_processes_that_roll_back_at_once(place: Place) -> None:
     runs = [place.publish(seed) for seed in range(3)]
     before = place.pointer().seq or 0
@@ -539,6 +554,7 @@ def test_processes_that_roll_back_at_once(place: Place) -> None:
         assert outcome in runs or outcome.endswith(f"lost to {won[0]}")
 
 
+@pytest.mark.slow
 def test_a_target_that_a_cleanup_takes_away_is_not_left_current(place: Place) -> None:
     first, second = place.publish(0), place.publish(1)
     (entry,) = [entry for entry in history(place.open()) if entry.run_id == first]
@@ -576,6 +592,7 @@ def test_pins(place: Place) -> None:
         pins(store)
 
 
+@pytest.mark.slow
 def test_rebuilt_shards_of_a_fork_are_verified_too(local: Place) -> None:
     first = local.publish(0)
     with Build(local.config, cache_dir=local.cache) as build:

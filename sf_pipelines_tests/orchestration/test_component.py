@@ -335,6 +335,7 @@ def test_what_the_scaffold_has_in_comments_is_right(tmp_path: Path) -> None:
     VectorSnapshotAttributes(**found["attributes"])
 
 
+@pytest.mark.slow
 def test_dagster_validates_the_workspace(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],

@@ -73,6 +73,7 @@ def published(config: WriteConfig) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.slow
 def test_a_new_source_flows_to_the_pointer(daemon: Daemon, config: WriteConfig, source: Path) -> None:
     daemon.tick()
     daemon.touch_source()

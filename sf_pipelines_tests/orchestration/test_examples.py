@@ -16,6 +16,7 @@ from sf_pipelines.snapshot.testing.format_checker import assert_format
 from sf_pipelines_tests.orchestration.conftest import failures
 from sf_pipelines_tests.orchestration.test_component import load
 
+QUICK = {"cel_lancedb", "unified_hash_sqlite_vec"}
 EXAMPLES = sorted(path.parent.name for path in (Path(__file__).parent / "examples").glob("*/defs.yaml"))
 ROWS = 450
 TRAINED = {"cluster": {"centroids"}, "lsh": {"hyperplanes"}}
@@ -37,7 +38,9 @@ def write_source(path: Path) -> pa.Table:
     return table
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EXAMPLES]
+)
 def test_an_example_loads_builds_and_answers(name: str, tmp_path: Path, instance: dg.DagsterInstance) -> None:
     written = yaml.safe_load((Path(__file__).parent / "examples" / name / "defs.yaml").read_text())
     component, _ = load(written["attributes"])

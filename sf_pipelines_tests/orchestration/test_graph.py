@@ -82,6 +82,7 @@ def newest_partition(instance: dg.DagsterInstance, config: WriteConfig, partitio
     return records[0].asset_materialization
 
 
+@pytest.mark.slow
 def test_an_unchanged_source_publishes_nothing_and_keeps_data_versions(
     config: WriteConfig, instance: dg.DagsterInstance
 ) -> None:
@@ -100,6 +101,7 @@ def test_an_unchanged_source_publishes_nothing_and_keeps_data_versions(
         assert data_version(newest(instance, config, noun)) == data_version(first[noun]), noun
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_published_as_a_new_snapshot(
     config: WriteConfig, instance: dg.DagsterInstance, source: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
     assert len(manifests(config)) == 1
 
 
+@pytest.mark.slow
 def test_the_pointer_launched_alone_waits_for_verdicts(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     for nouns in (NOUNS[:4], ["manifest"]):
         if nouns == ["manifest"]:
@@ -169,6 +172,7 @@ def test_the_pointer_launched_alone_waits_for_verdicts(config: WriteConfig, inst
     assert manifests(config) == []
 
 
+@pytest.mark.slow
 def test_one_shard_is_rebuilt_alone(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     assert launch(config, instance, *NOUNS[:4]).success
     for partition in ("00000", "00001", "00002"):
@@ -191,6 +195,7 @@ def test_one_shard_is_rebuilt_alone(config: WriteConfig, instance: dg.DagsterIns
         assert attempts[1] in str(reader.shard_details()[1].db_url)
 
 
+@pytest.mark.slow
 def test_one_shard_of_a_published_snapshot_is_rebuilt_alone(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     assert run_job(config, instance).success
     before = pointer(config)
@@ -259,6 +264,7 @@ def test_every_asset_can_be_launched_alone(config: WriteConfig, noun: str) -> No
     assert job.get_subset(asset_selection={dg.AssetKey([config.name, noun])}).get_job_snapshot()
 
 
+@pytest.mark.slow
 def test_a_missing_shard_stops_the_manifest(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     assert launch(config, instance, *NOUNS[:4]).success
     for partition in ("00000", "00002"):
@@ -270,6 +276,7 @@ def test_a_missing_shard_stops_the_manifest(config: WriteConfig, instance: dg.Da
     assert "00001" in failures(result)["tiny__manifest"]
 
 
+@pytest.mark.slow
 def test_two_snapshots_live_side_by_side(source: Path, tmp_path: Path, instance: dg.DagsterInstance) -> None:
     one = make_config(tmp_path)
     other = make_config(

@@ -58,6 +58,7 @@ def test_a_move_is_told_with_its_figures(sensor: Sensor, config: WriteConfig, in
     assert found["recall"] == pytest.approx(recall.metadata["recall"].value)
 
 
+@pytest.mark.slow
 def test_no_move_is_told_twice_whatever_becomes_of_the_cursor(
     sensor: Sensor, config: WriteConfig, instance: dg.DagsterInstance
 ) -> None:
@@ -75,6 +76,7 @@ def test_no_move_is_told_twice_whatever_becomes_of_the_cursor(
     assert count(instance) == 1
 
 
+@pytest.mark.slow
 def test_moves_by_any_hand_are_told(
     sensor: Sensor, config: WriteConfig, instance: dg.DagsterInstance, source: Path
 ) -> None:
@@ -99,6 +101,7 @@ def test_moves_by_any_hand_are_told(
     assert count(instance) == 3
 
 
+@pytest.mark.slow
 def test_moves_that_nobody_looked_at_are_counted(sensor: Sensor, config: WriteConfig, source: Path) -> None:
     build_snapshot(config)
     sensor.tick()
@@ -109,6 +112,7 @@ def test_moves_that_nobody_looked_at_are_counted(sensor: Sensor, config: WriteCo
     assert (values(event)["seq"], values(event)["moves"], values(event)["dagster/row_count"]) == (4, 3, ROWS + 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "error"),
     [
@@ -139,6 +143,7 @@ def test_a_pointer_that_cannot_be_followed_is_an_error_and_told_when_it_can(
     assert len(sensor.tick().events) == 1
 
 
+@pytest.mark.slow
 def test_downstream_assets_can_hang_on_it(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     @dg.asset(deps=[KEY], automation_condition=dg.AutomationCondition.eager())
     def search_service() -> None: ...

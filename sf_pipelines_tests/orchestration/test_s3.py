@@ -95,6 +95,7 @@ def test_sensors_and_job_share_the_resource_of_the_yaml(
     assert "has not moved" in pointer.tick().reason
 
 
+@pytest.mark.slow
 def test_a_resource_of_the_deployment_is_shared(
     config: WriteConfig, moto_options: S3Options, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_resource_of_the_deployment_is_shared(
     assert listed["KeyCount"] == 1
 
 
+@pytest.mark.slow
 def test_a_resource_object_is_enough(
     config: WriteConfig, moto_options: S3Options, instance: dg.DagsterInstance
 ) -> None:
@@ -140,6 +142,7 @@ def test_a_resource_object_is_enough(
     assert result.success, failures(result)
 
 
+@pytest.mark.slow
 def test_the_environment_is_enough(
     config: WriteConfig, moto_options: S3Options, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from sf_pipelines_tests.orchestration.ticks import run_request, schedule_tick
 NIGHTLY = {"cron": "30 2 * * *", "timezone": "Europe/Berlin"}
 
 
+@pytest.mark.slow
 def test_a_moment_is_one_run_of_everything(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     defs = build_snapshot_defs(config, schedule=NIGHTLY)
     moment = datetime(2026, 11, 22, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"))
@@ -43,6 +44,7 @@ def test_the_hour_that_comes_twice_is_two_moments(config: WriteConfig, instance:
     assert keys == {"tiny:2026-10-25T00:30:00Z", "tiny:2026-10-25T01:30:00Z"}
 
 
+@pytest.mark.slow
 def test_a_forced_schedule_publishes_although_nothing_is_new(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     published = []
     for force in (False, False, True):

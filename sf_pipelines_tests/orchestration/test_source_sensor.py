@@ -59,6 +59,7 @@ def test_new_files_become_a_new_snapshot(sensor: Sensor, config: WriteConfig, so
     assert "Nothing has changed" in why(sensor.tick())
 
 
+@pytest.mark.slow
 def test_what_is_published_already_is_not_built_again(
     sensor: Sensor, config: WriteConfig, instance: dg.DagsterInstance, source: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_what_is_published_already_is_not_built_again(
     only(sensor.tick())
 
 
+@pytest.mark.slow
 def test_the_first_look_builds_what_differs_from_the_published_source(
     sensor: Sensor, config: WriteConfig, instance: dg.DagsterInstance, source: Path
 ) -> None:
@@ -95,6 +97,7 @@ def test_deleted_rewritten_and_late_files_are_noticed(sensor: Sensor, source: Pa
     assert keys == {"1", "2", "3", "4"}
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_not_repeated_but_a_changed_source_is_built(
     sensor: Sensor, config: WriteConfig, source: Path
 ) -> None:
@@ -134,6 +137,7 @@ def test_a_backfill_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.Dags
     only(sensor.tick())
 
 
+@pytest.mark.slow
 def test_a_run_does_not_write_the_source_that_launched_it(
     config: WriteConfig, instance: dg.DagsterInstance, source: Path
 ) -> None:

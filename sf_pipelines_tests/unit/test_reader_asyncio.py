@@ -188,6 +188,7 @@ def test_given_up_while_waiting_for_tokens(tmp_path: Path) -> None:
         run(main())
 
 
+@pytest.mark.slow
 def test_given_up_at_any_step(tmp_path: Path) -> None:
     """However many turns of the event loop a call was let to go."""
     turns = Turns(tmp_path / "root", unified=True)
@@ -214,6 +215,7 @@ def test_given_up_at_any_step(tmp_path: Path) -> None:
         run(main())
 
 
+@pytest.mark.slow
 def test_given_up_while_it_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns, checkouts = Turns(tmp_path / "root"), Checkouts(monkeypatch, hold=lambda _: True)
     servings = Servings(monkeypatch)

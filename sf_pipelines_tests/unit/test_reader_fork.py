@@ -81,6 +81,7 @@ def python(tmp_path: Path, script: str, backend: str = "sqlite-vec") -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite-vec", "lancedb"])
 def test_a_fork_is_refused_by_every_method_and_disturbs_nobody(tmp_path: Path, backend: str) -> None:
     python(
@@ -210,6 +211,7 @@ def test_a_fork_keeps_no_lock_on_files(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite-vec", "lancedb"])
 def test_processes_that_fork_first_read_afterwards(tmp_path: Path, backend: str) -> None:
     python(
@@ -227,6 +229,7 @@ def test_processes_that_fork_first_read_afterwards(tmp_path: Path, backend: str)
     )
 
 
+@pytest.mark.slow
 def test_spawned_processes_read_beside_a_reader(tmp_path: Path) -> None:
     python(
         tmp_path,

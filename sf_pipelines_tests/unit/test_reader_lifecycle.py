@@ -355,6 +355,7 @@ class Interrupted(Future[Any]):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_shards_are_loaded_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

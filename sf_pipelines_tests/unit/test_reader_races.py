@@ -34,6 +34,7 @@ TURNS = 3
 SHARDS = 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("unified", "backend", "refreshes"),
     [(False, "lancedb", 6), (False, "sqlite-vec", 70), (True, "lancedb", 4), (True, "sqlite-vec", 70)],
@@ -77,6 +78,7 @@ def test_threads_see_one_snapshot_at_a_time(
     assert len(servings.made) == refreshes + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unified", [False, True])
 def test_tasks_see_one_snapshot_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unified: bool) -> None:
     turns, servings = Turns(tmp_path / "root", TURNS, unified=unified), Servings(monkeypatch)
@@ -108,6 +110,7 @@ def test_tasks_see_one_snapshot_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(servings.made) == refreshes + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("face", ["blocking", "asyncio"])
 def test_a_refresh_in_the_background_is_one_snapshot_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, face: str
@@ -141,6 +144,7 @@ def test_a_refresh_in_the_background_is_one_snapshot_at_a_time(
 # Cold shards.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [{"max_cached_shards": 2}, {"memory_budget": 400}, {"memory_budget": 0}])
 @pytest.mark.parametrize("unified", [False, True])
 def test_few_shards_stay_open_and_all_answer(tmp_path: Path, limits: dict[str, int], unified: bool) -> None:

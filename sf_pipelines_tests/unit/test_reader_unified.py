@@ -382,6 +382,7 @@ def test_a_shard_without_vectors_is_never_an_empty_answer(store: Store, tmp_path
                 reader.search(QUERIES[0])
 
 
+@pytest.mark.slow
 def test_gets_and_searches_from_many_threads(store: Store, tmp_path: Path, backend: str) -> None:
     write(store, backend=backend)
     start = threading.Barrier(6)

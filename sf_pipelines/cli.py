@@ -45,14 +45,24 @@ def build(
     force: Annotated[
         bool, typer.Option("--force", help="Build and publish again although nothing is new, taking nothing over.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Where it is built: local, dask, ray or spark; default: this process."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="The engine's cluster; default: one is started.")
+    ] = None,
 ) -> None:
     """Build a snapshot, prove its recall, and publish it; go on where an earlier try was killed."""
-    from sf_pipelines.snapshot.pipeline import build_snapshot
+    from sf_pipelines.building import build_snapshot
 
+    if address is not None and engine is None:
+        raise typer.BadParameter("--address is that of an --engine; say which", param_hint="--address")
     with typed_errors():
         settings = _read_config(config)
+        where = None if engine is None else {"type": engine, **({} if address is None else {"address": address})}
         with progress() as watch:
-            result = build_snapshot(settings, progress=watch, force=force)
+            result = build_snapshot(settings, engine=where, progress=watch, force=force)
         out = Console()
         if not result.published:
             text = f"Nothing is new: {result.run_id} stays current. (--force builds again.)"

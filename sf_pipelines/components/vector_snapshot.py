@@ -102,7 +102,8 @@ class VectorSnapshotComponent(dg.Component, dg.Resolvable):
         Args:
             context: of the step.
             stage: ``scan``, ``sample``, ``train``, ``route``, ``build_shard``, ``assemble``, ``check`` or ``promote``.
-            work: does it and returns the receipt (of ``check`` the verdict), which must be returned.
+            work: does it and returns the receipt (of ``build_shard`` those of its shards: one, or on an engine all of
+                the run; of ``check`` the verdict), which must be returned.
         """
         return execute_stage(context, stage, work)
 

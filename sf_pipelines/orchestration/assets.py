@@ -169,7 +169,11 @@ def _step_asset(graph: Graph, step: _Step) -> dg.AssetsDefinition:
     @_asset(graph, step.noun, after=step.after, kinds=step.kinds, description=step.description)
     def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
         def work(build: Build) -> Receipt:
-            return step.stage(build, before["run_id"])
+            if step.stage is not stages.route:
+                return step.stage(build, before["run_id"])
+            access: SnapshotAccess = getattr(context.resources, graph.names.resource)
+            with access.open_engine() as engine:
+                return stages.route(build, before["run_id"], engine=engine)
 
         return run_stage(context, graph, step.stage.__name__, work, step.describe)
 

@@ -63,7 +63,7 @@ def build_snapshot_defs(
     own = [key for asset in assets for key in asset.keys]
     declared = chosen.s3_resource
     resource = declared.resource() if isinstance(declared, S3ResourceOptions) else declared
-    snapshot = snapshot_resource(config, s3 or resource)
+    snapshot = snapshot_resource(config, s3 or resource, chosen.engine)
     names = graph.names
     return dg.Definitions(
         assets=[*assets, *([build_published_snapshot(graph)] if chosen.pointer_sensor else [])],

@@ -27,7 +27,8 @@ class Execute(Protocol):
         Args:
             context: of the step.
             stage: ``scan``, ``sample``, ``train``, ``route``, ``build_shard``, ``assemble``, ``check`` or ``promote``.
-            work: does it and returns the receipt (of ``check`` the verdict).
+            work: does it and returns the receipt (of ``build_shard`` those of its shards: one, or on an engine all of
+                the run; of ``check`` the verdict).
         """
         ...
 

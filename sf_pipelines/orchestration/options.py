@@ -8,6 +8,7 @@ import dagster as dg
 from dagster_aws.s3 import S3Resource
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from sf_pipelines.engines import EngineSpec, engine_spec
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.model import ConfigModel
 
@@ -94,6 +95,10 @@ _AssetKey = Annotated[str, Field(pattern=r"^[^/]+(/[^/]+)*$"), BeforeValidator(_
 
 def _s3_options(value: Any) -> Any:
     return S3ResourceOptions(**value) if isinstance(value, dict) else value
+
+
+def _engine_spec(value: Any) -> Any:
+    return engine_spec(value) if isinstance(value, dict) else value
 
 
 class AutomationOptions(ConfigModel):
@@ -232,6 +237,9 @@ class SnapshotOptions(ConfigModel):
         pool: concurrency pool of the steps that build shards; None is ``<name>_shards``.
         s3_resource: S3 credentials of source and store: the key of an ``S3Resource`` that the deployment defines, or
             the fields of one. None takes ``s3`` or the environment's.
+        engine: where rows are routed and shards are built, as in ``{type: dask, address: "tcp://scheduler:8786"}``, or
+            the key of an ``EngineResource`` that the deployment defines. All shards of a run are then one step; each
+            has its own line in the log and its own partition. None builds them in Dagster's steps, one a shard.
         automation: declarative conditions: each asset is requested when what it builds on is new; the pointer only
             after the blocking checks have passed.
         schedule: rebuilds by the clock.
@@ -252,6 +260,7 @@ class SnapshotOptions(ConfigModel):
     kinds: tuple[_Name, ...] = ()
     pool: _Name | None = None
     s3_resource: Annotated[_Name | S3ResourceOptions | None, BeforeValidator(_s3_options)] = None
+    engine: Annotated[_Name | EngineSpec | None, BeforeValidator(_engine_spec)] = None
     automation: AutomationOptions | None = None
     schedule: ScheduleOptions | None = None
     source_sensor: SourceSensorOptions | None = None

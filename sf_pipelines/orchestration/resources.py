@@ -3,14 +3,17 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import dagster as dg
 from dagster_aws.s3 import S3Resource
 
+from sf_pipelines.engines import engine_spec
+from sf_pipelines.engines.opening import DeferredEngine, Spec
 from sf_pipelines.snapshot.build import Build, Progress
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
+from sf_pipelines.snapshot.engine import Engine
 from sf_pipelines.snapshot.errors import ConfigError, ObjectMissingError, SfPipelinesError
 from sf_pipelines.snapshot.store import Store
 
@@ -23,10 +26,16 @@ class SnapshotAccess:
 
     Attributes:
         config: the snapshot's configuration, credentials included.
+        engine: where rows are routed and shards are built; None is the step's own process.
     """
 
-    def __init__(self, config: WriteConfig) -> None:
+    def __init__(self, config: WriteConfig, engine: Spec | None = None) -> None:
         self.config = config
+        self.engine = engine
+
+    def open_engine(self) -> AbstractContextManager[Engine | None]:
+        """The engine, for one step; it is opened when there is something to do."""
+        return nullcontext() if self.engine is None else DeferredEngine(self.engine)
 
     def build(self, log: logging.Logger) -> Build:
         """The build that stage functions work on; its progress goes to a log."""
@@ -44,13 +53,41 @@ class SnapshotAccess:
             return None
 
 
-def snapshot_resource(config: WriteConfig, s3: S3Resource | str | None) -> dg.ResourceDefinition:
+class EngineResource(dg.ConfigurableResource):
+    """An engine that several snapshots share: name its key as their ``engine``.
+
+    Attributes:
+        type: ``local``, ``dask``, ``ray`` or ``spark``.
+        address: of the cluster; None starts one on the machine of the step.
+        workers: of a cluster on the machine of the step.
+        task_cpus: cores that one task takes; Ray only.
+    """
+
+    type: str
+    address: str | None = None
+    workers: int | None = None
+    task_cpus: float | None = None
+
+    def spec(self) -> Spec:
+        """The same in the words of the configuration.
+
+        Raises:
+            ConfigError: a field is wrong.
+        """
+        fields = {name: getattr(self, name) for name in ("type", "address", "workers", "task_cpus")}
+        return engine_spec({name: value for name, value in fields.items() if value is not None})
+
+
+def snapshot_resource(
+    config: WriteConfig, s3: S3Resource | str | None, engine: Spec | str | None = None
+) -> dg.ResourceDefinition:
     """A resource that yields a ``SnapshotAccess``.
 
     Args:
         config: the snapshot.
         s3: credentials for source and store: a resource, or the key of one that the deployment defines; None takes
             ``config.s3`` or the environment's.
+        engine: where rows are routed and shards are built, or the key of an ``EngineResource``.
 
     Raises:
         ConfigError: credentials are given twice.
@@ -60,22 +97,35 @@ def snapshot_resource(config: WriteConfig, s3: S3Resource | str | None) -> dg.Re
 
     @dg.resource(
         description=f"The snapshot {config.name!r} at {config.store}.",
-        required_resource_keys={s3} if isinstance(s3, str) else None,
+        required_resource_keys={key for key in (s3, engine) if isinstance(key, str)},
     )
     def snapshot(context: dg.InitResourceContext) -> SnapshotAccess:
         # Environment variables are looked up here, where the run is, and not where definitions were loaded.
         # Under its key an S3Resource shows as a boto3 client, which does not tell its credentials.
         found = context.resources.original_resource_dict[s3] if isinstance(s3, str) else s3
+        where = _engine(context, config, engine)
         if found is None:
-            return SnapshotAccess(config)
+            return SnapshotAccess(config, where)
         if not isinstance(found, S3Resource):
             raise ConfigError(
                 f"snapshot {config.name!r}: resource {s3!r} is a {type(found).__name__}; s3_resource must name a "
                 "dagster_aws.s3.S3Resource"
             )
-        return SnapshotAccess(config.model_copy(update={"s3": s3_options(found)}))
+        return SnapshotAccess(config.model_copy(update={"s3": s3_options(found)}), where)
 
     return snapshot
+
+
+def _engine(context: dg.InitResourceContext, config: WriteConfig, engine: Spec | str | None) -> Spec | None:
+    if not isinstance(engine, str):
+        return engine
+    found = context.resources.original_resource_dict[engine]
+    if not isinstance(found, EngineResource):
+        raise ConfigError(
+            f"snapshot {config.name!r}: resource {engine!r} is a {type(found).__name__}; engine must name an "
+            "EngineResource, or have the fields of an engine"
+        )
+    return found.spec()
 
 
 def s3_options(resource: S3Resource) -> S3Options:

@@ -1,7 +1,8 @@
 """The partitioned asset ``shard_indexes``: plan, then one mapped step a shard, then collect.
 
 One step a shard means that a failed shard leaves the others built, that *re-execute from failure* runs only that one,
-and that each shard's partition turns green as soon as it is sealed.
+and that each shard's partition turns green as soon as it is sealed. On an engine all shards are one step, which does
+the same: it builds all that it can, names those that failed, and finds the others sealed when it is executed again.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
+from sf_pipelines.snapshot.engine import Outcome, Task
 from sf_pipelines.snapshot.receipts import ShardReceipt
 
 _DESCRIPTION = (
@@ -28,7 +30,11 @@ _DESCRIPTION = (
 def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
     """The asset, partitioned by shard."""
     names = graph.names
-    plan, build_one, collect = _plan_op(names), _build_op(graph), _collect_op(names)
+    plan, build_one, collect = (
+        _plan_op(names, on_engine=graph.options.engine is not None),
+        _build_op(graph),
+        _collect_op(names),
+    )
     settings = graph.asset_settings("shard_indexes", _kinds(graph.config))
     if graph.options.backfill == "run_per_shard":
         settings["backfill_policy"] = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
@@ -51,7 +57,7 @@ def _kinds(config: WriteConfig) -> set[str]:
     return {vectors} if config.key_value is None else {vectors, "sqlite"}
 
 
-def _plan_op(names: SnapshotNames) -> dg.OpDefinition:
+def _plan_op(names: SnapshotNames, *, on_engine: bool) -> dg.OpDefinition:
     @dg.op(
         name=f"{names.name}_plan_shards",
         out=dg.DynamicOut(dict, io_manager_key=names.io_manager),
@@ -61,9 +67,11 @@ def _plan_op(names: SnapshotNames) -> dg.OpDefinition:
     )
     def plan_shards(context: dg.OpExecutionContext, routed: Reference) -> Iterator[dg.DynamicOutput[Reference]]:
         again = rebuild_asked(context, names)
-        for partition in sorted(context.partition_keys):
-            task = {"run_id": routed["run_id"], "db_id": int(partition), "rebuild": again}
-            yield dg.DynamicOutput(task, mapping_key=f"shard_{partition}")
+        shards = sorted(context.partition_keys)
+        groups = {"shards": shards} if on_engine else {f"shard_{partition}": [partition] for partition in shards}
+        for name, group in groups.items():
+            task = {"run_id": routed["run_id"], "shards": [int(partition) for partition in group], "rebuild": again}
+            yield dg.DynamicOutput(task, mapping_key=name)
 
     return plan_shards
 
@@ -86,36 +94,62 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
 
     @dg.op(
         name=f"{names.name}_build_shard",
-        out=dg.Out(dict, io_manager_key=names.io_manager),
+        out=dg.Out(list, io_manager_key=names.io_manager),
         required_resource_keys={names.resource},
         retry_policy=RETRY,
         pool=names.pool,
         code_version=CODE_VERSION,
-        description="Builds and seals one shard.",
+        description="Builds and seals one shard; on an engine, all shards of the run.",
     )
-    def build_shard(context: dg.OpExecutionContext, task: Reference) -> Reference:
+    def build_shard(context: dg.OpExecutionContext, group: Reference) -> list[Reference]:
         access: SnapshotAccess = getattr(context.resources, names.resource)
-        with surfaced(), access.build(context.log) as build:
+        built: list[Reference] = []
 
-            def work() -> ShardReceipt:
-                return stages.build_shard(build, task["run_id"], task["db_id"], rebuild=task["rebuild"])
+        def sealed(task: Task, outcome: Outcome) -> None:
+            if not isinstance(outcome.receipt, ShardReceipt):
+                raise TypeError(f"{task.label} has no shard's receipt")
+            built.append(_sealed(context, graph, outcome.receipt, outcome))
 
-            receipt = graph.execute(context, "build_shard", work)
-        if receipt.reason:
-            context.log.info("%s", receipt.reason)
-        metadata = shard_metadata(receipt)
-        # Turns the shard's partition green now; the asset's own event comes only when all shards are there.
-        context.log_event(
-            dg.AssetMaterialization(
-                names.asset("shard_indexes"),
-                partition=shard_partition(receipt.db_id),
-                metadata=metadata,
-                tags={"dagster/data_version": receipt.digest},
-            )
-        )
-        return reference(receipt) | {"db_id": receipt.db_id, "rows": receipt.rows, "bytes": receipt.bytes}
+        with surfaced(), access.build(context.log) as build, access.open_engine() as engine:
+
+            def work() -> list[ShardReceipt]:
+                return stages.build_shards(
+                    build,
+                    group["run_id"],
+                    group["shards"],
+                    engine=engine,
+                    rebuild=group["rebuild"],
+                    keep_going=True,
+                    on_done=sealed,
+                )
+
+            graph.execute(context, "build_shard", work)
+        return built
 
     return build_shard
+
+
+def _sealed(context: dg.OpExecutionContext, graph: Graph, receipt: ShardReceipt, outcome: Outcome) -> Reference:
+    """Turns the partition of a sealed shard green now; the asset's own event comes only when all shards are there."""
+    if receipt.reason:
+        context.log.info("shard %s: %s", receipt.db_id, receipt.reason)
+    if graph.options.engine is not None:
+        context.log.info(
+            "shard %s: %s rows in %.1f s on worker %s",
+            receipt.db_id,
+            f"{receipt.rows:,}",
+            outcome.seconds,
+            outcome.worker,
+        )
+    context.log_event(
+        dg.AssetMaterialization(
+            graph.names.asset("shard_indexes"),
+            partition=shard_partition(receipt.db_id),
+            metadata=shard_metadata(receipt),
+            tags={"dagster/data_version": receipt.digest},
+        )
+    )
+    return reference(receipt) | {"db_id": receipt.db_id, "rows": receipt.rows, "bytes": receipt.bytes}
 
 
 def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
@@ -124,12 +158,12 @@ def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
         out=dg.Out(dict, io_manager_key=names.io_manager),
         description="All shards of this run are built.",
     )
-    def collect_shards(context: dg.AssetExecutionContext, built: list[Reference]) -> dg.Output[Reference]:
-        shards = {shard_partition(one["db_id"]): one for one in built}
+    def collect_shards(context: dg.AssetExecutionContext, built: list[list[Reference]]) -> dg.Output[Reference]:
+        shards = {shard_partition(one["db_id"]): one for group in built for one in group}
         for partition, one in shards.items():
             facts = {"dagster/row_count": one["rows"], "bytes": one["bytes"], "receipt": one["key"]}
             context.add_asset_metadata(facts, asset_key=names.asset("shard_indexes"), partition_key=partition)
-        digest = digest_json(sorted(one["digest"] for one in built))
+        digest = digest_json(sorted(one["digest"] for one in shards.values()))
         return dg.Output(shards, data_version=dg.DataVersion(digest))
 
     return collect_shards

@@ -270,3 +270,64 @@ class ReaderForkedError(ReaderError, RuntimeError):
     """The reader, or a library that it needs, was in use when this process was forked; locks and threads are lost."""
 
     kind = "reader.forked"
+
+
+# Look at the engine.
+
+
+class EngineError(SfPipelinesError, RuntimeError):
+    """The engine that the build is spread over cannot be used."""
+
+    kind = "engine"
+
+
+class MissingExtraError(EngineError, ImportError):
+    """A package that an engine needs is not installed; the message names the extra to install."""
+
+    kind = "engine.missing_extra"
+
+
+class WorkerLostError(EngineError):
+    """A worker was lost in the middle of a task."""
+
+    kind = "engine.worker_lost"
+    retryable = True
+
+
+class TaskCrashedError(EngineError):
+    """A task ended in an error that nobody expects."""
+
+    kind = "engine.task_crashed"
+
+
+class TasksFailedError(EngineError):
+    """Tasks failed for good, after those failures that may pass were tried again.
+
+    Attributes:
+        causes: error of each task that failed, by its label, as in ``shard 3``.
+    """
+
+    kind = "engine.tasks_failed"
+
+    def __init__(self, message: str, causes: dict[str, Exception]) -> None:
+        super().__init__(message)
+        self.causes = causes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return TasksFailedError, (str(self), self.causes)
+
+
+def error_of_kind(kind: str, message: str) -> SfPipelinesError:
+    """A typed error that has come from another process.
+
+    Args:
+        kind: its ``kind``.
+        message: what it said.
+    """
+    classes = [SfPipelinesError]
+    for found in classes:
+        classes.extend(found.__subclasses__())
+        # Those with more to say than a message are raised by no task.
+        if found.kind == kind and found.__init__ is SfPipelinesError.__init__:
+            return found(message)
+    return SfPipelinesError(message)

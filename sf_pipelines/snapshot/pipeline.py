@@ -1,7 +1,6 @@
 """The whole build without Dagster."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -9,14 +8,12 @@ from typing import TypeVar
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build, Progress, Stopwatch
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.engine import Engine
 from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError, StoreError
 from sf_pipelines.snapshot.gate import Verdict
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.routing import needs_training
-
-# Shards in the making at a time: each holds its rows in memory.
-_WORKERS = 2
 
 _Done = TypeVar("_Done")
 
@@ -63,10 +60,10 @@ class BuildResult:
     held: bool = False
 
 
-def build_snapshot(
+def run_build(
     config: WriteConfig,
     *,
-    engine: None = None,
+    engine: Engine | None = None,
     progress: Progress | None = None,
     force: bool = False,
     cache_dir: Path | None = None,
@@ -75,7 +72,7 @@ def build_snapshot(
 
     Args:
         config: what to build.
-        engine: how work is spread; None is this process.
+        engine: where rows are routed and shards are built; None is this process.
         progress: told how far each stage is.
         force: build and publish again although nothing is new, taking nothing over from the current snapshot. What a
             rollback holds stays held until ``release``.
@@ -87,22 +84,21 @@ def build_snapshot(
     Raises:
         SfPipelinesError: see its subclasses; the previous snapshot keeps serving.
     """
-    del engine
     with Build(config, progress=progress, cache_dir=cache_dir) as build:
         durations: dict[str, float] = {}
         watch = Stopwatch()
         scanned = stages.scan(build, force=force)
         durations["scan"] = watch.seconds
         try:
-            return _run(build, scanned, durations)
+            return _run(build, scanned, durations, engine)
         except SfPipelinesError as error:
             if not scanned.published:
                 _record_failure(build, scanned, error)
             raise
 
 
-def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float]) -> BuildResult:
-    run_id = scanned.run_id
+def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine: Engine | None) -> BuildResult:
+    run_id, every = scanned.run_id, range(build.config.num_dbs)
 
     def timed(name: str, work: Callable[[], _Done]) -> _Done:
         watch = Stopwatch()
@@ -113,8 +109,8 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float]) -> Bui
     sampled = timed("sample", lambda: stages.sample(build, run_id))
     if needs_training(build.config.sharding):
         timed("train", lambda: stages.train(build, run_id))
-    timed("route", lambda: stages.route(build, run_id))
-    shards = timed("shards", lambda: _build_shards(build, run_id))
+    timed("route", lambda: stages.route(build, run_id, engine=engine))
+    shards = timed("shards", lambda: stages.build_shards(build, run_id, every, engine=engine))
     manifest = timed("assemble", lambda: stages.assemble(build, run_id))
     # A damaged shard of a published run was built anew into a fork of that run.
     verdicts = timed("gate", lambda: stages.gate(build, manifest.run_id))
@@ -128,22 +124,6 @@ def _record_failure(build: Build, scanned: ScanReceipt, error: SfPipelinesError)
     except (StoreError, IntegrityError) as second:
         # What stopped the build matters more than that it could not be written down.
         error.add_note(f"the build record {scanned.record_key} could not be updated: {second}")
-
-
-def _build_shards(build: Build, run_id: str) -> list[ShardReceipt]:
-    """All shards, a few at a time: while one is indexed, another is read, uploaded or digested."""
-    shards: dict[int, ShardReceipt] = {}
-    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="sf-pipelines-build") as pool:
-        pending = [pool.submit(stages.build_shard, build, run_id, db_id) for db_id in range(build.config.num_dbs)]
-        try:
-            for done in as_completed(pending):
-                receipt = done.result()
-                shards[receipt.db_id] = receipt
-                build.report("shards", len(shards), len(pending), "shards")
-        finally:
-            # After a failure, shards that nobody has begun yet are left; after a success there are none.
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [shards[db_id] for db_id in sorted(shards)]
 
 
 def _result(

@@ -6,14 +6,17 @@ where it was, and the command line, Dagster and the engines run the very same co
 """
 
 import uuid
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
 from sf_pipelines.snapshot import gate as gating
-from sf_pipelines.snapshot import runs
+from sf_pipelines.snapshot import routed, runs
 from sf_pipelines.snapshot.assembly import assemble_manifest, shard_receipts
 from sf_pipelines.snapshot.build import Build, Stopwatch
 from sf_pipelines.snapshot.checks import staged_manifest
+from sf_pipelines.snapshot.engine import Engine, InProcess, OnDone, Outcome, Task, nobody, spread
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
@@ -38,11 +41,11 @@ from sf_pipelines.snapshot.receipts import (
     TrainReceipt,
     inputs_of,
 )
-from sf_pipelines.snapshot.routed import read_shard, route_range, vectors_of
+from sf_pipelines.snapshot.routed import read_shard, vectors_of
 from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.sealing import is_intact, same_shard, seal_shard
 from sf_pipelines.snapshot.sharding import ClusterSharding
-from sf_pipelines.snapshot.source.files import SourceListing, pin, plan_ranges
+from sf_pipelines.snapshot.source.files import SourceListing, Span, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.training import is_outworn, train_or_keep
 from sf_pipelines.snapshot.validation import validate_and_sample
@@ -51,17 +54,21 @@ __all__ = [
     "CHECKS",
     "assemble",
     "build_shard",
+    "build_shards",
     "check",
     "gate",
     "promote",
     "route",
+    "route_range",
     "sample",
     "scan",
     "train",
 ]
 
 # Decoded vectors of one input range.
-_RANGE_BYTES = 256 * 1024 * 1024
+_RANGE_BYTES = 64 * 1024 * 1024
+# Shards in the making at a time: while one is indexed, another is read, uploaded or digested. Each holds its rows.
+_SHARDS_AT_A_TIME = 2
 
 
 # 1. scan
@@ -214,8 +221,13 @@ def train(build: Build, run_id: str) -> TrainReceipt:
 # 4. route
 
 
-def route(build: Build, run_id: str) -> RouteReceipt:
+def route(build: Build, run_id: str, *, engine: Engine | None = None) -> RouteReceipt:
     """Sends every row that satisfies the contract to its shard, range by range.
+
+    Args:
+        build: what to build.
+        run_id: the build.
+        engine: where the ranges are routed; None is this process.
 
     Raises:
         SourceChangedError: a file changed since the scan.
@@ -223,24 +235,16 @@ def route(build: Build, run_id: str) -> RouteReceipt:
     """
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
-    inputs = inputs_of(
-        build_key=scanned.build_key,
-        rejects=sampled.rejects.sha256,
-        routing=trained.ref.sha256 if trained else "",
-    )
+    inputs = _routing_inputs(scanned, sampled, trained)
     number = ledger.next_number(RouteReceipt)
     found = ledger.find(RouteReceipt, inputs=inputs)
     if found is not None and (scanned.published or all(_is_routed(ledger, key) for key in found.ranges)):
         return found.model_copy(update={"reason": "these rows were routed before"})
-    watch, routing = Stopwatch(), build.routing(trained)
-    spans = plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
-    ranges: list[RangeReceipt] = []
-    for place, span in enumerate(spans):
-        part = f"range-{place:05d}"
-        receipt = ledger.find(RangeReceipt, part, inputs=inputs)
-        if receipt is None or not _is_routed(ledger, receipt.key):
-            receipt = route_range(build, scanned, sampled, routing, span, part, inputs)
-        ranges.append(receipt)
+    watch = Stopwatch()
+    tasks = [Task(stage="route_range", run_id=run_id, number=place) for place in range(len(_spans(build, scanned)))]
+    with nullcontext(engine) if engine else InProcess(build, slots=1) as where:
+        done = spread(build, scanned, where, tasks)
+    ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
     shards = _sum_shards(ranges, build.config.num_dbs)
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
@@ -256,6 +260,35 @@ def route(build: Build, run_id: str) -> RouteReceipt:
         seconds=watch.seconds,
     )
     return ledger.commit(receipt, number=number)
+
+
+def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
+    """Sends the rows of one input range to their shards.
+
+    Raises:
+        SourceChangedError: a file changed since the scan.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
+    part, inputs = f"range-{place:05d}", _routing_inputs(scanned, sampled, trained)
+    receipt = ledger.find(RangeReceipt, part, inputs=inputs)
+    if receipt is not None and _is_routed(ledger, receipt.key):
+        return receipt
+    spans = _spans(build, scanned)[place]
+    return routed.route_range(build, scanned, sampled, build.routing(trained), spans, part, inputs)
+
+
+def _spans(build: Build, scanned: ScanReceipt) -> list[tuple[Span, ...]]:
+    """The input ranges: the same ones whoever asks, and whatever the engine."""
+    return plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
+
+
+def _routing_inputs(scanned: ScanReceipt, sampled: SampleReceipt, trained: TrainReceipt | None) -> str:
+    return inputs_of(
+        build_key=scanned.build_key,
+        rejects=sampled.rejects.sha256,
+        routing=trained.ref.sha256 if trained else "",
+    )
 
 
 def _family(build: Build, shards: tuple[RoutedShard, ...]) -> IndexFamily:
@@ -309,19 +342,57 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     if not 0 <= db_id < build.config.num_dbs:
         raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.num_dbs - 1}")
     run, ledger = build.receipts(run_id), build.ledger(run_id)
-    routed = run.routed
-    shard, part = routed.shards[db_id], f"db={db_id:05d}"
+    shard, part = run.routed.shards[db_id], f"db={db_id:05d}"
     attempt = ledger.next_number(ShardReceipt, part)
-    found = ledger.find(ShardReceipt, part, inputs=routed.inputs)
+    found = ledger.find(ShardReceipt, part, inputs=run.routed.inputs)
     standing = runs.standing_shards(build, run.scanned)
     if found is not None and standing is not None:
         found = standing.of(ledger, found)
     if found is not None and not rebuild and (run.scanned.held or is_intact(build.store, found)):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
-    ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
+    ranges = [ledger.read(RangeReceipt, key) for key in run.routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
     same = None if rebuild else same_shard(build, run, shard)
     return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt, same), part, number=attempt)
+
+
+def build_shards(
+    build: Build,
+    run_id: str,
+    shards: Sequence[int],
+    *,
+    engine: Engine | None = None,
+    rebuild: bool = False,
+    keep_going: bool = False,
+    on_done: OnDone = nobody,
+) -> list[ShardReceipt]:
+    """Builds several shards; see ``build_shard``.
+
+    Args:
+        build: what to build.
+        run_id: the build.
+        shards: their numbers.
+        engine: where they are built; None is this process, a few at a time.
+        rebuild: make new attempts although sealed ones are there.
+        keep_going: build all others although one has failed; those that are built need not be built again.
+        on_done: told of each shard that is built.
+
+    Raises:
+        TasksFailedError: shards failed; names each with its cause.
+        SfPipelinesError: in this process, the error of the one that failed.
+    """
+    tasks = [Task(stage="build_shard", run_id=run_id, number=db_id, rebuild=rebuild) for db_id in shards]
+    done = 0
+
+    def one_more(task: Task, outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        build.report("shards", done, len(tasks), "shards")
+        on_done(task, outcome)
+
+    with nullcontext(engine) if engine else InProcess(build, slots=_SHARDS_AT_A_TIME) as where:
+        receipts = spread(build, build.scanned(run_id), where, tasks, keep_going=keep_going, on_done=one_more)
+    return [receipt for receipt in receipts if isinstance(receipt, ShardReceipt)]
 
 
 # 6. assemble

@@ -1,0 +1,98 @@
+"""What a user says about an engine: the same words in YAML, in Python and as a Dagster resource."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.model import ConfigModel, describe_validation
+
+Workers = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class LocalEngineSpec(ConfigModel):
+    """Processes of this machine.
+
+    Attributes:
+        type: ``local``.
+        workers: processes; None is one for each core.
+    """
+
+    type: Literal["local"] = "local"
+    workers: Workers | None = None
+
+
+class DaskEngineSpec(ConfigModel):
+    """A Dask cluster.
+
+    Attributes:
+        type: ``dask``.
+        address: of the scheduler, as in ``tcp://scheduler:8786``; None starts a cluster on this machine.
+        workers: processes of that local cluster; None is one for each core.
+    """
+
+    type: Literal["dask"] = "dask"
+    address: str | None = None
+    workers: Workers | None = None
+
+    @model_validator(mode="after")
+    def _workers_are_ours(self) -> "DaskEngineSpec":
+        return _only_local(self, self.address)
+
+
+class RayEngineSpec(ConfigModel):
+    """A Ray cluster.
+
+    Attributes:
+        type: ``ray``.
+        address: ``auto``, ``host:port`` or ``ray://host:10001``; None starts Ray on this machine.
+        workers: processes of that local Ray; None is one for each core.
+        task_cpus: cores that one task takes.
+    """
+
+    type: Literal["ray"] = "ray"
+    address: str | None = None
+    workers: Workers | None = None
+    task_cpus: Annotated[float, Field(gt=0, le=1024)] = 1
+
+    @model_validator(mode="after")
+    def _workers_are_ours(self) -> "RayEngineSpec":
+        return _only_local(self, self.address)
+
+
+class SparkEngineSpec(ConfigModel):
+    """A Spark cluster.
+
+    Attributes:
+        type: ``spark``.
+        address: of a Spark Connect server, as in ``sc://host:15002``, or a master, as in ``yarn`` or ``local[4]``; None
+            takes the session that is active, else starts Spark on this machine.
+        workers: tasks at a time; None is one for each core that Spark says it has.
+    """
+
+    type: Literal["spark"] = "spark"
+    address: str | None = None
+    workers: Workers | None = None
+
+
+def _only_local(spec: Any, address: str | None) -> Any:
+    if address is not None and spec.workers is not None:
+        raise ValueError(f"workers is for a cluster on this machine; the one at {address!r} has its own: leave it out")
+    return spec
+
+
+EngineSpec = Annotated[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec, Field(discriminator="type")]
+_ADAPTER: TypeAdapter[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec] = TypeAdapter(EngineSpec)
+
+
+def engine_spec(fields: Mapping[str, Any]) -> LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec:
+    """A specification from its fields, as in ``{"type": "dask", "address": "tcp://scheduler:8786"}``.
+
+    Raises:
+        ConfigError: a field is unknown or wrong.
+    """
+    try:
+        return _ADAPTER.validate_python(dict(fields))
+    except ValidationError as error:
+        raise ConfigError(describe_validation("engine", error)) from error

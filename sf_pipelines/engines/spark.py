@@ -1,0 +1,143 @@
+"""Tasks on a Spark cluster, classic or through Spark Connect: each is a job of one row."""
+
+import os
+import pickle
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import pyarrow as pa
+
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.engine import Outcome, Task, run_task
+from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+# What Spark says where it was the worker that failed, and not the task.
+_LOST = ("worker exited unexpectedly", "ExecutorLostFailure", "executor lost", "Python worker failed to connect back")
+_RESULT = "outcome binary"
+
+
+class SparkEngine:
+    """A Spark session, which stays the caller's.
+
+    Args:
+        session: classic or Spark Connect. Its executors need this package, and the store must be reachable from them.
+        workers: tasks at a time; None is what Spark says that it can do at once.
+    """
+
+    name = "spark"
+    remote = True
+
+    def __init__(self, session: "SparkSession", workers: int | None = None) -> None:
+        self._session = session
+        self._owned = False
+        self._tag = f"sf-pipelines-{uuid.uuid4().hex}"
+        self.slots = workers or _parallelism(session)
+        self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="sf-pipelines-spark")
+
+    @classmethod
+    def open(cls, address: str | None, workers: int | None) -> Self:
+        """Connects to Spark, or starts it on this machine.
+
+        Args:
+            address: ``sc://…`` of a Spark Connect server, or a master; None takes the active session.
+            workers: tasks at a time.
+
+        Raises:
+            MissingExtraError: ``pyspark`` is not installed.
+            EngineError: Spark cannot be started or reached.
+        """
+        try:
+            from pyspark.errors import PySparkException
+            from pyspark.sql import SparkSession
+        except ImportError as error:
+            raise MissingExtraError("engine spark needs pyspark: pip install 'sf-pipelines[spark]'") from error
+        active = SparkSession.getActiveSession() if address is None else None
+        if active is not None:
+            return cls(active, workers)
+        builder: Any = SparkSession.builder
+        builder = builder.appName("sf_pipelines").config("spark.ui.showConsoleProgress", "false")
+        if address is not None and address.startswith("sc://"):
+            builder = builder.remote(address)
+        else:
+            cores = workers or len(os.sched_getaffinity(0))
+            builder = builder.master(address or f"local[{cores}]")
+            if address is None:
+                builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
+                # Its workers are of this very environment.
+                builder = builder.config("spark.pyspark.python", sys.executable)
+        try:
+            session = builder.getOrCreate()
+        except (PySparkException, OSError, RuntimeError) as error:
+            raise EngineError(f"no Spark at {address or 'this machine'}: {error}") from error
+        engine = cls(session, workers)
+        engine._owned = True
+        return engine
+
+    def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
+        """Runs the task on any executor."""
+        return self._pool.submit(self._job, config, task)
+
+    def _job(self, config: WriteConfig, task: Task) -> Outcome:
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
+
+        # Tags are a thread's own: this one's jobs can be interrupted together with those of its fellows.
+        self._session.addTag(self._tag)
+        try:
+            rows = (
+                self._session.range(1)
+                .repartition(1)
+                .mapInArrow(partial(_run_rows, pickle.dumps((config, task))), _RESULT)
+                .collect()
+            )
+        except (PySparkException, Py4JError) as error:
+            text = str(error)
+            kind = WorkerLostError if any(sign in text for sign in _LOST) else TaskCrashedError
+            raise kind(f"{task.label} on Spark: {text[:2000]}") from error
+        finally:
+            self._session.removeTag(self._tag)
+        return pickle.loads(rows[0]["outcome"])  # noqa: S301 - made by our own task
+
+    def stop(self) -> None:
+        """Interrupts the jobs that run; Spark ends the Python workers of their tasks."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._session.interruptTag(self._tag)
+        self._pool.shutdown(wait=True)
+
+    def close(self) -> None:
+        """Ends the session, if it was started here."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._owned:
+            self._session.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _run_rows(payload: bytes, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The task, in place of the one row."""
+    for batch in rows:
+        if batch.num_rows:
+            config, task = pickle.loads(payload)  # noqa: S301 - made by our own driver
+            outcome = pickle.dumps(run_task(config, task))
+            yield pa.record_batch([pa.array([outcome], pa.binary())], names=["outcome"])
+
+
+def _parallelism(session: "SparkSession") -> int:
+    """Tasks that Spark can run at once, as far as it says so."""
+    from pyspark.sql import is_remote
+
+    if not is_remote():
+        return max(1, session.sparkContext.defaultParallelism)
+    cores = int(session.conf.get("spark.executor.cores", "1") or 1)
+    return max(1, int(session.conf.get("spark.executor.instances", "2") or 2) * cores)

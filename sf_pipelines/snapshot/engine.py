@@ -1,0 +1,343 @@
+"""How the independent pieces of a build are spread: tasks, what an engine must do, and the driver above all engines.
+
+A task carries names and no data: whoever performs it reads its input from the object store, writes its part there
+under a fresh name, and commits a receipt by conditional create. So it does not matter where a task runs, how often, or
+that a copy of it wakes up when everybody has forgotten it: one receipt wins, and nothing else is ever looked at.
+"""
+
+import heapq
+import os
+import random
+import resource
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import SfPipelinesError, TaskCrashedError, TasksFailedError, error_of_kind
+from sf_pipelines.snapshot.model import Model
+from sf_pipelines.snapshot.receipts import RangeReceipt, Receipt, ScanReceipt, ShardReceipt
+
+# How often a task is tried whose failure may pass: a store that does not answer, a worker that is lost.
+TRIES = 4
+# Seconds before the second try; doubled for each one after it.
+_BACKOFF = 0.5
+_MOST_BACKOFF = 30.0
+# Tasks handed to an engine for each that it runs at a time: none waits for the driver, few have to be called back.
+_AHEAD = 2
+_POLL_SECONDS = 5.0
+_JITTER = random.SystemRandom()
+
+
+class Task(Model):
+    """One piece of a build that needs none of the others.
+
+    Attributes:
+        stage: ``route_range`` or ``build_shard``.
+        run_id: the build.
+        number: of the input range or of the shard.
+        rebuild: of a shard: make it again although it is sealed.
+    """
+
+    stage: Literal["route_range", "build_shard"]
+    run_id: str
+    number: int
+    rebuild: bool = False
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return f"{'range' if self.stage == 'route_range' else 'shard'} {self.number}"
+
+
+class Fault(Model):
+    """A typed error on its way between processes.
+
+    Attributes:
+        kind: the error's ``kind``.
+        message: what it said.
+    """
+
+    kind: str
+    message: str
+
+
+class Outcome(Model):
+    """What became of a task.
+
+    Attributes:
+        receipt: of the work; None where it failed.
+        fault: why it failed.
+        seconds: how long it took, without waiting and without shipping.
+        peak_bytes: most memory that the worker's process has ever used.
+        worker: ``host:pid`` of the process.
+    """
+
+    receipt: RangeReceipt | ShardReceipt | None = None
+    fault: Fault | None = None
+    seconds: float
+    peak_bytes: int
+    worker: str
+
+
+class Engine(Protocol):
+    """Runs tasks somewhere.
+
+    The contract, which ``sf_pipelines.snapshot.testing.engine`` checks: the future of a task gives what ``run_task``
+    returns; a worker that dies makes it raise ``WorkerLostError``, unless the engine itself has run the task again;
+    after ``stop`` no task runs any more.
+
+    Attributes:
+        name: as in the configuration.
+        remote: whether tasks run in other processes.
+    """
+
+    name: str
+    remote: bool
+
+    @property
+    def slots(self) -> int:
+        """Tasks at a time."""
+        ...
+
+    def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
+        """Runs ``run_task(config, task)`` as soon as there is room."""
+        ...
+
+    def stop(self) -> None:
+        """Gives up all tasks that are not done, and returns when none of them runs any more."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine has opened."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        ...
+
+    def __exit__(self, *exc: object) -> None:
+        """Closes it."""
+        ...
+
+
+def perform(build: Build, task: Task) -> RangeReceipt | ShardReceipt:
+    """Does the work of a task in this process."""
+    # A task is a stage, and stages spread tasks.
+    from sf_pipelines.snapshot import stages
+
+    if task.stage == "route_range":
+        return stages.route_range(build, task.run_id, task.number)
+    return stages.build_shard(build, task.run_id, task.number, rebuild=task.rebuild)
+
+
+def run_task(config: WriteConfig, task: Task) -> Outcome:
+    """What a worker runs: the work of a task; a typed error becomes part of the outcome.
+
+    Args:
+        config: the snapshot, credentials included.
+        task: what to do.
+    """
+    watch = Stopwatch()
+    receipt, fault = None, None
+    try:
+        with Build(config) as build:
+            receipt = perform(build, task)
+    except SfPipelinesError as error:
+        fault = Fault(kind=error.kind, message=str(error))
+    return Outcome(receipt=receipt, fault=fault, seconds=watch.seconds, peak_bytes=peak_bytes(), worker=_worker())
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has ever used; Linux counts it in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _worker() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class InProcess:
+    """Threads of this process: index libraries let go of the interpreter while they work."""
+
+    name = "in_process"
+    remote = False
+
+    def __init__(self, build: Build, slots: int) -> None:
+        self.slots = slots
+        self._build = build
+        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="sf-pipelines-build")
+
+    def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
+        """Performs the task with the driver's own build, whose progress is seen; errors are raised as they are."""
+        del config
+        return self._pool.submit(self._perform, task)
+
+    def _perform(self, task: Task) -> Outcome:
+        watch = Stopwatch()
+        receipt = perform(self._build, task)
+        return Outcome(receipt=receipt, seconds=watch.seconds, peak_bytes=peak_bytes(), worker=_worker())
+
+    def stop(self) -> None:
+        """Nothing new is begun; waits for what runs."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """The same."""
+        self.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(order=True)
+class _Retry:
+    """A task that is tried again at a time of ``time.monotonic``."""
+
+    due: float
+    order: int
+    task: Task
+    tries: int
+
+
+class _Driver:
+    """Keeps an engine busy with tasks until all are done, or one has failed for good."""
+
+    def __init__(self, build: Build, scanned: ScanReceipt, engine: Engine, tasks: Sequence[Task]) -> None:
+        self._build = build
+        self._scanned = scanned
+        self._engine = engine
+        self._fresh = list(reversed(tasks))
+        self._retries: list[_Retry] = []
+        self._running: dict[Future[Outcome], tuple[Task, int]] = {}
+        self.outcomes: dict[Task, Outcome] = {}
+        self.failures: dict[Task, Exception] = {}
+
+    def run(self, on_done: "OnDone", *, keep_going: bool) -> None:
+        """Returns when there is nothing left to do."""
+        try:
+            while (self._fresh or self._retries or self._running) and (keep_going or not self.failures):
+                self._fill()
+                done, _ = wait(self._running, timeout=self._patience(), return_when=FIRST_COMPLETED)
+                self._build.renew(self._scanned)
+                for future in done:
+                    self._settle(future, on_done)
+        finally:
+            if self._running:
+                self._engine.stop()
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        while len(self._running) < _AHEAD * self._engine.slots:
+            if self._retries and self._retries[0].due <= now:
+                again = heapq.heappop(self._retries)
+                task, tries = again.task, again.tries
+            elif self._fresh:
+                task, tries = self._fresh.pop(), 0
+            else:
+                return
+            self._running[self._engine.submit(self._build.config, task)] = (task, tries)
+
+    def _patience(self) -> float:
+        """Seconds until a task is due again, or the lease is to be renewed."""
+        if not self._retries:
+            return _POLL_SECONDS
+        patience = max(0.0, min(_POLL_SECONDS, self._retries[0].due - time.monotonic()))
+        if not self._running:
+            time.sleep(patience)
+        return patience
+
+    def _settle(self, future: "Future[Outcome]", on_done: "OnDone") -> None:
+        task, tries = self._running.pop(future)
+        error: BaseException | None
+        try:
+            error = future.exception()
+        except CancelledError as cancelled:
+            error = cancelled
+        outcome = None if error else future.result()
+        if outcome is not None and outcome.fault is not None:
+            error = error_of_kind(outcome.fault.kind, outcome.fault.message)
+            error.add_note(f"{task.label}, on worker {outcome.worker}")
+        if error is None and outcome is not None:
+            self.outcomes[task] = outcome
+            on_done(task, outcome)
+            return
+        if not isinstance(error, Exception):
+            # The engine was interrupted, not the task.
+            raise error or RuntimeError(f"{self._engine.name} gave neither an outcome nor an error for {task.label}")
+        retryable = isinstance(error, SfPipelinesError) and error.retryable
+        if retryable and tries + 1 < TRIES:
+            delay = min(_MOST_BACKOFF, _BACKOFF * 2**tries) * _JITTER.uniform(0.5, 1.5)
+            heapq.heappush(self._retries, _Retry(time.monotonic() + delay, task.number, task, tries + 1))
+            return
+        self.failures[task] = error
+
+
+class OnDone(Protocol):
+    """Told of each task that is done."""
+
+    def __call__(self, task: Task, outcome: Outcome) -> None:
+        """A task and what became of it."""
+        ...
+
+
+def nobody(task: Task, outcome: Outcome) -> None:
+    """Nobody is told."""
+    del task, outcome
+
+
+def spread(
+    build: Build,
+    scanned: ScanReceipt,
+    engine: Engine,
+    tasks: Sequence[Task],
+    *,
+    keep_going: bool = False,
+    on_done: OnDone = nobody,
+) -> list[Receipt]:
+    """Has an engine do all tasks; tries again what may pass, with backoff.
+
+    Args:
+        build: what is built.
+        scanned: its scan; the build's lease is renewed as long as tasks run.
+        engine: where they run.
+        tasks: what to do; those at the front are begun first.
+        keep_going: do all other tasks although one has failed for good; else what runs is stopped then.
+        on_done: told of each task that is done, in this thread.
+
+    Returns:
+        The receipts, in the order of the tasks.
+
+    Raises:
+        TasksFailedError: tasks failed for good; names each with its cause. In this process the error of a single one
+            is raised as it is.
+    """
+    driver = _Driver(build, scanned, engine, tasks)
+    driver.run(on_done, keep_going=keep_going)
+    if driver.failures:
+        raise _failed(engine, driver.failures, len(tasks))
+    receipts: list[Receipt] = []
+    for task in tasks:
+        receipt = driver.outcomes[task].receipt
+        if receipt is None:
+            raise TaskCrashedError(f"{engine.name} says that {task.label} is done, but gives no receipt of it")
+        receipts.append(receipt)
+    return receipts
+
+
+def _failed(engine: Engine, failures: dict[Task, Exception], tasks: int) -> Exception:
+    first = next(iter(failures.values()))
+    if not engine.remote and (len(failures) == 1 or not isinstance(first, SfPipelinesError)):
+        return first
+    causes = {task.label: error for task, error in sorted(failures.items(), key=lambda item: item[0].number)}
+    shown = "; ".join(f"{label}: {type(error).__name__}: {error}" for label, error in causes.items())
+    failed = TasksFailedError(f"{len(causes)} of {tasks} tasks failed on engine {engine.name}: {shown}", causes)
+    failed.__cause__ = first
+    return failed

@@ -27,7 +27,7 @@ class _PassingError(WebhookError):
 
 
 def build_failure_sensor(graph: Graph, options: FailureAlertOptions) -> dg.SensorDefinition:
-    """A sensor on failed runs of this snapshot, however they were launched."""
+    """A sensor on failed runs that build this snapshot or operate on it, however they were launched."""
     names = graph.names
 
     @dg.run_failure_sensor(
@@ -39,8 +39,8 @@ def build_failure_sensor(graph: Graph, options: FailureAlertOptions) -> dg.Senso
     def failure_sensor(context: dg.RunFailureSensorContext) -> dg.SkipReason | None:
         run = context.dagster_run
         # Every failed run of the code location is shown to this sensor.
-        if not graph.is_built_by(run):
-            return dg.SkipReason(f"Run {run.run_id} does not build the snapshot {names.name!r}.")
+        if not graph.is_about(run):
+            return dg.SkipReason(f"Run {run.run_id} does not build or operate on the snapshot {names.name!r}.")
         alert = describe_failure(context, graph)
         context.log.error("%s", alert["text"])
         if options.webhook_url is not None:

@@ -12,6 +12,7 @@ from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.operations import build_cleanup_schedule, build_operation_jobs
 from sf_pipelines.orchestration.options import S3ResourceOptions, SnapshotOptions, sensor_status
 from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
 from sf_pipelines.orchestration.resources import snapshot_resource
@@ -32,7 +33,7 @@ def build_snapshot_defs(
     execute: Execute = execute_stage,
     **fields: Any,
 ) -> dg.Definitions:
-    """Assets, checks, job, schedule, sensors and resources of one snapshot.
+    """Assets, checks, jobs, schedules, sensors and resources of one snapshot.
 
     Merge the definitions of several snapshots with ``Definitions.merge``.
 
@@ -68,8 +69,14 @@ def build_snapshot_defs(
     return dg.Definitions(
         assets=[*assets, *([build_published_snapshot(graph)] if chosen.pointer_sensor else [])],
         asset_checks=[build_checks(graph)],
-        jobs=[_job(names, own, upstream if chosen.refresh_source else [])],
-        schedules=[build_schedule(graph, chosen.schedule)] if chosen.schedule else [],
+        jobs=[
+            _job(names, own, upstream if chosen.refresh_source else []),
+            *(build_operation_jobs(graph) if chosen.operations else []),
+        ],
+        schedules=[
+            *([build_schedule(graph, chosen.schedule)] if chosen.schedule else []),
+            *([build_cleanup_schedule(graph, chosen.cleanup)] if chosen.cleanup else []),
+        ],
         sensors=list(_sensors(graph, own)),
         resources={names.resource: snapshot, names.io_manager: reference_io_manager(names.resource)},
     )

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 import dagster as dg
 
 from sf_pipelines.orchestration.conditions import condition_of
-from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.names import OPERATED_TAG, SnapshotNames
 from sf_pipelines.orchestration.options import SnapshotOptions
 from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig
 
@@ -64,6 +64,10 @@ class Graph:
         """Whether a run is of the snapshot's job, or has assets of the snapshot in any other way."""
         own = [*self.names.key_prefix, self.config.name]
         return run.job_name == self.names.job or any(key.path[: len(own)] == own for key in run.asset_selection or ())
+
+    def is_about(self, run: dg.DagsterRun) -> bool:
+        """Whether a run builds this snapshot, or operates on it."""
+        return self.is_built_by(run) or run.tags.get(OPERATED_TAG) == self.config.name
 
     def asset_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
         """What all assets share, unpartitioned ones too: a single run can take the whole graph."""

@@ -8,6 +8,9 @@ from sf_pipelines.orchestration.options import SnapshotOptions
 from sf_pipelines.snapshot.config import WriteConfig
 
 SNAPSHOT_TAG = "sf_pipelines/snapshot"
+# Other than the tag of builds: a queue that lets one build at a time through must not make a rollback wait for it.
+OPERATED_TAG = "sf_pipelines/operates_on"
+OPERATION_TAG = "sf_pipelines/operation"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ class SnapshotNames:
     def job(self) -> str:
         """The job that does everything in one run."""
         return f"build_{self.name}"
+
+    def operation(self, noun: str) -> str:
+        """The job of an operation: ``rollback_<name>``."""
+        return f"{noun}_{self.name}"
+
+    def operation_step(self, noun: str) -> str:
+        """The one step of that job."""
+        return f"{self.name}_{noun}"
+
+    @property
+    def cleanup_schedule(self) -> str:
+        """Cleanups by the clock."""
+        return f"{self.name}_cleanup_schedule"
 
     @property
     def schedule(self) -> str:

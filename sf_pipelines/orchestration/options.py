@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import dagster as dg
 from dagster_aws.s3 import S3Resource
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sf_pipelines.engines import EngineSpec, engine_spec
 from sf_pipelines.snapshot.errors import ConfigError
@@ -113,6 +113,26 @@ class AutomationOptions(ConfigModel):
     default_status: Status = "stopped"
 
 
+def _cron_is_valid(value: str) -> str:
+    try:
+        dg.ScheduleDefinition(name="probe", job_name="probe", cron_schedule=value)
+    except dg.DagsterInvalidDefinitionError as error:
+        raise ValueError("is no cron expression of five fields, as in '0 3 * * *'") from error
+    return value
+
+
+def _timezone_is_known(value: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(value)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError) as error:
+        raise ValueError("is no time zone of the IANA database, as in 'Europe/Berlin'") from error
+    return value
+
+
+_Cron = Annotated[str, AfterValidator(_cron_is_valid)]
+_TimeZone = Annotated[str, AfterValidator(_timezone_is_known)]
+
+
 class ScheduleOptions(ConfigModel):
     """Rebuilds by the clock, through the job ``build_<name>``.
 
@@ -123,28 +143,32 @@ class ScheduleOptions(ConfigModel):
         default_status: whether the schedule is on before anybody touches its switch in the UI.
     """
 
-    cron: str
-    timezone: str = "UTC"
+    cron: _Cron
+    timezone: _TimeZone = "UTC"
     force: bool = False
     default_status: Status = "stopped"
 
-    @field_validator("cron")
-    @classmethod
-    def _cron_is_valid(cls, value: str) -> str:
-        try:
-            dg.ScheduleDefinition(name="probe", job_name="probe", cron_schedule=value)
-        except dg.DagsterInvalidDefinitionError as error:
-            raise ValueError("is no cron expression of five fields, as in '0 3 * * *'") from error
-        return value
 
-    @field_validator("timezone")
-    @classmethod
-    def _timezone_is_known(cls, value: str) -> str:
-        try:
-            zoneinfo.ZoneInfo(value)
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError) as error:
-            raise ValueError("is no time zone of the IANA database, as in 'Europe/Berlin'") from error
-        return value
+class CleanupScheduleOptions(ConfigModel):
+    """Cleanups by the clock, through the job ``cleanup_<name>``.
+
+    Attributes:
+        cron: five fields, as in ``0 5 * * 0``.
+        timezone: name of the IANA database that the fields are read in.
+        keep: published snapshots to keep, the current one included.
+        older_than_days: keep all that were built in so many days, too.
+        stale_after_days: age of failed builds, lost attempts and left-over files that may go.
+        dry_run: only show what would go; ``false`` removes it.
+        default_status: whether the schedule is on before anybody touches its switch in the UI.
+    """
+
+    cron: _Cron
+    timezone: _TimeZone = "UTC"
+    keep: Annotated[int, Field(ge=1)]
+    older_than_days: Annotated[float, Field(ge=0, le=36_525)] | None = None
+    stale_after_days: Annotated[float, Field(ge=0, le=36_525)] = 7.0
+    dry_run: bool = True
+    default_status: Status = "stopped"
 
 
 class SourceSensorOptions(ConfigModel):
@@ -248,6 +272,9 @@ class SnapshotOptions(ConfigModel):
         freshness: how old the published snapshot may get. It counts from the events of ``published_snapshot`` where
             there is a pointer sensor, else from the last run that looked at the source and found it published.
         failure_alert: what happens when a run fails.
+        operations: whether there are the jobs ``rollback_<name>``, ``release_<name>``, ``pin_<name>``,
+            ``unpin_<name>``, ``cleanup_<name>``, ``diff_<name>`` and ``verify_<name>``.
+        cleanup: cleanups by the clock.
     """
 
     source_assets: tuple[_AssetKey, ...] = ()
@@ -267,6 +294,15 @@ class SnapshotOptions(ConfigModel):
     pointer_sensor: PointerSensorOptions | None = None
     freshness: FreshnessOptions | None = None
     failure_alert: FailureAlertOptions | None = None
+    operations: bool = True
+    cleanup: CleanupScheduleOptions | None = None
+
+    @field_validator("cleanup")
+    @classmethod
+    def _cleanup_has_its_job(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("operations") is False:
+            raise ValueError("needs the job cleanup_<name>: leave operations: false out")
+        return value
 
     @field_validator("owners", "tags")
     @classmethod

@@ -20,7 +20,7 @@ INSTANCE = [block for kind, block in BLOCKS if kind == "yaml" and block.startswi
 
 
 def test_no_block_is_left_out() -> None:
-    assert len(YAML) + len(PYTHON) + len(INSTANCE) == len(BLOCKS) == 13
+    assert len(YAML) + len(PYTHON) + len(INSTANCE) == len(BLOCKS) == 15
 
 
 @pytest.mark.parametrize("block", YAML)
@@ -29,6 +29,8 @@ def test_the_yaml_loads(block: str) -> None:
     component, made = load(ATTRIBUTES | fields)
     given = component.options.model_dump(exclude_unset=True)
     assert all(given[name] is not None for name in fields)
+    assert ("cleanup" in fields) == any(found.name == "products_cleanup_schedule" for found in made.schedules or ())
+    assert fields.get("operations", True) == any(found.name == "rollback_products" for found in made.jobs or ())
     for sensor in ("source_sensor", "pointer_sensor"):
         assert (sensor in fields) == any(found.name == f"products_{sensor}" for found in made.sensors or ())
 

@@ -11,7 +11,7 @@ export DAGSTER_HOME := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev snapshot ui test lint types walls fast-tests test-all test-rest chromium bench clean
+.PHONY: help install install-dev snapshot ui test lint types walls fast-tests test-all test-rest chromium docs bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ chromium:
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; \
 	  else echo "chromium or chromedriver is missing: the browser tests will be skipped"; fi; fi
+
+docs: install  ## write docs/reference.md from the models
+	@$(BIN)/python -m sf_pipelines.components.reference docs/reference.md
 
 bench: install-dev  ## measure build, memory, recall, search and look-ups (readers)
 	$(BIN)/python -m sf_pipelines_tests.benchmarks

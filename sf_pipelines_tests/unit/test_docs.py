@@ -184,8 +184,14 @@ def _below(error: type) -> list[type]:
     return [found for child in error.__subclasses__() for found in (child, *_below(child))]
 
 
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = (_HERE / _FIRST).read_text(encoding="utf-8")
+    for page in (_HERE / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in text, page.name
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in _PAGES:
+    for page in (_FIRST, *(f"docs/{path.name}" for path in (_HERE / "docs").glob("*.md"))):
         text = (_HERE / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
             path, _, anchor = target.partition("#")

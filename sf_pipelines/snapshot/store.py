@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import stamina
 from obstore import exceptions as obstore_errors
+from obstore import open_writer
 from obstore.store import LocalStore, MemoryStore, S3Store
 
 from sf_pipelines.snapshot.errors import (
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 4 * 1024 * 1024
 _PART = 32 * 1024 * 1024
+# What S3 copies in one request; 10,000 parts of an upload, each of _PART bytes, are 312 GiB.
+_COPIED_AT_ONCE = 5 * 1024**3
 # As many as S3 takes in one request.
 _DELETED_TOGETHER = 1000
 _LOCK_NAME = ".sf_pipelines.lock"
@@ -290,9 +293,16 @@ class Store:
             self._backend.put(key, file, attributes=self._attributes(content_type))
 
     def copy(self, source: str, target: str) -> None:
-        """Copies an object inside the store."""
+        """Copies an object inside the store; on S3, what is too large for one request goes through this process."""
         with self._translated("copy", source):
-            self._backend.copy(source, target)
+            if self.local_root is None and self._backend.head(source)["size"] > _COPIED_AT_ONCE:
+                writer = open_writer(self._backend, target, buffer_size=_PART)
+                for data in self._chunks(source):
+                    writer.write(data)
+                # Not closed after an error: closing would give half of the object its name.
+                writer.close()
+            else:
+                self._backend.copy(source, target)
 
     def delete(self, key: str) -> None:
         """Removes an object; one that is gone already is fine."""

@@ -2,9 +2,10 @@
 
 import io
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
-from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.errors import ConfigError, IntegrityError, StoreError
 from sf_pipelines.snapshot.ledger import Ledger, get_verified
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 
 _RENEW_SECONDS = 20.0
+# As often as a record is renewed at most; a lease outlives several that the store did not take.
+_BEAT_SECONDS = record.RENEW_AFTER.total_seconds()
 # Each open shard keeps its index in memory, and a snapshot may have any number of shards.
 _OPEN_SHARDS = 8
 
@@ -112,6 +115,29 @@ class Build:
         if now - self._renewed.get(scanned.record_key, -_RENEW_SECONDS) >= _RENEW_SECONDS:
             record.renew(self.store, scanned.record_key)
             self._renewed[scanned.record_key] = now
+
+    @contextmanager
+    def working(self, scanned: ScanReceipt) -> Iterator[None]:
+        """Says that a build goes on for as long as one piece of work takes that does not say so itself."""
+        if scanned.published:
+            yield
+            return
+        ended = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(scanned, ended), name="sf-pipelines-lease", daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            # Joined: nobody must find a build running that was just said to have ended.
+            ended.set()
+            beat.join()
+
+    def _beat(self, scanned: ScanReceipt, ended: threading.Event) -> None:
+        while not ended.wait(_BEAT_SECONDS):
+            # A store that fails just now, or a record that is gone, does not end the work: the next beat tries again,
+            # and the stage that needs the store says what is wrong.
+            with suppress(StoreError, IntegrityError):
+                record.renew(self.store, scanned.record_key)
 
     def routing(self, trained: TrainReceipt | None) -> Routing:
         """How rows find their shard: by what was trained, or by the configuration alone."""

@@ -32,10 +32,10 @@ def fork_run(
     Returns:
         The new run's id.
     """
-    scanned, sampled = run.scanned, run.sampled
+    scanned = run.scanned
     fork = _Fork(build, scanned.run_id, new_run_id(scanned.build_key))
     view = publish.read_pointer(build.store)
-    fork.commit(
+    begun = fork.commit(
         scanned,
         base_fingerprint=view.fingerprint,
         base_run_id=view.pointer.run_id if view.pointer else None,
@@ -45,6 +45,13 @@ def fork_run(
         held=False,
         forced=False,
     )
+    with build.working(begun):
+        _copy_run(build, fork, run, shards)
+    return fork.run_id
+
+
+def _copy_run(build: Build, fork: "_Fork", run: RunReceipts, shards: list[ShardReceipt]) -> None:
+    sampled = run.sampled
     fork.commit(
         sampled,
         rejects=fork.copy_ref(sampled.rejects),
@@ -57,7 +64,6 @@ def fork_run(
     for number, shard in enumerate(shards, start=1):
         fork.copy_shard(shard)
         build.report("fork", number, len(shards), "shards")
-    return fork.run_id
 
 
 class _Fork:

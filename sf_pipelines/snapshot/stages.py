@@ -20,9 +20,7 @@ from sf_pipelines.snapshot.engine import Engine, InProcess, OnDone, Outcome, Tas
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
-    DataContractError,
     ObjectMissingError,
-    SourceEmptyError,
 )
 from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
@@ -48,7 +46,7 @@ from sf_pipelines.snapshot.sharding import ClusterSharding
 from sf_pipelines.snapshot.source.files import SourceListing, Span, pin, plan_ranges
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.training import is_outworn, train_or_keep
-from sf_pipelines.snapshot.validation import validate_and_sample
+from sf_pipelines.snapshot.validation import check_rejects, validate_and_sample
 
 __all__ = [
     "CHECKS",
@@ -171,25 +169,8 @@ def sample(build: Build, run_id: str) -> SampleReceipt:
         receipt = receipt.model_copy(update={"reason": "this source was validated and sampled before"})
     else:
         receipt = ledger.commit(validate_and_sample(build, scanned, ledger), number=number)
-    _check_rejects(build, receipt)
+    check_rejects(build, receipt)
     return receipt
-
-
-def _check_rejects(build: Build, receipt: SampleReceipt) -> None:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(receipt.reject_reasons.items()))
-    where = f"see {build.store.url_of(receipt.rejects.key)}"
-    if receipt.rejected > build.config.max_reject_fraction * receipt.rows_in:
-        raise DataContractError(
-            f"{receipt.rejected} of {receipt.rows_in} rows were rejected ({reasons}), more than max_reject_fraction "
-            f"{build.config.max_reject_fraction} allows; {where}"
-        )
-    if receipt.rows_kept == 0:
-        raise SourceEmptyError(f"all {receipt.rows_in} rows were rejected ({reasons}); {where}")
-    if isinstance(build.config.sharding, ClusterSharding) and receipt.train_rows < build.config.num_dbs:
-        raise ConfigError(
-            f"WriteConfig.num_dbs: {build.config.num_dbs} shards for {receipt.rows_kept} rows that satisfy the "
-            "contract; use fewer shards"
-        )
 
 
 # 3. train
@@ -215,7 +196,8 @@ def train(build: Build, run_id: str) -> TrainReceipt:
         what = "kept" if found.kept else "trained"
         return found.model_copy(update={"reason": f"these {found.artifact} were {what} before"})
     vectors = vectors_of(ledger.get_table(sampled.training))
-    return ledger.commit(train_or_keep(build, scanned, vectors, inputs), number=number)
+    with build.working(scanned):
+        return ledger.commit(train_or_keep(build, scanned, vectors, inputs), number=number)
 
 
 # 4. route
@@ -353,7 +335,8 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     ranges = [ledger.read(RangeReceipt, key) for key in run.routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
     same = None if rebuild else same_shard(build, run, shard)
-    return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt, same), part, number=attempt)
+    with build.working(run.scanned):
+        return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt, same), part, number=attempt)
 
 
 def build_shards(
@@ -435,7 +418,8 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
             f"build {run_id}: {rows} rows in shards and {sampled.rejected} rejected do not make the "
             f"{sampled.rows_in} read"
         )
-    return ledger.commit(assemble_manifest(build, run, shards, inputs), number=number)
+    with build.working(scanned):
+        return ledger.commit(assemble_manifest(build, run, shards, inputs), number=number)
 
 
 # 7. gate
@@ -451,7 +435,8 @@ def check(build: Build, run_id: str, name: str) -> Verdict:
         ReceiptMissingError: there is no manifest yet.
     """
     scanned = build.scanned(run_id)
-    return gating.run_check(build, run_id, name, held=scanned.held)
+    with build.working(scanned):
+        return gating.run_check(build, run_id, name, held=scanned.held)
 
 
 def gate(build: Build, run_id: str) -> list[Verdict]:
@@ -490,7 +475,8 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
         ref = build.store.url_of(found.manifest_key)
         return found.model_copy(update={"published": False, "reason": reason, "manifest_ref": ref})
     gating.require_passed(build, run_id, manifest)
-    gating.require_whole(build, run_id, manifest)
+    with build.working(scanned):
+        gating.require_whole(build, run_id, manifest)
     data = staged_manifest(build.store, manifest)
     pointer, before = publish.publish(
         build.store,
@@ -507,7 +493,7 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
         manifest_key=publish.manifest_key(pointer),
         manifest_ref=pointer.manifest_ref,
         manifest_digest=manifest.manifest_digest,
-        previous_run_id=before.pointer.run_id if before.pointer else None,
+        previous_run_id=before.before(run_id),
         seq=pointer.seq or 0,
     )
     record.finish(build.store, scanned.record_key, "succeeded", manifest_ref=pointer.manifest_ref)

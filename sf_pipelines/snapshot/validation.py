@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import ConfigError, DataContractError, SourceEmptyError
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.receipts import Ref, SampleReceipt, ScanReceipt
@@ -117,3 +118,27 @@ def _put_vectors(ledger: Ledger, name: str, rows: pa.Table, vectors: Float32) ->
     flat = pa.array(np.ascontiguousarray(vectors[: len(rows)]).ravel())
     column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     return ledger.put_table(f"samples/{name}", rows.add_column(1, "vector", column))
+
+
+def check_rejects(build: Build, receipt: SampleReceipt) -> None:
+    """Whether enough rows satisfied the contract.
+
+    Raises:
+        DataContractError: more rows were rejected than ``max_reject_fraction`` allows.
+        SourceEmptyError: no row was left.
+        ConfigError: fewer rows than shards were left.
+    """
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(receipt.reject_reasons.items()))
+    where = f"see {build.store.url_of(receipt.rejects.key)}"
+    if receipt.rejected > build.config.max_reject_fraction * receipt.rows_in:
+        raise DataContractError(
+            f"{receipt.rejected} of {receipt.rows_in} rows were rejected ({reasons}), more than max_reject_fraction "
+            f"{build.config.max_reject_fraction} allows; {where}"
+        )
+    if receipt.rows_kept == 0:
+        raise SourceEmptyError(f"all {receipt.rows_in} rows were rejected ({reasons}); {where}")
+    if isinstance(build.config.sharding, ClusterSharding) and receipt.train_rows < build.config.num_dbs:
+        raise ConfigError(
+            f"WriteConfig.num_dbs: {build.config.num_dbs} shards for {receipt.rows_kept} rows that satisfy the "
+            "contract; use fewer shards"
+        )

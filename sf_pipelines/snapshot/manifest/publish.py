@@ -54,6 +54,14 @@ class PointerView:
         """Number of the last move; None when unknown."""
         return None if self.pointer is None else self.pointer.seq
 
+    def before(self, run_id: str) -> str | None:
+        """The run that was served before this one, also where this one is served already; None when unknown."""
+        found = self.pointer
+        if found is not None and found.run_id == run_id:
+            # A publisher that died between its move and its receipt finds itself.
+            return found.previous.run_id if found.previous else None
+        return None if found is None else found.run_id
+
 
 @dataclass(frozen=True)
 class HistoryEntry:

@@ -1,0 +1,126 @@
+"""What a build says about itself while it works, and what it says after a crash."""
+
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sf_pipelines import S3Options, build_snapshot
+from sf_pipelines.snapshot import build as builds
+from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot import store as stores
+from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.errors import StoreUnavailableError
+from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.manifest import record
+from sf_pipelines.snapshot.receipts import PromoteReceipt, ShardReceipt
+from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.builds import assembled, routed
+from sf_pipelines_tests.tables import small_config, write_source
+
+_SECONDS = 30.0
+
+
+@pytest.fixture
+def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builds, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(record, "RENEW_AFTER", timedelta(0))
+
+
+def beating() -> bool:
+    return any(thread.name == "sf-pipelines-lease" for thread in threading.enumerate())
+
+
+@pytest.mark.usefixtures("fast_beats")
+def test_a_lease_is_renewed_while_one_shard_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(tmp_path / "source.parquet", seed=0)
+    seal, beats = stages.seal_shard, threading.Semaphore(0)
+    renew = record.renew
+
+    def counted(store: Store, record_key: str) -> record.BuildRecord:
+        renewed = renew(store, record_key)
+        if threading.current_thread().name == "sf-pipelines-lease":
+            beats.release()
+        return renewed
+
+    def slow(*args: Any) -> ShardReceipt:
+        assert beats.acquire(timeout=_SECONDS), "nobody renewed the lease"
+        assert beats.acquire(timeout=_SECONDS), "the lease was renewed only once"
+        return seal(*args)
+
+    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
+        run_id = routed(build)
+        monkeypatch.setattr(record, "renew", counted)
+        monkeypatch.setattr(stages, "seal_shard", slow)
+        stages.build_shard(build, run_id, 0)
+    assert not beating()
+
+
+@pytest.mark.usefixtures("fast_beats")
+def test_a_store_that_fails_does_not_end_the_beating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(tmp_path / "source.parquet", seed=0)
+    beats = threading.Semaphore(0)
+
+    def failing(store: Store, record_key: str) -> None:
+        beats.release()
+        raise StoreUnavailableError(f"cannot read {store.url_of(record_key)}: down")
+
+    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
+        scanned = stages.scan(build)
+        monkeypatch.setattr(record, "renew", failing)
+        with build.working(scanned):
+            for _ in range(3):
+                assert beats.acquire(timeout=_SECONDS)
+    assert not beating()
+
+
+@pytest.mark.usefixtures("fast_beats")
+def test_nobody_renews_after_the_work_has_failed(tmp_path: Path) -> None:
+    write_source(tmp_path / "source.parquet", seed=0)
+    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
+        scanned = stages.scan(build)
+        with pytest.raises(ZeroDivisionError), build.working(scanned):
+            raise ZeroDivisionError
+        assert not beating()
+
+
+def test_a_promotion_repeated_after_a_crash_names_who_was_served_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "source.parquet", seed=0)
+    config, cache = small_config(tmp_path), tmp_path / "cache"
+    first = build_snapshot(config, cache_dir=cache).run_id
+    write_source(tmp_path / "source.parquet", seed=1)
+    build, run_id = assembled(config, cache)
+    commit = Ledger.commit
+
+    def killed(self: Ledger, receipt: Any, *args: Any, **how: Any) -> Any:
+        if isinstance(receipt, PromoteReceipt):
+            raise KeyboardInterrupt
+        return commit(self, receipt, *args, **how)
+
+    with build:
+        stages.gate(build, run_id)
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "commit", killed)
+            with pytest.raises(KeyboardInterrupt):
+                stages.promote(build, run_id)
+        again = stages.promote(build, run_id)
+    assert (again.run_id, again.previous_run_id) == (run_id, first)
+
+
+def test_a_large_object_is_copied_in_parts(
+    moto_options: S3Options, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(f"s3://{bucket}/copies", moto_options)
+    part = 6 * 1024 * 1024  # not obstore's own 5 MiB
+    data = bytes(range(256)) * (part // 128)
+    store.put("from", data)
+    monkeypatch.setattr(stores, "_COPIED_AT_ONCE", len(data) - 1)
+    monkeypatch.setattr(stores, "_PART", part)
+    store.copy("from", "to")
+    assert store.sha256("to") == store.sha256("from")
+    # S3 marks what was uploaded in parts by their number.
+    assert (store.head("to").etag or "").strip('"').endswith("-2")

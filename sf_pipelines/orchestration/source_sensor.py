@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 import dagster as dg
 
@@ -25,6 +26,10 @@ _UNFINISHED = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+_WAITING = {dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED}
+# Dagster's default launcher never notices that a run died with its machine: the run counts as started for ever, and
+# would hold back every build after it.
+SILENCE = timedelta(hours=1)
 
 
 def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequence[dg.AssetKey]) -> dg.SensorDefinition:
@@ -79,9 +84,18 @@ def _built_from(access: SnapshotAccess, source: str) -> str | None:
 
 
 def _is_building(instance: dg.DagsterInstance, graph: Graph) -> bool:
-    """Whether a run of the job, or one of selected assets of the snapshot (also of a backfill), has not ended."""
+    """Whether a run of the job, or one of selected assets of the snapshot (also of a backfill), goes on."""
     unfinished = instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))
-    return any(graph.is_built_by(record.dagster_run) for record in unfinished)
+    return any(graph.is_built_by(record.dagster_run) and _is_heard_of(instance, record) for record in unfinished)
+
+
+def _is_heard_of(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
+    """Whether a run waits to be started, or has written an event or a line of its log lately."""
+    if record.dagster_run.status in _WAITING:
+        return True
+    last = instance.get_records_for_run(record.dagster_run.run_id, limit=1, ascending=False).records
+    heard = last[0].timestamp if last else record.create_timestamp.timestamp()
+    return time.time() - heard < SILENCE.total_seconds()
 
 
 def _run_request(

@@ -10,7 +10,7 @@ import pytest
 
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
-from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs
+from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs, source_sensor
 from sf_pipelines.orchestration.names import SNAPSHOT_TAG
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import StoreError
@@ -122,6 +122,33 @@ def test_a_run_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterIn
     assert "a build is going on" in why(sensor.tick())
     instance.report_run_canceled(run)
     only(sensor.tick())
+
+
+def test_a_run_that_died_with_its_machine_is_not_waited_for(
+    sensor: Sensor, instance: dg.DagsterInstance, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(sensor.tick())
+    job = sensor.defs.resolve_job_def("build_tiny")
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    instance.report_engine_event("the last that was heard of it", run)
+    pq.write_table(digits_table().slice(0, 30), source.with_name("more.parquet"))
+    now = time.time()
+    monkeypatch.setattr(source_sensor.time, "time", lambda: now + 0.9 * source_sensor.SILENCE.total_seconds())
+    assert "a build is going on" in why(sensor.tick())
+    monkeypatch.setattr(source_sensor.time, "time", lambda: now + 1.1 * source_sensor.SILENCE.total_seconds())
+    only(sensor.tick())
+
+
+def test_a_run_that_waits_in_the_queue_is_waited_for(
+    sensor: Sensor, instance: dg.DagsterInstance, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(sensor.tick())
+    job = sensor.defs.resolve_job_def("build_tiny")
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.NOT_STARTED)
+    pq.write_table(digits_table().slice(0, 30), source.with_name("more.parquet"))
+    now = time.time()
+    monkeypatch.setattr(source_sensor.time, "time", lambda: now + 3 * source_sensor.SILENCE.total_seconds())
+    assert "a build is going on" in why(sensor.tick())
 
 
 def test_a_backfill_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterInstance) -> None:

@@ -265,7 +265,9 @@ def _show_diff(out: Console, found: "SnapshotDiff") -> None:
     facts: dict[str, str] = {}
     if found.ids is not None:
         by = ", numbers compared as text" if found.ids.as_text else ""
-        facts["rows by id"] = f"{found.ids.added:,} added, {found.ids.gone:,} gone, {found.ids.kept:,} kept{by}"
+        changed = f" ({found.ids.changed:,} with another vector)" if found.ids.changed else ""
+        counts = f"{found.ids.added:,} added, {found.ids.gone:,} gone, {found.ids.kept:,} kept{changed}"
+        facts["rows by id"] = f"{counts}{by}"
     sizes = [(shard.rows_before, shard.rows_after) for shard in found.shards]
     facts["largest shard"] = f"{max(old for old, _ in sizes):,} rows before, {max(new for _, new in sizes):,} after"
     if found.routing is not None:

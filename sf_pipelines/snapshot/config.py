@@ -225,19 +225,24 @@ class DriftLimits(ConfigModel):
         min_overlap: mean share of the same rows in the answers of both snapshots to the query sample.
         max_gone_fraction: rows that are gone, as a share of the current snapshot's.
         max_added_fraction: rows that are new, as a share of the current snapshot's.
+        max_changed_fraction: rows that have another vector, as a share of the current snapshot's.
+        max_routing_shift: furthest that a centroid or a hyperplane has moved: 1 - cos, of centroids under l2 and
+            dot_product the Euclidean distance.
         blocking: whether a snapshot beyond a limit is kept from being published; else it is a warning.
     """
 
     min_overlap: Annotated[float, Field(ge=0, le=1)] | None = None
     max_gone_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     max_added_fraction: Annotated[float, Field(ge=0)] | None = None
+    max_changed_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_routing_shift: Annotated[float, Field(ge=0)] | None = None
     blocking: bool = False
 
     @model_validator(mode="after")
     def _blocks_by_something(self) -> Self:
-        limits = (self.min_overlap, self.max_gone_fraction, self.max_added_fraction)
-        if self.blocking and all(limit is None for limit in limits):
-            raise ValueError("blocking means nothing without min_overlap, max_gone_fraction or max_added_fraction")
+        limits = self.model_dump(exclude={"blocking"})
+        if self.blocking and all(limit is None for limit in limits.values()):
+            raise ValueError(f"blocking means nothing without one of {', '.join(limits)}")
         return self
 
 

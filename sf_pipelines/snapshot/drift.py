@@ -2,44 +2,72 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from sf_pipelines.snapshot.checks import Figures, Finding, Judged
 from sf_pipelines.snapshot.comparison.answers import compare_answers
-from sf_pipelines.snapshot.comparison.ids import compare_ids
+from sf_pipelines.snapshot.comparison.ids import compare_ids, rows_to_read
 from sf_pipelines.snapshot.comparison.routing import routing_shift
 from sf_pipelines.snapshot.config import DriftLimits
-from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError, SnapshotKindError
+from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed, load_state
 
-# Beyond so many rows the ids are not compared: shards that have changed would all be fetched, of both snapshots.
+# Beyond so many rows in shards that have changed, of both snapshots, ids are not compared: all would be fetched.
 MOST_ROWS = 5_000_000
 
 
 def drift(judged: Judged) -> Finding:
     """What changes for those who search: answers, rows, routing; against what the pointer names now.
 
-    A current snapshot that cannot be read is no reason to keep a good one back: the message says so.
+    A current snapshot that cannot be read is no reason to keep a good one back: the message says so. That it is damaged
+    is a warning.
+
+    Raises:
+        SfPipelinesError: the staged manifest cannot be read.
     """
-    store = judged.build.store
+    new = load_state(judged.build.store, judged.receipt.manifest_key)
+    limits = judged.build.config.drift
     try:
-        pointer = read_pointer(store).pointer
-        if pointer is None:
-            return _nothing("nothing is published yet, so there is nothing to compare with")
-        if pointer.manifest_digest == judged.receipt.manifest_digest:
-            return _nothing("this is the current snapshot itself")
-        old = load_pointed(store, pointer)
-        figures, notes = _compared(judged, old, load_state(store, judged.receipt.manifest_key))
-    except (IntegrityError, ObjectMissingError, SnapshotKindError) as error:
-        return _nothing(f"the current snapshot cannot be compared with: {error}")
-    faults = _faults(judged.build.config.drift, figures)
+        return _against_current(judged, new)
+    except SfPipelinesError as error:
+        damaged = isinstance(error, IntegrityError) and not (limits and limits.blocking)
+        why = f"the current snapshot cannot be compared with: {type(error).__name__}: {error}"
+        return Finding(not damaged, why, {"compared": 0, "error": error.kind})
+
+
+def _against_current(judged: Judged, new: SnapshotState) -> Finding:
+    store = judged.build.store
+    pointer = read_pointer(store).pointer
+    if pointer is None:
+        return _nothing("nothing is published yet, so there is nothing to compare with")
+    if pointer.manifest_digest == judged.receipt.manifest_digest:
+        return _nothing("this is the current snapshot itself")
+    old = load_pointed(store, pointer)
+    if reason := _incomparable(old, new):
+        return _nothing(f"{pointer.run_id} cannot be compared with: {reason}")
+    figures, notes = _compared(judged, old, new)
+    limits = _limits(judged.build.config.drift)
+    faults = _faults(limits, figures)
     said = f"compared with {pointer.run_id}: {_told(figures)}"
-    return Finding(not faults, "; ".join([*faults, said, *notes]), figures)
+    return Finding(not faults, "; ".join([*faults, said, *notes]), figures, _table(limits, figures))
 
 
 def _nothing(why: str) -> Finding:
     return Finding(True, why, {"compared": 0})
+
+
+def _incomparable(old: SnapshotState, new: SnapshotState) -> str:
+    """Why nothing can be compared; empty where it can."""
+    for name, before, after in (
+        ("kind", old.kind, new.kind),
+        ("dim", old.dim, new.dim),
+        ("metric", old.metric.value, new.metric.value),
+    ):
+        if before != after:
+            return f"its {name} is {before!r}, here it is {after!r}"
+    return ""
 
 
 def _compared(judged: Judged, old: SnapshotState, new: SnapshotState) -> tuple[Figures, list[str]]:
@@ -50,8 +78,8 @@ def _compared(judged: Judged, old: SnapshotState, new: SnapshotState) -> tuple[F
         "rows_before": old.manifest.row_count,
         "shards_reused": sum(shard.reused is not None for shard in judged.shards),
     }
-    if max(old.manifest.row_count, new.manifest.row_count) > MOST_ROWS:
-        notes.append(f"ids of more than {MOST_ROWS:,} rows are not compared")
+    if (rows := rows_to_read(old, new)) > MOST_ROWS:
+        notes.append(f"ids are not compared: {rows:,} rows would be read, more than {MOST_ROWS:,}")
     else:
         figures |= _rows(judged, old, new)
     overlap = compare_answers(build.store, build.config.s3, old, new, build.cache_dir, notes)
@@ -77,37 +105,57 @@ def _rows(judged: Judged, old: SnapshotState, new: SnapshotState) -> Figures:
         cache = ShardCache(Path(folder), max_bytes=0)
         changes = compare_ids(build.store, old, new, cache, lambda: build.renew(judged.run.scanned))
     rows = max(1, old.manifest.row_count)
-    return {
+    figures: Figures = {
         "rows_added": changes.added,
         "rows_gone": changes.gone,
         "rows_kept": changes.kept,
         "added_fraction": changes.added / rows,
         "gone_fraction": changes.gone / rows,
     }
+    if changes.changed is not None:
+        figures |= {"rows_changed": changes.changed, "changed_fraction": changes.changed / rows}
+    return figures
 
 
-def _faults(limits: DriftLimits | None, figures: Figures) -> list[str]:
+def _limits(chosen: DriftLimits | None) -> dict[str, tuple[float, bool]]:
+    """For each figure that is limited: the limit, and whether it is the least that is allowed."""
+    if chosen is None:
+        return {}
+    limits = {
+        "overlap": (chosen.min_overlap, True),
+        "gone_fraction": (chosen.max_gone_fraction, False),
+        "added_fraction": (chosen.max_added_fraction, False),
+        "changed_fraction": (chosen.max_changed_fraction, False),
+        "centroids_shift_largest": (chosen.max_routing_shift, False),
+        "hyperplanes_shift_largest": (chosen.max_routing_shift, False),
+    }
+    return {name: (limit, is_floor) for name, (limit, is_floor) in limits.items() if limit is not None}
+
+
+def _faults(limits: dict[str, tuple[float, bool]], figures: Figures) -> list[str]:
     """Which limits are passed; a figure that was not measured passes none."""
-    if limits is None:
-        return []
     faults: list[str] = []
-    for name, limit, is_floor in (
-        ("overlap", limits.min_overlap, True),
-        ("gone_fraction", limits.max_gone_fraction, False),
-        ("added_fraction", limits.max_added_fraction, False),
-    ):
+    for name, (limit, is_floor) in limits.items():
         found = figures.get(name)
-        if limit is None or not isinstance(found, int | float):
+        if not isinstance(found, int | float):
             continue
         if found < limit if is_floor else found > limit:
             faults.append(f"{name} {found:.4f} is {'below' if is_floor else 'above'} the limit {limit:g}")
     return faults
 
 
+def _table(limits: dict[str, tuple[float, bool]], figures: Figures) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"figure": name, "value": value, "limit": limits[name][0] if name in limits else None}
+        for name, value in figures.items()
+    )
+
+
 def _told(figures: Figures) -> str:
     parts: list[str] = []
     if "rows_added" in figures:
-        parts.append(f"{figures['rows_added']} rows came, {figures['rows_gone']} went")
+        changed = f", {figures['rows_changed']} changed" if "rows_changed" in figures else ""
+        parts.append(f"{figures['rows_added']} rows came, {figures['rows_gone']} went{changed}")
     else:
         parts.append(f"{figures['rows']} rows, {figures['rows_before']} before")
     if "overlap" in figures:

@@ -62,7 +62,8 @@ def test_figures_of_two_snapshots(tmp_path: Path, place: dict[str, Any], monkeyp
     assert seen == [("diff", number, 6, "shards") for number in range(1, 7)]
     assert (found.before.run_id, found.after.run_id, found.before.rows, found.after.rows) == (first, second, 600, 630)
     assert found.ids is not None
-    assert (found.ids.added, found.ids.gone, found.ids.kept, found.ids.as_text) == (80, 50, 550, False)
+    assert (found.ids.added, found.ids.gone, found.ids.kept, found.ids.changed) == (80, 50, 550, 0)
+    assert not found.ids.as_text
     assert found.notes == ()
 
     store = Store.open(config.store, config.s3)

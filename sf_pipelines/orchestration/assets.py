@@ -113,6 +113,7 @@ def _asset(
     graph: Graph,
     noun: str,
     *,
+    stage: Callable[..., Any],
     kinds: set[str],
     description: str,
     after: str | None = None,
@@ -121,7 +122,7 @@ def _asset(
     """A decorator with the settings of all unpartitioned assets; ``before`` is the input from the asset ``after``."""
     names, freshness = graph.names, freshness_of(graph.options.freshness)
     return dg.asset(
-        **graph.asset_settings(noun, kinds),
+        **graph.asset_settings(noun, kinds, stage),
         ins={"before": dg.AssetIn(names.asset(after))} if after else None,
         deps=list(deps),
         description=description,
@@ -152,6 +153,7 @@ def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.As
     @_asset(
         graph,
         "source_vectors",
+        stage=stages.scan,
         deps=source_assets,
         kinds={"parquet"},
         description="The source files, pinned: what a build reads is exactly these versions.",
@@ -166,7 +168,7 @@ def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.As
 
 
 def _step_asset(graph: Graph, step: _Step) -> dg.AssetsDefinition:
-    @_asset(graph, step.noun, after=step.after, kinds=step.kinds, description=step.description)
+    @_asset(graph, step.noun, stage=step.stage, after=step.after, kinds=step.kinds, description=step.description)
     def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
         def work(build: Build) -> Receipt:
             if step.stage is not stages.route:
@@ -184,6 +186,7 @@ def _manifest(graph: Graph) -> dg.AssetsDefinition:
     @_asset(
         graph,
         "manifest",
+        stage=stages.assemble,
         after="shard_indexes",
         kinds={"sqlite"},
         description="One manifest that names all shards, staged for the checks, and the measured number of probes.",

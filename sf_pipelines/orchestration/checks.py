@@ -46,6 +46,9 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
         with surfaced(), access.build(context.log) as build:
             for name in (name for name in CHECKS if name in selected):
                 verdict = graph.execute(context, "check", partial(stages.check, build, manifest["run_id"], name))
+                # A warning shows in the run's log as well as on the check.
+                told = context.log.info if verdict.passed else context.log.warning
+                told("%s: %s", name, verdict.reason or verdict.message)
                 yield dg.AssetCheckResult(
                     passed=verdict.passed,
                     asset_key=names.asset("manifest"),

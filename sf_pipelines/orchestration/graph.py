@@ -1,5 +1,7 @@
 """What the parts of one snapshot's graph share: configuration, options, names, and how stages are executed."""
 
+import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -69,10 +71,11 @@ class Graph:
         """Whether a run builds this snapshot, or operates on it."""
         return self.is_built_by(run) or run.tags.get(OPERATED_TAG) == self.config.name
 
-    def asset_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
+    def asset_settings(self, noun: str, kinds: set[str], stage: Callable[..., Any]) -> dict[str, Any]:
         """What all assets share, unpartitioned ones too: a single run can take the whole graph."""
         return {
             **self.described_settings(noun, kinds),
+            "metadata": {"dagster/code_references": _code_reference(stage)},
             "code_version": CODE_VERSION,
             "backfill_policy": dg.BackfillPolicy.single_run(),
             "automation_condition": condition_of(noun) if self.options.automation else None,
@@ -87,3 +90,15 @@ class Graph:
             "tags": self.options.tags,
             "kinds": kinds | set(self.options.kinds),
         }
+
+
+def _code_reference(stage: Callable[..., Any]) -> dg.CodeReferencesMetadataValue:
+    """Where the UI finds the function that does the work; dg adds the place in a component's YAML by itself."""
+    code = inspect.unwrap(stage).__code__
+    with warnings.catch_warnings():
+        # In beta; dg itself makes one for every component.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        place = dg.LocalFileCodeReference(
+            file_path=code.co_filename, line_number=code.co_firstlineno, label=f"stages.{stage.__name__}"
+        )
+        return dg.CodeReferencesMetadataValue(code_references=[place])

@@ -83,6 +83,7 @@ def sample_metadata(build: Build, receipt: SampleReceipt) -> Metadata:
     """Validated rows and the samples drawn from them."""
     reasons = [{"reason": reason, "rows": rows} for reason, rows in sorted(receipt.reject_reasons.items())]
     return {
+        "dagster/uri": build.store.url_of(receipt.training.key),
         "dagster/row_count": receipt.rows_kept,
         "rows_in": receipt.rows_in,
         "rejected": receipt.rejected,
@@ -96,6 +97,7 @@ def sample_metadata(build: Build, receipt: SampleReceipt) -> Metadata:
 def train_metadata(build: Build, receipt: TrainReceipt) -> Metadata:
     """The routing artifact."""
     return {
+        "dagster/uri": build.store.url_of(receipt.ref.key),
         "shape": " x ".join(str(size) for size in receipt.shape),
         **receipt.figures,
         "kept_from_current_snapshot": receipt.kept,
@@ -122,9 +124,10 @@ def route_metadata(build: Build, receipt: RouteReceipt) -> Metadata:
     }
 
 
-def shard_metadata(receipt: ShardReceipt) -> Metadata:
+def shard_metadata(build: Build, receipt: ShardReceipt) -> Metadata:
     """One shard's index."""
     return receipt_metadata(receipt) | {
+        **({"dagster/uri": build.store.url_of(receipt.db_key)} if receipt.db_key else {}),
         "dagster/row_count": receipt.rows,
         "indexed_rows": receipt.indexed_rows,
         "bytes": receipt.bytes,
@@ -142,6 +145,7 @@ def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
     gate = build.config.recall_gate
     picture = pictures.recall_by_probes(receipt.curve, receipt.latencies, receipt.num_probes, gate.min_recall, gate.k)
     return {
+        "dagster/uri": build.store.url_of(receipt.manifest_key),
         "dagster/row_count": receipt.rows,
         "num_probes": receipt.num_probes,
         **figures,
@@ -195,9 +199,16 @@ def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:
     """What the build has taken so far: work of all stages, wherever it was done, and bytes stored."""
     run, ledger = build.receipts(receipt.run_id), build.ledger(receipt.run_id)
     shards = [ledger.read(ShardReceipt, key) for key in receipt.shards]
-    stages: list[Receipt] = [run.scanned, run.sampled, *([run.trained] if run.trained else []), run.routed, receipt]
+    seconds = {
+        "sample_seconds": run.sampled.seconds,
+        **({"train_seconds": run.trained.seconds} if run.trained else {}),
+        "route_seconds": run.routed.seconds,
+        "shards_seconds": sum(shard.seconds for shard in shards),
+        "assemble_seconds": receipt.seconds,
+    }
     return {
-        "build_seconds": round(sum(one.seconds for one in [*stages, *shards]), 3),
+        **{name: round(value, 3) for name, value in seconds.items()},
+        "build_seconds": round(run.scanned.seconds + sum(seconds.values()), 3),
         "stored_bytes": sum(shard.bytes for shard in shards),
         "shards_copied": sum(shard.reused is not None for shard in shards),
     }

@@ -154,15 +154,26 @@ def _value(setting: str | None) -> str | None:
 
 
 def log_progress(log: logging.Logger) -> Progress:
-    """A progress callback that writes a line at most every few seconds, and one at the end of each stage."""
+    """A progress callback that writes a line at most every few seconds, and one at the end of each stage.
+
+    A line says how much of the whole is done, and how quickly it goes since the stage's first report: a stage that goes
+    on where an earlier one was killed does not count that one's rows.
+    """
     last = time.monotonic()
+    begun: dict[str, tuple[float, int]] = {}
 
     def progress(stage: str, done: int, total: int | None, unit: str) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= _LOG_EVERY:
-            last = time.monotonic()
-            of = "" if total is None else f" of {total:,}"
-            log.info("%s: %s%s %s", stage, f"{done:,}", of, unit)
+        now = time.monotonic()
+        started, before = begun.setdefault(stage, (now, done))
+        if done != total and now - last < _LOG_EVERY:
+            return
+        last = now
+        of = f" of {total:,}" if total is not None else ""
+        share = f" ({100 * done // total} %)" if total else ""
+        known = unit == "rows" and now > started and done > before
+        rate = f", {(done - before) / (now - started):,.0f} rows/s" if known else ""
+        log.info("%s: %s%s %s%s%s", stage, f"{done:,}", of, unit, share, rate)
 
     return progress
 

@@ -16,6 +16,7 @@ from sf_pipelines.orchestration.metadata import reference, shard_metadata
 from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
 from sf_pipelines.snapshot.engine import Outcome, Task
 from sf_pipelines.snapshot.receipts import ShardReceipt
@@ -35,7 +36,7 @@ def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
         _build_op(graph),
         _collect_op(names),
     )
-    settings = graph.asset_settings("shard_indexes", _kinds(graph.config))
+    settings = graph.asset_settings("shard_indexes", _kinds(graph.config), stages.build_shard)
     if graph.options.backfill == "run_per_shard":
         settings["backfill_policy"] = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
 
@@ -105,12 +106,12 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
         access: SnapshotAccess = getattr(context.resources, names.resource)
         built: list[Reference] = []
 
-        def sealed(task: Task, outcome: Outcome) -> None:
-            if not isinstance(outcome.receipt, ShardReceipt):
-                raise TypeError(f"{task.label} has no shard's receipt")
-            built.append(_sealed(context, graph, outcome.receipt, outcome))
-
         with surfaced(), access.build(context.log) as build, access.open_engine() as engine:
+
+            def sealed(task: Task, outcome: Outcome) -> None:
+                if not isinstance(outcome.receipt, ShardReceipt):
+                    raise TypeError(f"{task.label} has no shard's receipt")
+                built.append(_sealed(context, build, graph, outcome.receipt, outcome))
 
             def work() -> list[ShardReceipt]:
                 return stages.build_shards(
@@ -129,27 +130,34 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
     return build_shard
 
 
-def _sealed(context: dg.OpExecutionContext, graph: Graph, receipt: ShardReceipt, outcome: Outcome) -> Reference:
+def _sealed(
+    context: dg.OpExecutionContext, build: Build, graph: Graph, receipt: ShardReceipt, outcome: Outcome
+) -> Reference:
     """Turns the partition of a sealed shard green now; the asset's own event comes only when all shards are there."""
-    if receipt.reason:
-        context.log.info("shard %s: %s", receipt.db_id, receipt.reason)
-    if graph.options.engine is not None:
-        context.log.info(
-            "shard %s: %s rows in %.1f s on worker %s",
-            receipt.db_id,
-            f"{receipt.rows:,}",
-            outcome.seconds,
-            outcome.worker,
-        )
+    where = f", on worker {outcome.worker}" if graph.options.engine is not None else ""
+    context.log.info("%s%s", f"shard {receipt.db_id}: {receipt.reason}" if receipt.reason else _told(receipt), where)
+    metadata = shard_metadata(build, receipt)
     context.log_event(
         dg.AssetMaterialization(
             graph.names.asset("shard_indexes"),
             partition=shard_partition(receipt.db_id),
-            metadata=shard_metadata(receipt),
+            metadata=metadata,
             tags={"dagster/data_version": receipt.digest},
         )
     )
-    return reference(receipt) | {"db_id": receipt.db_id, "rows": receipt.rows, "bytes": receipt.bytes}
+    return reference(receipt) | {
+        "db_id": receipt.db_id,
+        "rows": receipt.rows,
+        "bytes": receipt.bytes,
+        "seconds": metadata["seconds"],
+    }
+
+
+def _told(receipt: ShardReceipt) -> str:
+    """One line on a shard that is done."""
+    verb = "copied" if receipt.reused else "built"
+    rate = f" ({receipt.rows / receipt.seconds:,.0f} rows/s)" if receipt.rows and receipt.seconds else ""
+    return f"shard {receipt.db_id}: {receipt.rows:,} rows {verb} and sealed in {receipt.seconds:.1f} s{rate}"
 
 
 def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
@@ -161,7 +169,13 @@ def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
     def collect_shards(context: dg.AssetExecutionContext, built: list[list[Reference]]) -> dg.Output[Reference]:
         shards = {shard_partition(one["db_id"]): one for group in built for one in group}
         for partition, one in shards.items():
-            facts = {"dagster/row_count": one["rows"], "bytes": one["bytes"], "receipt": one["key"]}
+            # The UI plots the newest event of a partition, which is this one.
+            facts = {
+                "dagster/row_count": one["rows"],
+                "bytes": one["bytes"],
+                "seconds": one["seconds"],
+                "receipt": one["key"],
+            }
             context.add_asset_metadata(facts, asset_key=names.asset("shard_indexes"), partition_key=partition)
         digest = digest_json(sorted(one["digest"] for one in shards.values()))
         return dg.Output(shards, data_version=dg.DataVersion(digest))

@@ -19,6 +19,8 @@ from sf_pipelines.snapshot.routed import vectors_of
 
 _TIMED_QUERIES = 3
 _TIMED_POINTS = 8
+# Truth, curve, latencies with the manifest: what the progress of ``assemble`` counts.
+_STEPS = 3
 
 
 def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
@@ -44,6 +46,7 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
     parts = [ledger.get_table(shard.truth) for shard in shards if shard.truth is not None]
     merged = merge_truth(parts, queries.column("id").combine_chunks(), build.config.recall_gate.k)
     truth = Truth.of(merged, queries.num_rows)
+    build.report("assemble", 1, _STEPS, "steps")
 
     draft = _manifest(build, run, shards, created_at)
     drafted = _stage(ledger, draft)
@@ -56,12 +59,14 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
         [shard.rows for shard in shards],
         census=not sampled.disjoint,
     )
+    build.report("assemble", 2, _STEPS, "steps")
     latencies = measure_latencies(build, drafted.key, queries, [point.num_probes for point, _ in measured])
     gate, wanted = build.config.recall_gate, build.config.num_probes
     num_probes = choose_probes(wanted, measured, gate.min_recall, len(judging))
     curve = [point for point, _ in measured]
     final = _stage(ledger, _tuned(draft, num_probes, curve, gate))
     build.store.delete(drafted.key)
+    build.report("assemble", _STEPS, _STEPS, "steps")
     return ManifestReceipt(
         run_id=run_id,
         inputs=inputs,

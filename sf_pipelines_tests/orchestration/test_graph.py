@@ -69,9 +69,53 @@ def test_one_run_builds_everything(config: WriteConfig, instance: dg.DagsterInst
     rows = [newest_partition(instance, config, partition).metadata["dagster/row_count"].value for partition in done]
     assert sum(int(str(value)) for value in rows) == ROWS
     assert newest(instance, config, "current_pointer").metadata["published"].value is True
+    assert_numbers(instance, config)
+    lines = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.dagster_event is None]
+    for start in (
+        "sample: 400 of 400 rows (100 %)",
+        "route: 400 of 400 rows",
+        "shard 2: ",
+        "recall: recall@5",
+        "drift: ",
+    ):
+        assert any(line.startswith(start) for line in lines), start
     with ShardedVectorReader(config.store) as reader:
         probe = digits_table()["pixels"][3].as_py()
         assert reader.search(probe, top_k=1).results[0].id == 3
+
+
+# What the UI plots over time, under keys that stay.
+NUMBERS = {
+    "source_vectors": {"dagster/row_count", "seconds", "files", "bytes"},
+    "training_data": {"dagster/row_count", "seconds", "rows_in", "rejected", "reject_rate"},
+    "centroids": {"seconds"},
+    "routed_vectors": {"dagster/row_count", "seconds", "largest_shard_rows", "smallest_shard_rows"},
+    "shard_indexes": {"dagster/row_count", "seconds", "bytes"},
+    "manifest": {
+        "dagster/row_count",
+        "seconds",
+        "num_probes",
+        "tuning_recall",
+        "build_seconds",
+        "sample_seconds",
+        "train_seconds",
+        "route_seconds",
+        "shards_seconds",
+        "assemble_seconds",
+        "stored_bytes",
+        "shards_copied",
+    },
+    "current_pointer": {"seconds", "seq"},
+}
+
+
+def assert_numbers(instance: dg.DagsterInstance, config: WriteConfig) -> None:
+    for noun, keys in NUMBERS.items():
+        metadata = newest(instance, config, noun).metadata
+        numbers = {
+            key for key, value in metadata.items() if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue)
+        }
+        assert keys <= numbers, noun
 
 
 def newest_partition(instance: dg.DagsterInstance, config: WriteConfig, partition: str) -> dg.AssetMaterialization:
@@ -117,6 +161,11 @@ def test_a_changed_source_is_published_as_a_new_snapshot(
     assert after is not None
     assert after["run_id"] != before["run_id"]
     assert newest(instance, config, "current_pointer").metadata["previous_run_id"].value == before["run_id"]
+    drift = next(event for event in result.get_asset_check_evaluations() if event.check_name == "drift").metadata
+    assert [drift[name].value for name in ("rows_added", "rows_gone", "rows_changed")] == [50, 0, 0]
+    for name in ("overlap", "gone_fraction", "centroids_shift_mean", "centroids_shift_largest"):
+        assert isinstance(drift[name], dg.FloatMetadataValue), name
+    assert isinstance(drift["table"], dg.TableMetadataValue)
 
 
 def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
@@ -306,3 +355,16 @@ def test_an_asset_before_its_input_says_what_to_do(
 
     assert not result.success
     assert any("materialize it first" in reason for reason in failures(result).values())
+
+
+def test_code_references_lead_to_the_stages(config: WriteConfig) -> None:
+    graph = build_snapshot_defs(config).get_repository_def().asset_graph
+    found = {
+        noun: graph.get(dg.AssetKey([config.name, noun])).metadata["dagster/code_references"].value.code_references
+        for noun in NOUNS
+    }
+    functions = ("scan", "sample", "train", "route", "build_shard", "assemble", "promote")
+    for noun, name in zip(NOUNS, functions, strict=True):
+        (place,) = found[noun]
+        line = Path(place.file_path).read_text(encoding="utf-8").splitlines()[place.line_number - 1]
+        assert line.startswith(f"def {name}("), noun

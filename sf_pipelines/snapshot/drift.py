@@ -14,8 +14,8 @@ from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed, load_state
 
-# Beyond so many rows in shards that have changed, of both snapshots, ids are not compared: all would be fetched.
-MOST_ROWS = 5_000_000
+# Beyond so many rows in shards that have changed, of both snapshots, ids are not compared: it would take over a minute.
+MOST_ROWS = 2_000_000
 
 
 def drift(judged: Judged) -> Finding:

@@ -88,11 +88,14 @@ def main() -> None:
         little = child.run("sf_pipelines_tests.benchmarks.incremental", folder=str(name))
         forced = child.run("sf_pipelines_tests.benchmarks.incremental", folder=str(name), forced=True)
     out.rule(f"incremental: {ROWS:,} x {DIM}, cosine, {SHARDS} shards, then {added['rows']} new rows in one of them")
-    table = Table("build", "s", "shards built", "copied", "recall", *full["durations"], title="seconds, by stage")
-    for title, found in (("first", full), ("1 % more", little), ("1 % more, forced", forced)):
-        stages = [f"{found['durations'].get(stage, 0):.2f}" for stage in full["durations"]]
-        counts = (f"{found['seconds']:.2f}", str(found["built"]), str(found["copied"]), f"{found['recall']:.4f}")
-        table.add_row(title, *counts, *stages)
+    builds = {"first": full, "1 % more": little, "1 % more, forced": forced}
+    table = Table("", *builds)
+    for fact, of in (("shards built", "built"), ("shards copied", "copied")):
+        table.add_row(fact, *(str(found[of]) for found in builds.values()))
+    table.add_row("recall", *(f"{found['recall']:.4f}" for found in builds.values()))
+    table.add_row("seconds", *(f"{found['seconds']:.2f}" for found in builds.values()))
+    for stage in full["durations"]:
+        table.add_row(f"  {stage}", *(f"{found['durations'].get(stage, 0):.2f}" for found in builds.values()))
     out.print(table)
     ratio, same = full["seconds"] / little["seconds"], forced["seconds"] / little["seconds"]
     out.print(

@@ -166,7 +166,7 @@ def test_diff(store: str) -> None:
     third, second, first = (entry["run_id"] for entry in said(run("history", store, "--json")[1]))
     found = said(run("diff", store, "--json")[1])
     assert (found["before"]["run_id"], found["after"]["run_id"]) == (second, third)
-    assert found["ids"] == {"added": 0, "gone": 0, "kept": 600, "as_text": False}
+    assert found["ids"] == {"added": 0, "gone": 0, "kept": 600, "changed": 600, "as_text": False}
     assert 0 <= found["overlap"]["mean"] <= 1
     code, text = run("diff", store, "--before", first, "--after", second)
     assert code == 0, text

@@ -9,9 +9,18 @@ from datetime import UTC, datetime
 
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import DigestMismatchError
-from sf_pipelines.snapshot.ledger import ReceiptType
+from sf_pipelines.snapshot.ledger import STAGING, ReceiptType
 from sf_pipelines.snapshot.manifest import publish, record
-from sf_pipelines.snapshot.receipts import Receipt, Ref, RunReceipts, ShardReceipt
+from sf_pipelines.snapshot.receipts import (
+    PromoteReceipt,
+    Receipt,
+    Ref,
+    RunReceipts,
+    SampleReceipt,
+    ScanReceipt,
+    ShardReceipt,
+)
+from sf_pipelines.snapshot.sealing import is_intact
 from sf_pipelines.snapshot.store import Store
 
 
@@ -27,14 +36,18 @@ def fork_run(
 ) -> str:
     """Copies a published run, with its newest shards, into a run of its own that goes out from the present pointer.
 
+    A fork of the same shards that was not published, and goes out from this pointer too, is gone on with.
+
     The routed rows, which nothing published refers to, stay where they are.
 
     Returns:
         The new run's id.
     """
-    scanned = run.scanned
+    scanned, view = run.scanned, publish.read_pointer(build.store)
+    unfinished = _unfinished_fork(build, run, shards, view)
+    if unfinished is not None:
+        return unfinished
     fork = _Fork(build, scanned.run_id, new_run_id(scanned.build_key))
-    view = publish.read_pointer(build.store)
     begun = fork.commit(
         scanned,
         base_fingerprint=view.fingerprint,
@@ -48,6 +61,30 @@ def fork_run(
     with build.working(begun):
         _copy_run(build, fork, run, shards)
     return fork.run_id
+
+
+def _unfinished_fork(
+    build: Build, run: RunReceipts, shards: list[ShardReceipt], view: publish.PointerView
+) -> str | None:
+    """A whole copy of these shards that failed after it was made; what is half made is not worth looking at."""
+    for folder in build.store.folders(STAGING):
+        run_id = folder.removeprefix("run_id=")
+        if run_id == run.scanned.run_id or not run_id.startswith(run.scanned.build_key[:16]):
+            continue
+        ledger = build.ledger(run_id)
+        begun = ledger.find(ScanReceipt, inputs=run.scanned.build_key)
+        # Whatever was served before, and withdrawn, went out from an earlier pointer.
+        if begun is None or begun.base_fingerprint != view.fingerprint or ledger.find(PromoteReceipt) is not None:
+            continue
+        copies = ledger.find_parts(ShardReceipt, inputs=run.routed.inputs)
+        found = [copies.get(f"db={shard.db_id:05d}") for shard in shards]
+        same = all(
+            copy is not None and copy.objects == shard.objects for copy, shard in zip(found, shards, strict=True)
+        )
+        samples = ledger.find_whole(SampleReceipt, inputs=begun.build_key, published=False)
+        if same and samples is not None and all(copy is not None and is_intact(build.store, copy) for copy in found):
+            return run_id
+    return None
 
 
 def _copy_run(build: Build, fork: "_Fork", run: RunReceipts, shards: list[ShardReceipt]) -> None:

@@ -18,6 +18,10 @@ from sf_pipelines.snapshot.source.files import find_files
 from sf_pipelines.snapshot.store import ObjectInfo
 
 FILES_TAG = "sf_pipelines/source_files"
+CHANGE_TAG = "sf_pipelines/source_change"
+
+# Runs for one change of the source, the first one and re-executions by hand included.
+_ATTEMPTS = 3
 
 _UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -69,7 +73,10 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequenc
         )
         kept = decision.cursor.model_dump_json()
         if decision.action == "build":
-            return dg.SensorResult(run_requests=[_run_request(graph, decision, files, own)], cursor=kept)
+            return dg.SensorResult(run_requests=[_run_request(graph, decision, files, own, 1)], cursor=kept)
+        attempt = _next_attempt(context.instance, graph, decision) if decision.action == "unchanged" else None
+        if attempt is not None:
+            return dg.SensorResult(run_requests=[_run_request(graph, decision, files, own, attempt)], cursor=kept)
         return dg.SensorResult(skip_reason=_why_not(decision, len(files)), cursor=kept)
 
     return source_sensor
@@ -98,13 +105,37 @@ def _is_heard_of(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
     return time.time() - heard < SILENCE.total_seconds()
 
 
-def _run_request(
-    graph: Graph, decision: Decision, files: list[ObjectInfo], own: Sequence[dg.AssetKey]
-) -> dg.RunRequest:
+def _next_attempt(instance: dg.DagsterInstance, graph: Graph, decision: Decision) -> int | None:
+    """Number of the next run for the same files, where the last one failed for a reason that may pass; else None."""
+    wanted = dg.RunsFilter(tags={CHANGE_TAG: _change(graph, decision)})
+    runs = [record.dagster_run for record in instance.get_run_records(wanted)]
+    if not 0 < len(runs) < _ATTEMPTS or runs[0].status != dg.DagsterRunStatus.FAILURE:
+        return None
+    found = instance.all_logs(runs[0].run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    events = [entry.dagster_event for entry in found if entry.dagster_event is not None]
+    return len(runs) + 1 if events and all(map(_may_pass, events)) else None
+
+
+def _may_pass(event: dg.DagsterEvent) -> bool:
+    """Whether a step failed by a typed error that calls itself retryable."""
+    failure = event.step_failure_data.user_failure_data
+    said = failure.metadata.get("retryable") if failure else None
+    return said is not None and said.value is True
+
+
+def _change(graph: Graph, decision: Decision) -> str:
     cursor = decision.cursor
+    return f"{graph.names.name}:{cursor.generation}:{cursor.handled}"
+
+
+def _run_request(
+    graph: Graph, decision: Decision, files: list[ObjectInfo], own: Sequence[dg.AssetKey], attempt: int
+) -> dg.RunRequest:
+    change = _change(graph, decision)
     return dg.RunRequest(
-        run_key=f"{graph.names.name}:{cursor.generation}:{cursor.handled}",
-        tags=graph.names.run_tags | {FILES_TAG: str(len(files))},
+        # A key is good for one run, failed or not.
+        run_key=change if attempt == 1 else f"{change}:{attempt}",
+        tags=graph.names.run_tags | {FILES_TAG: str(len(files)), CHANGE_TAG: change},
         # The source is there already. If the run wrote it again, its own writing would be the next change.
         asset_selection=list(own) if graph.options.refresh_source else None,
     )

@@ -12,8 +12,9 @@ from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs, source_sensor
 from sf_pipelines.orchestration.names import SNAPSHOT_TAG
+from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.errors import StoreError
+from sf_pipelines.snapshot.errors import IndexBuildError, SfPipelinesError, StoreError, StoreUnavailableError
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures, run_job
 from sf_pipelines_tests.orchestration.ticks import Sensor, Tick, run_request, snapshot_sensor
 
@@ -111,6 +112,20 @@ def test_a_failed_run_is_not_repeated_but_a_changed_source_is_built(
     repaired = sensor.run(only(sensor.tick()))
     assert repaired.success, failures(repaired)
     assert rows_served(config) == ROWS
+
+
+@pytest.mark.parametrize(("error", "runs"), [(StoreUnavailableError, 3), (IndexBuildError, 1)])
+def test_only_what_may_pass_is_asked_for_again_and_not_for_ever(
+    sensor: Sensor, monkeypatch: pytest.MonkeyPatch, error: type[SfPipelinesError], runs: int
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error("today it does not work")
+
+    monkeypatch.setattr(stages, "scan", failing)
+    for _ in range(runs):
+        assert not sensor.run(only(sensor.tick())).success
+    for _ in range(2):
+        assert "Nothing has changed" in why(sensor.tick())
 
 
 def test_a_run_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterInstance, source: Path) -> None:

@@ -44,8 +44,13 @@ _LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 def reference() -> str:
     """The page as Markdown."""
-    models = dict.fromkeys([*_with_parts(WriteConfig), *_with_parts(SnapshotOptions)])
+    models = models_of(WriteConfig, SnapshotOptions)
     return "\n".join([_HEAD, *(line for model in models for line in _section(model))])
+
+
+def models_of(*roots: type[BaseModel]) -> list[type[BaseModel]]:
+    """Models, each followed by those that its fields are made of; none twice."""
+    return list(dict.fromkeys(model for root in roots for model in _with_parts(root)))
 
 
 def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

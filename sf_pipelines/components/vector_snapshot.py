@@ -85,7 +85,7 @@ class VectorSnapshotComponent(dg.Component, dg.Resolvable):
         Raises:
             ConfigError: a field is unknown or its value wrong; names file, line and field.
         """
-        values = context.resolve_value(model.model_dump(exclude_unset=True))
+        values = _filled_in(model.model_dump(exclude_unset=True), context)
         try:
             return cls(VectorSnapshotAttributes(**values))
         except ConfigError as error:
@@ -119,6 +119,15 @@ class VectorSnapshotComponent(dg.Component, dg.Resolvable):
     def options(self) -> SnapshotOptions:
         """How the snapshot sits in Dagster."""
         return SnapshotOptions(**{name: getattr(self.attributes, name) for name in SnapshotOptions.model_fields})
+
+
+def _filled_in(value: Any, context: dg.ResolutionContext) -> Any:
+    """A value with its templates filled in; text that is none stays as it is, where Dagster makes ``"2"`` a number."""
+    if isinstance(value, dict):
+        return {name: _filled_in(part, context) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(part, context) for part in value]
+    return context.resolve_value(value) if isinstance(value, str) and "{{" in value else value
 
 
 def _located(message: str, context: dg.ResolutionContext) -> str:

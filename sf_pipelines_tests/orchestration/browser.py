@@ -48,10 +48,12 @@ class Served:
     url: str
     project: Path
 
-    def query(self, text: str) -> dict[str, Any]:
+    def query(self, text: str, **variables: Any) -> dict[str, Any]:
         """Answer of a GraphQL query."""
         request = urllib.request.Request(  # noqa: S310 - always http, on this machine
-            f"{self.url}/graphql", json.dumps({"query": text}).encode(), {"Content-Type": "application/json"}
+            f"{self.url}/graphql",
+            json.dumps({"query": text, "variables": variables}).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
             return json.load(answer)["data"]

@@ -113,6 +113,12 @@ def launch_job(served: Served, name: str) -> str:
     return served.query(_LAUNCH, params={"selector": selector})["launchRun"]["run"]["runId"]
 
 
+def launch_assets(served: Served, *keys: dict[str, Any]) -> str:
+    """*Materialize selected*, without partitions; the id of the run."""
+    selector = REPOSITORY | {"jobName": "__ASSET_JOB", "assetSelection": list(keys)}
+    return served.query(_LAUNCH, params={"selector": selector})["launchRun"]["run"]["runId"]
+
+
 def reexecute(served: Served, run_id: str) -> str:
     """*Re-execute from failure*; the id of the new run."""
     params = {"parentRunId": run_id, "strategy": "FROM_FAILURE"}

@@ -1,4 +1,4 @@
-"""Source and store on an S3 server: Dagster's command line."""
+"""Source and store on an S3 server: Dagster's command line, and its daemon with schedule and sensors on."""
 
 import os
 import subprocess
@@ -15,6 +15,7 @@ from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.orchestration import deployment as live
+from sf_pipelines_tests.orchestration.browser import serve, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -93,4 +94,29 @@ def test_the_command_line_builds_from_s3_to_s3(lake: Lake, project: Path) -> Non
     assert lake.published.read() == (1, 1, ROWS)
     lake.put("two.parquet", digits_table().slice(ROWS, 100))
     dagster(project, "asset", "materialize", *where, "--select", SELECTED, "--partition-range", "00000...00001")
+    assert lake.published.read() == (2, 2, ROWS + 100)
+
+
+def test_the_daemon_builds_what_arrives_on_s3(lake: Lake, project: Path) -> None:
+    lake.put("one.parquet", digits_table().slice(0, ROWS))
+    with serve(project) as served:
+        log = f"see {project}/server.log"
+        wait_for(
+            lambda: lake.published.read() == (1, 1, ROWS), seconds=live.PATIENCE, what=f"the first snapshot; {log}"
+        )
+
+        lake.put("two.parquet", digits_table().slice(ROWS, 100))
+        wait_for(
+            lambda: lake.published.read()[2] == ROWS + 100, seconds=live.PATIENCE, what=f"the second snapshot; {log}"
+        )
+
+        def by_schedule() -> list[str]:
+            tags = [{tag["key"]: tag["value"] for tag in run["tags"]} | run for run in served.runs()]
+            return [run["status"] for run in tags if run.get("dagster/schedule_name") == "tiny_schedule"]
+
+        # What the schedule asked for beside the sensor builds the same or finds it done.
+        wait_for(lambda: "SUCCESS" in by_schedule(), seconds=live.PATIENCE, what=f"a run of the schedule; {log}")
+        wait_for(
+            lambda: all(run["status"] in {"SUCCESS", "FAILURE"} for run in served.runs()), seconds=60, what="all runs"
+        )
     assert lake.published.read() == (2, 2, ROWS + 100)

@@ -327,7 +327,8 @@ def error_of_kind(kind: str, message: str) -> SfPipelinesError:
     classes = [SfPipelinesError]
     for found in classes:
         classes.extend(found.__subclasses__())
-        # Those with more to say than a message are raised by no task.
-        if found.kind == kind and found.__init__ is SfPipelinesError.__init__:
+        # Those with more to say than a message are raised by no task. Builtin bases have an initialiser each.
+        ours = (base for base in found.__mro__ if issubclass(base, SfPipelinesError))
+        if found.kind == kind and not any("__init__" in vars(base) for base in ours):
             return found(message)
     return SfPipelinesError(message)

@@ -1,13 +1,14 @@
 """Tests for other people's parts, and for what this package publishes.
 
 ``check_format`` says whether a stock reader can read a snapshot. The conformance classes are inherited by the tests of
-a new store, index or routing. Everything is loaded on first use.
+a new store, index, routing or engine. Everything is loaded on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sf_pipelines.snapshot.testing.engine import EngineConformance
     from sf_pipelines.snapshot.testing.format_checker import assert_format, check_format
     from sf_pipelines.snapshot.testing.format_report import FormatReport
     from sf_pipelines.snapshot.testing.index import IndexConformance
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sf_pipelines.snapshot.testing.store import StoreConformance
 
 _HOMES = {
+    "EngineConformance": "engine",
     "FormatReport": "format_report",
     "IndexConformance": "index",
     "RowRoutingConformance": "routing",
@@ -25,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "EngineConformance",
     "FormatReport",
     "IndexConformance",
     "RowRoutingConformance",

@@ -70,8 +70,8 @@ class SparkEngine:
             builder = builder.master(address or f"local[{cores}]")
             if address is None:
                 builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
-                # Its workers are of this very environment.
-                builder = builder.config("spark.pyspark.python", sys.executable)
+                # Its workers are of this very environment, which Spark asks for by this name and by no other.
+                os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         try:
             session = builder.getOrCreate()
         except (PySparkException, OSError, RuntimeError) as error:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,3 +41,31 @@ def dask_engine() -> Iterator[Opener]:
     local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": None}
     with LocalCluster(n_workers=WORKERS, threads_per_worker=1, **local) as cluster, Client(cluster) as client:
         yield lambda: DaskEngine(client)
+
+
+@pytest.fixture(scope="module")
+def ray_engine() -> Iterator[Opener]:
+    """A Ray of two cores."""
+    _need(importlib.util.find_spec("ray") is not None, "ray")
+    from sf_pipelines.engines.ray import RayEngine
+
+    with RayEngine.open(None, WORKERS):
+        yield RayEngine
+
+
+@pytest.fixture(scope="module")
+def spark_engine() -> Iterator[Opener]:
+    """A Spark of two cores."""
+    _need(importlib.util.find_spec("pyspark") is not None, "pyspark")
+    _need(shutil.which("java") is not None, "java, which Spark needs,")
+    from pyspark.sql import SparkSession
+
+    from sf_pipelines.engines.spark import SparkEngine
+
+    builder: Any = SparkSession.builder
+    fields = {"spark.driver.host": "127.0.0.1", "spark.ui.enabled": "false"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYSPARK_PYTHON", sys.executable)
+        session = builder.master(f"local[{WORKERS}]").config(map=fields).getOrCreate()
+        yield lambda: SparkEngine(session)
+        session.stop()

@@ -31,3 +31,27 @@ class TestDask(EngineConformance):
     def open_engine(self) -> Engine:
         """Another one."""
         return self._opener()
+
+
+class TestRay(EngineConformance):
+    """Ray on two cores."""
+
+    @pytest.fixture(autouse=True)
+    def _kept(self, ray_engine: Opener) -> None:
+        self._opener = ray_engine
+
+    def open_engine(self) -> Engine:
+        """Another one."""
+        return self._opener()
+
+
+class TestSpark(EngineConformance):
+    """Spark on two cores."""
+
+    @pytest.fixture(autouse=True)
+    def _kept(self, spark_engine: Opener) -> None:
+        self._opener = spark_engine
+
+    def open_engine(self) -> Engine:
+        """Another one."""
+        return self._opener()

@@ -61,7 +61,8 @@ def test_a_snapshot_end_to_end(tmp_path: Path, place: dict[str, Any]) -> None:
     assert result.published
     assert (result.rows, result.rejected, len(result.shards)) == (600, 0, 3)
     assert result.recall_lower >= 0.95
-    assert seen == {("sample", "rows"), ("route", "rows"), ("shards", "shards"), ("gate", "checks")}
+    told = {("sample", "rows"), ("route", "rows"), ("shards", "shards"), ("assemble", "steps"), ("gate", "checks")}
+    assert seen == told
     assert all(verdict.passed for verdict in result.verdicts)
     vectors = place["vectors"]
     truth = exact_distances(vectors[:20], vectors, config.vector_spec.metric)
@@ -394,6 +395,7 @@ def test_equal_vectors_leave_shards_empty_and_pass(tmp_path: Path) -> None:
         assert [detail.vector_count for detail in reader.shard_details()] == [shard.rows for shard in result.shards]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index_type", ["flat", "ivf_flat", "ivf_sq", "hnsw", "hnsw_flat"])
 @pytest.mark.parametrize("metric", ["cosine", "l2", "dot_product"])
 def test_every_family_and_metric(tmp_path: Path, index_type: str, metric: str) -> None:

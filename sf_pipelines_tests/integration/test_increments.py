@@ -91,6 +91,7 @@ def test_drifted_data_is_trained_anew(tmp_path: Path) -> None:
     assert [shard.reused for shard in shards] == [None] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("retrain", "kept"), [("auto", True), ("always", False), ("never", True)])
 def test_retrain_says_when(tmp_path: Path, retrain: str, kept: bool) -> None:
     vectors = write_source(tmp_path / "source.parquet")

@@ -121,6 +121,7 @@ def test_keys_that_an_expression_leads_astray_fail_the_round_trip(
         build_snapshot(config, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", CHOSEN[1:7], ids=lambda one: one.name)
 def test_every_kind_is_verified_resumed_and_healed(one: Any, tmp_path: Path) -> None:
     combos.write_rows(tmp_path / "source.parquet", one, combos.clustered_vectors())

@@ -112,6 +112,7 @@ def shard_of(path: Path) -> list[int] | None:
     return None if part is None else [int(part.removeprefix("db="))]
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_is_served(built: Built, tmp_path: Path) -> None:
     rng, objects = np.random.default_rng(4), built.objects
     assert {path.name for path in objects} >= {"manifest"}

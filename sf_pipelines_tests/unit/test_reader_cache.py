@@ -150,6 +150,22 @@ def test_no_more_is_dropped_than_needed_and_use_counts(store: Store, tmp_path: P
     assert {name for name, folder in folders.items() if folder.exists()} == {"a", "c"}
 
 
+def test_a_large_cache_is_not_counted_for_each_copy(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting looks at every file there: copies would take longer the more of them there are."""
+    counts: list[ShardCache] = []
+    evict = ShardCache.evict
+    monkeypatch.setattr(ShardCache, "evict", lambda cache: (counts.append(cache), evict(cache)))
+    for number in range(40):
+        objects = put_shard(store, f"s{number}", {"one": f"{number:01000}".encode()})
+        # A cache for each: what is known of the folder is the process's, not the object's.
+        with ShardCache(tmp_path / "cache", max_bytes=100_000).checkout(store, f"s{number}", objects):
+            pass
+    # Once at first, and after each sixteenth of the limit.
+    assert 1 < len(counts) <= 1 + 40 // 6
+
+
 def test_an_object_that_shrinks_after_it_was_listed_is_an_error(tmp_path: Path) -> None:
     class Shrinking(Store):
         def download(self, key: str, path: Path) -> tuple[int, str]:

@@ -42,6 +42,8 @@ from sf_pipelines.snapshot.store import Store
 DEFAULT_BYTES = 20 * 1024**3
 _ENVIRONMENT = "SF_PIPELINES_CACHE"
 _DOWNLOADS = 8
+# Counting looks at every file: it is done again when this process has added such a part of the limit.
+_RECOUNTS = 16
 
 
 def default_root() -> Path:
@@ -112,7 +114,8 @@ class ShardCache:
                     # Somebody else may have filled it while this one waited.
                     if not entry.is_right():
                         entry.fill()
-                self.evict()
+                if _growth.is_due(self.root, sum(sizes.values())):
+                    self.evict()
             entry.lock.touch()
             yield entry.folder
 
@@ -124,10 +127,10 @@ class ShardCache:
         """Drops entries that nobody uses, longest unused first, until the rest fits into ``max_bytes``."""
         sizes = {path.name: _size_of(path) for path in self.root.iterdir() if path.is_dir()}
         total = sum(sizes.values())
-        by_age = sorted(self.root.glob("*.lock"), key=_last_use)
+        by_age = sorted(self.root.glob("*.lock"), key=_last_use) if total > self.max_bytes else []
         for lock in by_age:
             if total <= self.max_bytes:
-                return
+                break
             name = lock.name.removesuffix(".lock")
             with suppress(BlockingIOError), locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 shutil.rmtree(self.root / name, ignore_errors=True)
@@ -137,6 +140,40 @@ class ShardCache:
                 (self.root / f"{name}.fill").unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)
                 total -= sizes.get(name, 0)
+        _growth.counted(self.root, total, self.max_bytes)
+
+
+class _Growth:
+    """How much this process has added to a cache since it counted what is there. Thread-safe.
+
+    What other processes add is seen at the next count, so each may exceed the limit by a sixteenth.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._room: dict[Path, int] = {}
+
+    def counted(self, root: Path, total: int, limit: int) -> None:
+        """Notes what a count has found, and what may be added until the next one."""
+        part = limit // _RECOUNTS
+        with self._lock:
+            self._room[root] = min(limit - total, part) if total < limit else part
+
+    def is_due(self, root: Path, added: int) -> bool:
+        """Whether it is time to count again, after so many bytes more."""
+        with self._lock:
+            if root not in self._room:
+                return True
+            self._room[root] -= added
+            return self._room[root] < 0
+
+    def pause(self) -> None:
+        """Keeps everybody out until ``go_on``."""
+        self._lock.acquire()
+
+    def go_on(self) -> None:
+        """Ends ``pause``."""
+        self._lock.release()
 
 
 _Stamps = dict[str, tuple[int, int, int]]
@@ -169,9 +206,10 @@ class _HashedCopies:
         self._lock.release()
 
 
-_hashed = _HashedCopies()
+_hashed, _growth = _HashedCopies(), _Growth()
 # Nobody is in the middle of it when this process forks: the child's copy would be locked for ever.
-os.register_at_fork(before=_hashed.pause, after_in_parent=_hashed.go_on, after_in_child=_hashed.go_on)
+for _shared in (_hashed, _growth):
+    os.register_at_fork(before=_shared.pause, after_in_parent=_shared.go_on, after_in_child=_shared.go_on)
 
 
 class _Entry:
@@ -311,16 +349,19 @@ def _sealed_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.sealed")
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """Everything in a folder that is no folder; links count as what they are."""
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not path.is_dir():
-            yield path
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path)
+            else:
+                yield entry
 
 
 def _size_of(folder: Path) -> int:
     with suppress(FileNotFoundError):
-        return sum(path.lstat().st_size for path in _files(folder))
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in _files(folder))
     return 0
 
 
@@ -333,9 +374,9 @@ def _last_use(path: Path) -> float:
 def _stamps(folder: Path) -> _Stamps:
     """Inode, size and change time of each file of a copy."""
     out: _Stamps = {}
-    for path in _files(folder):
-        found = path.lstat()
-        out[path.relative_to(folder).as_posix()] = (found.st_ino, found.st_size, found.st_ctime_ns)
+    for entry in _files(folder):
+        found = entry.stat(follow_symlinks=False)
+        out[os.path.relpath(entry.path, folder)] = (found.st_ino, found.st_size, found.st_ctime_ns)
     return out
 
 

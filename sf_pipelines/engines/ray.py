@@ -1,12 +1,27 @@
 """Tasks on a Ray cluster."""
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import pyarrow as pa
+
+from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
-from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
+from sf_pipelines.snapshot.errors import (
+    EngineError,
+    MissingExtraError,
+    SfPipelinesError,
+    TaskCrashedError,
+    WorkerLostError,
+)
+from sf_pipelines.snapshot.pipeline import BuildResult
+from sf_pipelines.snapshot.shuffling import KEYS, PIECES, route_pieces, write_pieces
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 # How often Ray itself runs a task again whose worker is lost.
 _RERUNS = 3
@@ -108,3 +123,89 @@ class RayEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
+    """Builds, gates and publishes a snapshot of a Ray Dataset, on the Ray that this process is connected to.
+
+    The dataset is computed once: its blocks are written to the store, and the build reads these. Ray's own shuffle
+    brings a shard's rows together.
+
+    Args:
+        frame: Vectors are lists or tensors. A column has the same Arrow type in all blocks.
+        config: what to build; ``source`` is not looked at.
+        vector_fn: makes the vectors where the dataset has none: given record batches of it, it returns an Arrow array
+            of lists or a matrix.
+
+    Raises:
+        SourceSchemaError: the dataset lacks a column, or one is of a type that cannot be used.
+        TaskCrashedError: a task failed; has its cause.
+        SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
+    """
+    import ray.data
+
+    names = frame_columns(config, frame.columns() or [], vector_fn)
+
+    def stage(folder: str) -> list[str]:
+        arguments = {"config": config, "folder": folder, "vector_fn": vector_fn}
+        blocks = frame.select_columns(names)
+        written = blocks.map_batches(_write_rows, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments)
+        # Of two rows with the same id the first one counts.
+        written.context.execution_options.preserve_order = True
+        return _keys(written, "writing the dataset")
+
+    with RayEngine() as engine:
+
+        def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
+            count = partitions(config, places, engine.slots)
+            arguments = {"config": config, "run_id": run_id}
+            numbers = ray.data.range(places, override_num_blocks=places)
+            pieces = numbers.map_batches(
+                _route_rows, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments | {"count": count}
+            )
+            placed = pieces.groupby("part", num_partitions=count)
+            return _keys(
+                placed.map_groups(_place_rows, batch_format="pyarrow", fn_kwargs=arguments), "routing the dataset"
+            )
+
+        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+
+
+def _keys(dataset: "Dataset", what: str) -> list[str]:
+    """The keys that tasks give.
+
+    Raises:
+        SfPipelinesError: what a task raised.
+        WorkerLostError: a worker was lost, more often than Ray runs a task again.
+        TaskCrashedError: a task failed in another way.
+    """
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+
+    try:
+        return [row["key"] for row in dataset.take_all()]
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+        raise WorkerLostError(f"{what} on Ray: {type(error).__name__}: {error}") from error
+    except RayError as error:
+        cause = error
+        while cause is not None and not isinstance(cause, SfPipelinesError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None:
+            raise cause from error
+        raise TaskCrashedError(f"{what} on Ray: {type(error).__name__}: {error}") from error
+
+
+def _write_rows(rows: pa.Table, config: WriteConfig, folder: str, vector_fn: VectorFn | None) -> pa.Table:
+    key = write_part(config, folder, vector_fn, rows.combine_chunks().to_batches())
+    return pa.table([pa.array([] if key is None else [key], pa.string())], schema=KEYS)
+
+
+def _route_rows(numbers: pa.Table, config: WriteConfig, run_id: str, count: int) -> Iterator[pa.Table]:
+    for place in numbers.column("id").to_pylist():
+        for pieces in route_pieces(config, run_id, place):
+            parts = pa.array(pieces.column("shard").to_numpy() % count)
+            yield pa.Table.from_batches([pieces]).append_column("part", parts)
+
+
+def _place_rows(pieces: pa.Table, config: WriteConfig, run_id: str) -> pa.Table:
+    key = write_pieces(config, run_id, pieces.select(PIECES.names).to_batches())
+    return pa.table([pa.array([] if key is None else [key], pa.string())], schema=KEYS)

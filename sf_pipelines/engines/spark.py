@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
+from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
+from sf_pipelines.snapshot.pipeline import BuildResult
+from sf_pipelines.snapshot.shuffling import route_pieces, write_pieces
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 # What Spark says where it was the worker that failed, and not the task.
 _LOST = ("worker exited unexpectedly", "ExecutorLostFailure", "executor lost", "Python worker failed to connect back")
 _RESULT = "outcome binary"
+_PARTS, _PIECES, _KEYS = "number int, key string", "shard int, rows binary", "key string"
 
 
 class SparkEngine:
@@ -85,22 +89,11 @@ class SparkEngine:
         return self._pool.submit(self._job, config, task)
 
     def _job(self, config: WriteConfig, task: Task) -> Outcome:
-        from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
-
         # Tags are a thread's own: this one's jobs can be interrupted together with those of its fellows.
         self._session.addTag(self._tag)
         try:
-            rows = (
-                self._session.range(1)
-                .repartition(1)
-                .mapInArrow(partial(_run_rows, pickle.dumps((config, task))), _RESULT)
-                .collect()
-            )
-        except (PySparkException, Py4JError) as error:
-            text = str(error)
-            kind = WorkerLostError if any(sign in text for sign in _LOST) else TaskCrashedError
-            raise kind(f"{task.label} on Spark: {text[:2000]}") from error
+            job = self._session.range(1).repartition(1)
+            rows = _collect(job.mapInArrow(partial(_run_rows, pickle.dumps((config, task))), _RESULT), task.label)
         finally:
             self._session.removeTag(self._tag)
         return pickle.loads(rows[0]["outcome"])  # noqa: S301 - made by our own task
@@ -122,6 +115,90 @@ class SparkEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def write_sharded(frame: "DataFrame", config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
+    """Builds, gates and publishes a snapshot of a Spark DataFrame, whose session does the work.
+
+    The frame is computed once: its partitions are written to the store, and the build reads these. Spark's own shuffle
+    brings a shard's rows together.
+
+    Args:
+        frame: classic or Spark Connect. Vectors are ``array<float>`` or ``array<double>``.
+        config: what to build; ``source`` is not looked at.
+        vector_fn: makes the vectors where the frame has none: given record batches of the frame, it returns an Arrow
+            array of lists or a matrix.
+
+    Raises:
+        SourceSchemaError: the frame lacks a column, or one is of a type that cannot be used.
+        TaskCrashedError: a task failed; has its cause.
+        SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
+    """
+    session = frame.sparkSession
+    names = [f"`{name.replace('`', '``')}`" for name in frame_columns(config, frame.columns, vector_fn)]
+
+    def stage(folder: str) -> list[str]:
+        written = frame.select(*names).mapInArrow(partial(_write_rows, config, folder, vector_fn), _PARTS)
+        rows = _collect(written, "writing the frame")
+        return [row["key"] for row in sorted(rows, key=lambda row: row["number"])]
+
+    with SparkEngine(session) as engine:
+
+        def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
+            from pyspark.sql.functions import col
+
+            pieces = session.range(0, places, 1, places).mapInArrow(partial(_route_rows, config, run_id), _PIECES)
+            count = partitions(config, places, engine.slots)
+            placed = pieces.repartitionById(count, col("shard") % count)
+            rows = _collect(placed.mapInArrow(partial(_place_rows, config, run_id), _KEYS), "routing the frame")
+            return [row["key"] for row in rows]
+
+        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+
+
+def _collect(frame: "DataFrame", what: str) -> list[Any]:
+    """The rows of a small result.
+
+    Raises:
+        WorkerLostError: a worker was lost.
+        TaskCrashedError: the work failed.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        return frame.collect()
+    except (PySparkException, Py4JError) as error:
+        text = str(error)
+        kind = WorkerLostError if any(sign in text for sign in _LOST) else TaskCrashedError
+        raise kind(f"{what} on Spark: {text[:2000]}") from error
+
+
+def _write_rows(
+    config: WriteConfig, folder: str, vector_fn: VectorFn | None, rows: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """The key of the part that a partition was written to, in place of its rows."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    key = write_part(config, folder, vector_fn, rows)
+    if key is not None and context is not None:
+        number = pa.array([context.partitionId()], pa.int32())
+        yield pa.record_batch([number, pa.array([key], pa.string())], names=["number", "key"])
+
+
+def _route_rows(config: WriteConfig, run_id: str, places: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The pieces of input ranges, in place of their numbers."""
+    for batch in places:
+        for place in batch.column(0).to_pylist():
+            yield from route_pieces(config, run_id, place)
+
+
+def _place_rows(config: WriteConfig, run_id: str, pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The key of the receipt, in place of the pieces."""
+    key = write_pieces(config, run_id, pieces)
+    if key is not None:
+        yield pa.record_batch([pa.array([key], pa.string())], names=["key"])
 
 
 def _run_rows(payload: bytes, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -14,6 +14,7 @@ from sf_pipelines.snapshot.gate import Verdict
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.routing import needs_training
+from sf_pipelines.snapshot.shuffling import Shuffle, StagedFrame
 
 _Done = TypeVar("_Done")
 
@@ -67,6 +68,7 @@ def run_build(
     progress: Progress | None = None,
     force: bool = False,
     cache_dir: Path | None = None,
+    frame: StagedFrame | None = None,
 ) -> BuildResult:
     """Builds, gates and publishes one snapshot; goes on with an unfinished build of the same source and config.
 
@@ -77,6 +79,7 @@ def run_build(
         force: build and publish again although nothing is new, taking nothing over from the current snapshot. What a
             rollback holds stays held until ``release``.
         cache_dir: folder for verified copies of shards; None is the readers' default.
+        frame: the source, where it is what an engine's frame was written to, and the engine's shuffle.
 
     Returns:
         What is published now, and whether this call published it.
@@ -87,17 +90,23 @@ def run_build(
     with Build(config, progress=progress, cache_dir=cache_dir) as build:
         durations: dict[str, float] = {}
         watch = Stopwatch()
-        scanned = stages.scan(build, force=force)
+        scanned = stages.scan(build, force=force, parts=None if frame is None else frame.keys)
         durations["scan"] = watch.seconds
         try:
-            return _run(build, scanned, durations, engine)
+            return _run(build, scanned, durations, engine, None if frame is None else frame.shuffle)
         except SfPipelinesError as error:
             if not scanned.published:
                 _record_failure(build, scanned, error)
             raise
 
 
-def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine: Engine | None) -> BuildResult:
+def _run(
+    build: Build,
+    scanned: ScanReceipt,
+    durations: dict[str, float],
+    engine: Engine | None,
+    shuffle: Shuffle | None,
+) -> BuildResult:
     run_id, every = scanned.run_id, range(build.config.num_dbs)
 
     def timed(name: str, work: Callable[[], _Done]) -> _Done:
@@ -109,7 +118,7 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine
     sampled = timed("sample", lambda: stages.sample(build, run_id))
     if needs_training(build.config.sharding):
         timed("train", lambda: stages.train(build, run_id))
-    timed("route", lambda: stages.route(build, run_id, engine=engine))
+    timed("route", lambda: stages.route(build, run_id, engine=engine, shuffle=shuffle))
     shards = timed("shards", lambda: stages.build_shards(build, run_id, every, engine=engine))
     manifest = timed("assemble", lambda: stages.assemble(build, run_id))
     # A damaged shard of a published run was built anew into a fork of that run.

@@ -19,14 +19,25 @@ from numpy.typing import NDArray
 from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
 from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, SourceChangedError
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.receipts import RangeReceipt, Ref, RoutedPart, RoutedShard, SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.receipts import (
+    RangeReceipt,
+    Ref,
+    RoutedPart,
+    RoutedShard,
+    SampleReceipt,
+    ScanReceipt,
+    TrainReceipt,
+    inputs_of,
+)
 from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting, VectorRouting
 from sf_pipelines.snapshot.source.contract import RowContract
-from sf_pipelines.snapshot.source.files import SourceBatch, Span, read_span
+from sf_pipelines.snapshot.source.files import SourceBatch, Span, plan_ranges, read_span
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
-_BUFFER_BYTES = 32 * 1024 * 1024
+BUFFER_BYTES = 32 * 1024 * 1024
+# Decoded vectors of one input range.
+_RANGE_BYTES = 64 * 1024 * 1024
 
 
 def route_range(
@@ -39,38 +50,80 @@ def route_range(
     inputs: str,
 ) -> RangeReceipt:
     """Reads one input range and stores its rows sorted by shard."""
-    config, ledger, watch = build.config, build.ledger(scanned.run_id), Stopwatch()
-    number = ledger.next_number(RangeReceipt, part)
-    contract = build.contract(scanned.listing.arrow_schema)
-    source = Store.open(scanned.listing.root, config.s3)
-    rejected = RejectedRows(build.store, sampled.rejects)
+    watch, contract = Stopwatch(), build.contract(scanned.listing.arrow_schema)
+    number = build.ledger(scanned.run_id).next_number(RangeReceipt, part)
     with scratch() as folder:
         writer = RoutedWriter(folder / "routed.arrow", contract.stored_schema)
-        for span in spans:
-            file = scanned.listing.files[span.file]
-            gone = rejected.between(file.first_row, file.first_row + file.rows)
-            for batch in read_span(source, file, span, config.row_columns, config.batch_rows):
-                rows = _without(batch, gone)
-                if rows.num_rows:
-                    stored, vectors = contract.stored(rows)
-                    writer.add(stored, _shards_of(routing, contract, rows, vectors))
-                build.report("route", batch.first_row + batch.rows.num_rows, scanned.rows)
-                build.renew(scanned)
-        parts, shards = writer.close()
-        key = f"{ledger.root}/routed/{part}-{uuid.uuid4().hex[:8]}.arrow"
-        build.store.upload(writer.path, key)
-        size = writer.path.stat().st_size
+        for stored, shards in routed_rows(build, scanned, sampled, routing, contract, spans):
+            writer.add(stored, shards)
+        return commit_routed(build, scanned.run_id, writer, part, number, inputs=inputs, spans=spans, watch=watch)
+
+
+def routed_rows(
+    build: Build,
+    scanned: ScanReceipt,
+    sampled: SampleReceipt,
+    routing: Routing,
+    contract: RowContract,
+    spans: tuple[Span, ...],
+) -> Iterator[tuple[pa.RecordBatch, Int32]]:
+    """The rows of one input range as they are stored, without rejects, and the shard of each."""
+    config = build.config
+    source = Store.open(scanned.listing.root, config.s3)
+    rejected = RejectedRows(build.store, sampled.rejects)
+    for span in spans:
+        file = scanned.listing.files[span.file]
+        gone = rejected.between(file.first_row, file.first_row + file.rows)
+        for batch in read_span(source, file, span, config.row_columns, config.batch_rows):
+            rows = _without(batch, gone)
+            if rows.num_rows:
+                stored, vectors = contract.stored(rows)
+                yield stored, _shards_of(routing, contract, rows, vectors)
+            build.report("route", batch.first_row + batch.rows.num_rows, scanned.rows)
+            build.renew(scanned)
+
+
+def commit_routed(
+    build: Build,
+    run_id: str,
+    writer: "RoutedWriter",
+    part: str,
+    number: int,
+    *,
+    inputs: str,
+    spans: tuple[Span, ...],
+    watch: Stopwatch,
+) -> RangeReceipt:
+    """Closes a routed file, uploads it under a fresh name and commits its receipt."""
+    ledger = build.ledger(run_id)
+    parts, shards = writer.close()
+    key = f"{ledger.root}/routed/{part}-{uuid.uuid4().hex[:8]}.arrow"
+    build.store.upload(writer.path, key)
     receipt = RangeReceipt(
-        run_id=scanned.run_id,
+        run_id=run_id,
         inputs=inputs,
         spans=spans,
         routed_key=key,
-        routed_size=size,
+        routed_size=writer.path.stat().st_size,
         parts=parts,
         shards=shards,
         seconds=watch.seconds,
     )
     return ledger.commit(receipt, part, number=number)
+
+
+def spans_of(build: Build, scanned: ScanReceipt) -> list[tuple[Span, ...]]:
+    """The input ranges: the same ones whoever asks, and whatever the engine."""
+    return plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
+
+
+def routing_inputs(scanned: ScanReceipt, sampled: SampleReceipt, trained: TrainReceipt | None) -> str:
+    """Digest of all that decides what a routed file holds."""
+    return inputs_of(
+        build_key=scanned.build_key,
+        rejects=sampled.rejects.sha256,
+        routing=trained.ref.sha256 if trained else "",
+    )
 
 
 def _shards_of(routing: Routing, contract: RowContract, rows: pa.RecordBatch, vectors: Float32) -> Int32:
@@ -113,12 +166,23 @@ def _without(batch: SourceBatch, gone: NDArray[np.int64]) -> pa.RecordBatch:
     return batch.rows.filter(pa.array(kept))
 
 
+def by_shard(batches: list[pa.RecordBatch], shards: list[Int32]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Each shard that has rows here, with its rows in one batch, in their order."""
+    rows = pa.Table.from_batches(batches).combine_chunks()
+    places = np.concatenate(shards)
+    order = np.argsort(places, kind="stable")
+    present, starts = np.unique(places[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    for db_id, start, end in zip(present.tolist(), starts.tolist(), ends, strict=True):
+        part = rows.take(pa.array(order[start:end])).combine_chunks()
+        yield db_id, part.to_batches()[0]
+
+
 class RoutedWriter:
     """Collects rows with their shard and writes them shard by shard whenever the buffer is full."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
-        self._schema = schema
         self._writer = pa_ipc.new_file(str(path), schema)
         self._batches: list[pa.RecordBatch] = []
         self._shards: list[Int32] = []
@@ -131,7 +195,7 @@ class RoutedWriter:
         self._batches.append(rows)
         self._shards.append(shards)
         self._bytes += rows.nbytes
-        if self._bytes >= _BUFFER_BYTES:
+        if self._bytes >= BUFFER_BYTES:
             self._flush()
 
     def close(self) -> tuple[tuple[RoutedPart, ...], tuple[RoutedShard, ...]]:
@@ -147,14 +211,7 @@ class RoutedWriter:
     def _flush(self) -> None:
         if not self._batches:
             return
-        rows = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
-        shards = np.concatenate(self._shards)
-        order = np.argsort(shards, kind="stable")
-        present, starts = np.unique(shards[order], return_index=True)
-        ends = [*starts[1:].tolist(), len(order)]
-        for db_id, start, end in zip(present.tolist(), starts.tolist(), ends, strict=True):
-            part = rows.take(pa.array(order[start:end])).combine_chunks()
-            batch = part.to_batches()[0]
+        for db_id, batch in by_shard(self._batches, self._shards):
             self._parts.append(RoutedPart(db_id=db_id, batch=self._next_batch(), rows=len(batch)))
             self._writer.write_batch(batch)
             add_rows(self._digests.setdefault(db_id, RowSetDigest()), batch)

@@ -39,11 +39,12 @@ from sf_pipelines.snapshot.receipts import (
     TrainReceipt,
     inputs_of,
 )
-from sf_pipelines.snapshot.routed import read_shard, vectors_of
+from sf_pipelines.snapshot.routed import read_shard, routing_inputs, spans_of, vectors_of
 from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.sealing import is_intact, same_shard, seal_shard
 from sf_pipelines.snapshot.sharding import ClusterSharding
-from sf_pipelines.snapshot.source.files import SourceListing, Span, pin, plan_ranges
+from sf_pipelines.snapshot.shuffling import Shuffle
+from sf_pipelines.snapshot.source.files import SourceListing, pin
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.training import is_outworn, train_or_keep
 from sf_pipelines.snapshot.validation import check_rejects, validate_and_sample
@@ -63,8 +64,6 @@ __all__ = [
     "train",
 ]
 
-# Decoded vectors of one input range.
-_RANGE_BYTES = 64 * 1024 * 1024
 # Shards in the making at a time: while one is indexed, another is read, uploaded or digested. Each holds its rows.
 _SHARDS_AT_A_TIME = 2
 
@@ -72,7 +71,7 @@ _SHARDS_AT_A_TIME = 2
 # 1. scan
 
 
-def scan(build: Build, *, force: bool = False) -> ScanReceipt:
+def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = None) -> ScanReceipt:
     """Pins the source and decides which run this is: a new one, an unfinished one, or the published one.
 
     What a rollback withdrew is not built again from the same source and config: then the run is the withdrawn one,
@@ -82,6 +81,8 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         build: what to build.
         force: build again although nothing is new, and take nothing over from the current snapshot. What a rollback
             holds stays held.
+        parts: keys in the store of what a frame was written to, which is the source then; None looks for files at
+            ``config.source``.
 
     Raises:
         SourceError: no file, no row, or a column that cannot be used.
@@ -90,11 +91,12 @@ def scan(build: Build, *, force: bool = False) -> ScanReceipt:
         StoreError: the store cannot be written.
     """
     config = build.config
-    listing = pin(config.source, config.s3, config.row_columns)
+    listing = pin(config.source, config.s3, config.row_columns, parts=None if parts is None else (build.store, parts))
     contract = build.contract(listing.arrow_schema)
     if isinstance(config.sharding, ClusterSharding) and config.num_dbs > listing.rows:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
-    _check_store_is_outside(build, listing)
+    if parts is None:
+        _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
     known = runs.held_run(build, view, build_key)
     if known is None and not force:
@@ -203,13 +205,15 @@ def train(build: Build, run_id: str) -> TrainReceipt:
 # 4. route
 
 
-def route(build: Build, run_id: str, *, engine: Engine | None = None) -> RouteReceipt:
+def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: Shuffle | None = None) -> RouteReceipt:
     """Sends every row that satisfies the contract to its shard, range by range.
 
     Args:
         build: what to build.
         run_id: the build.
         engine: where the ranges are routed; None is this process.
+        shuffle: an engine's own shuffle, which routes the ranges and brings each shard's rows together; in place of
+            tasks.
 
     Raises:
         SourceChangedError: a file changed since the scan.
@@ -217,16 +221,21 @@ def route(build: Build, run_id: str, *, engine: Engine | None = None) -> RouteRe
     """
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
-    inputs = _routing_inputs(scanned, sampled, trained)
+    inputs = routing_inputs(scanned, sampled, trained)
     number = ledger.next_number(RouteReceipt)
     found = ledger.find(RouteReceipt, inputs=inputs)
     if found is not None and (scanned.published or all(_is_routed(ledger, key) for key in found.ranges)):
         return found.model_copy(update={"reason": "these rows were routed before"})
     watch = Stopwatch()
-    tasks = [Task(stage="route_range", run_id=run_id, number=place) for place in range(len(_spans(build, scanned)))]
-    with nullcontext(engine) if engine else InProcess(build, slots=1) as where:
-        done = spread(build, scanned, where, tasks)
-    ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
+    places = len(spans_of(build, scanned))
+    if shuffle is not None:
+        with build.working(scanned):
+            ranges = [ledger.read(RangeReceipt, key) for key in shuffle(build.config, run_id, places)]
+    else:
+        tasks = [Task(stage="route_range", run_id=run_id, number=place) for place in range(places)]
+        with nullcontext(engine) if engine else InProcess(build, slots=1) as where:
+            done = spread(build, scanned, where, tasks)
+        ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
     shards = _sum_shards(ranges, build.config.num_dbs)
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
@@ -252,25 +261,12 @@ def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
     """
     scanned, ledger = build.scanned(run_id), build.ledger(run_id)
     sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
-    part, inputs = f"range-{place:05d}", _routing_inputs(scanned, sampled, trained)
+    part, inputs = f"range-{place:05d}", routing_inputs(scanned, sampled, trained)
     receipt = ledger.find(RangeReceipt, part, inputs=inputs)
     if receipt is not None and _is_routed(ledger, receipt.key):
         return receipt
-    spans = _spans(build, scanned)[place]
+    spans = spans_of(build, scanned)[place]
     return routed.route_range(build, scanned, sampled, build.routing(trained), spans, part, inputs)
-
-
-def _spans(build: Build, scanned: ScanReceipt) -> list[tuple[Span, ...]]:
-    """The input ranges: the same ones whoever asks, and whatever the engine."""
-    return plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
-
-
-def _routing_inputs(scanned: ScanReceipt, sampled: SampleReceipt, trained: TrainReceipt | None) -> str:
-    return inputs_of(
-        build_key=scanned.build_key,
-        rejects=sampled.rejects.sha256,
-        routing=trained.ref.sha256 if trained else "",
-    )
 
 
 def _family(build: Build, shards: tuple[RoutedShard, ...]) -> IndexFamily:

@@ -21,6 +21,7 @@ from sf_pipelines_tests.tables import clustered, vector_table
 _HERE = Path(__file__).parents[2]
 _FIRST = "README.md"
 _PAGES = (_FIRST, "docs/kinds.md", "docs/readers.md")
+_ENGINES = "docs/engines.md"
 _DIM, _ROWS = 384, 400
 # A block that is not run is preceded by its reason.
 _BLOCK = re.compile(
@@ -102,7 +103,7 @@ def code_of(block: Block, roots: Roots) -> CodeType:
     return compile("\n" * (block.line - 1) + text, block.page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
-@pytest.mark.parametrize("page", _PAGES)
+@pytest.mark.parametrize("page", [*_PAGES, _ENGINES])
 def test_python_blocks_run(page: str, roots: Roots) -> None:
     """In their order and in one namespace, as somebody who reads the page would type them."""
     names: dict[str, Any] = {

@@ -14,7 +14,17 @@ from sf_pipelines.snapshot.receipts import ScanReceipt
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 Rule = Literal[
-    "snapshot", "leftovers", "build", "attempts", "routing", "staging", "verdicts", "dagster", "notes", "temporary"
+    "snapshot",
+    "leftovers",
+    "build",
+    "attempts",
+    "routing",
+    "staging",
+    "verdicts",
+    "dagster",
+    "notes",
+    "frames",
+    "temporary",
 ]
 
 # What a writer on local disk leaves when it is killed: obstore's parts, and this package's own before the rename.
@@ -32,8 +42,9 @@ class CleanupGroup:
             snapshot that a cleanup began to remove; ``build`` a build that failed or was abandoned; ``attempts``
             attempts at a shard that lost; ``routing`` centroids or hyperplanes of attempts that lost; ``staging``
             what stages handed to each other; ``verdicts`` verdicts on manifests that were not published;
-            ``dagster`` references of a Dagster run; ``notes`` notes on routing that has failed its gate; ``temporary``
-            what killed writers left on local disk.
+            ``dagster`` references of a Dagster run; ``notes`` notes on routing that has failed its gate; ``frames``
+            what an engine's frame was written to, of a build that did not publish; ``temporary`` what killed writers
+            left on local disk.
         run_id: build that they are of; a Dagster run under ``dagster``; None for notes and temporary files.
         why: why they may go.
         steps: keys in the order in which they go; those of one step in any order.
@@ -131,6 +142,7 @@ def plan_cleanup(store: Store, rules: CleanupRules, *, now: datetime | None = No
     groups = [group for run_id in sorted(inventory.runs) for group in planner.of_run(run_id, inventory.runs[run_id])]
     groups += planner.of_dagster(store, inventory)
     groups += planner.of_notes(inventory)
+    groups += planner.of_frames(inventory)
     groups += planner.of_temporary(store)
     kept = {**protection.kept, **protection.live}
     return CleanupPlan(
@@ -213,6 +225,15 @@ class _Planner:
         """Notes of no build. Without one, routing that failed its gate long ago may be tried once more."""
         stale = [item for item in inventory.notes if self._is_old(item.info.modified)]
         yield from _group("notes", None, f"nobody wrote them again for {self._rules.stale_after}", [stale])
+
+    def of_frames(self, inventory: Inventory) -> Iterator[CleanupGroup]:
+        """What frames were written to. Which build reads it is not in its name, so any that runs keeps it."""
+        if self._protection.live:
+            return
+        why = f"a frame was written here, and nothing was added for {self._rules.stale_after}"
+        for _, items in sorted(inventory.frames.items()):
+            if self._is_stale(items):
+                yield from _group("frames", None, why, [items])
 
     def _names_a_live_run(self, store: Store, items: list[Item]) -> bool:
         names = [run_id.encode() for run_id in self._protection.live]

@@ -16,7 +16,8 @@ class Kind(StrEnum):
 
     ``WORK`` is what stages hand to each other and nobody reads once the snapshot is published: routed rows, exact
     neighbours, rows to be found again, staged manifests. ``NOTE`` is of no build: that routing has failed
-    its gate, and what asking the store for conditional writes left there.
+    its gate, and what asking the store for conditional writes left there. ``FRAME`` is what an engine's frame was
+    written to: the source of one build.
     """
 
     MANIFEST = "manifest"
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     WORK = "work"
     DAGSTER = "dagster"
     NOTE = "note"
+    FRAME = "frame"
     KEPT = "kept"
 
 
@@ -53,6 +55,7 @@ _PATTERNS: tuple[tuple[Kind, re.Pattern[str]], ...] = tuple(
         (Kind.VERDICT, rf"{_STAGING}/verdicts/(?P<digest>[0-9a-f]{{64}})/[a-z_]+/[^/]+\.json"),
         (Kind.WORK, rf"{_STAGING}/((routed|truth|witnesses)/[^/]+-{_HEX}\.arrow|manifest-[0-9a-f]{{32}})"),
         (Kind.NOTE, r"staging/(outworn/[0-9a-f]{64}\.json|probe/[0-9a-f]{32})"),
+        (Kind.FRAME, r"(?P<unit>staging/frames/[0-9a-f]{32})/part-[0-9a-f]{32}\.parquet"),
         (Kind.DAGSTER, r"(?P<unit>staging/dagster/runs/[^/]+)/.+"),
         (Kind.KEPT, rf"staging/dagster/latest/.+|pins/[^/]+\.json|{CURRENT}|\.sf_pipelines\.lock"),
     )
@@ -91,12 +94,14 @@ class Inventory:
         runs: recognised objects by build.
         dagster: references of Dagster runs, by their folder.
         notes: what is of no build.
+        frames: what frames were written to, by their folder.
         unknown: objects that nobody here has written.
     """
 
     runs: dict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
     dagster: dict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
     notes: list[Item] = field(default_factory=list)
+    frames: defaultdict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
     unknown: list[ObjectInfo] = field(default_factory=list)
 
     @classmethod
@@ -109,6 +114,8 @@ class Inventory:
                 made.unknown.append(info)
             elif item.kind is Kind.DAGSTER:
                 made.dagster[item.unit].append(item)
+            elif item.kind is Kind.FRAME:
+                made.frames[item.unit].append(item)
             elif item.kind is Kind.NOTE:
                 made.notes.append(item)
             elif item.run_id is not None:

@@ -56,7 +56,7 @@ class SourceListing(Model):
 
     Attributes:
         root: address that the keys are relative to.
-        files: in key order.
+        files: in key order; parts of a frame in the frame's order.
         columns: the columns that are read and their Arrow types, as text.
         schema_ipc: the same as an Arrow schema message, base64.
     """
@@ -225,13 +225,20 @@ def _glob_regex(pattern: str) -> str:
     return out
 
 
-def pin(source: str, s3: Credentials | None, columns: tuple[str, ...]) -> SourceListing:
+def pin(
+    source: str,
+    s3: Credentials | None,
+    columns: tuple[str, ...],
+    *,
+    parts: tuple[Store, tuple[str, ...]] | None = None,
+) -> SourceListing:
     """Lists the source's files, reads their footers and pins their versions.
 
     Args:
         source: path, folder or glob.
         s3: credentials.
         columns: columns that must be there.
+        parts: these very files, in this order, whatever else is at ``source``; None looks there.
 
     Raises:
         SourceNotFoundError: nothing matches.
@@ -239,7 +246,10 @@ def pin(source: str, s3: Credentials | None, columns: tuple[str, ...]) -> Source
         SourceSchemaError: a file is empty, damaged, of another format, lacks a column, has it twice, or has another
             type than the first file.
     """
-    store, found = find_files(source, s3)
+    if parts is None:
+        store, found = find_files(source, s3)
+    else:
+        store, found = parts[0], [parts[0].head(key) for key in parts[1]]
     files: list[SourceFile] = []
     schema: pa.Schema | None = None
     first_row = 0

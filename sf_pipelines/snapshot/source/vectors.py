@@ -125,24 +125,31 @@ class VectorColumn:
     def _column(self, rows: pa.RecordBatch) -> pa.Array:
         if self._function is None:
             return rows.column(self._spec.vector_col)
-        name = f"vector_fn {self._spec.vector_fn}"
-        try:
-            made = self._function(rows.select(list(self._spec.vector_fn_cols)))
-        except Exception as error:
-            raise VectorFunctionError(f"{name} failed with {type(error).__name__}: {error}") from error
-        column = _as_array(made, name)
-        if len(column) != len(rows):
-            raise VectorFunctionError(f"{name} gave {len(column)} vectors for {len(rows)} rows")
-        kind = column.type
-        if not any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
-            raise VectorFunctionError(f"{name} gave {kind}; it must give lists of {self._spec.dim} numbers")
-        if not pa.types.is_floating(kind.value_type):
-            raise VectorFunctionError(f"{name} gave lists of {kind.value_type}; they must be floating-point numbers")
-        if pa.types.is_fixed_size_list(kind) and kind.list_size != self._spec.dim:
-            raise VectorFunctionError(
-                f"{name} gave {kind.list_size} numbers a vector, vector_spec.dim is {self._spec.dim}"
-            )
-        return column
+        chosen = rows.select(list(self._spec.vector_fn_cols))
+        return call_vector_fn(self._function, chosen, self._spec.dim, f"vector_fn {self._spec.vector_fn}")
+
+
+def call_vector_fn(function: Callable[[pa.RecordBatch], Any], rows: pa.RecordBatch, dim: int, name: str) -> pa.Array:
+    """One list of floating-point numbers for each row, from a user's function.
+
+    Raises:
+        VectorFunctionError: the function failed or gave something else than vectors.
+    """
+    try:
+        made = function(rows)
+    except Exception as error:
+        raise VectorFunctionError(f"{name} failed with {type(error).__name__}: {error}") from error
+    column = _as_array(made, name)
+    if len(column) != len(rows):
+        raise VectorFunctionError(f"{name} gave {len(column)} vectors for {len(rows)} rows")
+    kind = column.type
+    if not any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+        raise VectorFunctionError(f"{name} gave {kind}; it must give lists of {dim} numbers")
+    if not pa.types.is_floating(kind.value_type):
+        raise VectorFunctionError(f"{name} gave lists of {kind.value_type}; they must be floating-point numbers")
+    if pa.types.is_fixed_size_list(kind) and kind.list_size != dim:
+        raise VectorFunctionError(f"{name} gave {kind.list_size} numbers a vector, vector_spec.dim is {dim}")
+    return column
 
 
 def _as_array(made: Any, name: str) -> pa.Array:

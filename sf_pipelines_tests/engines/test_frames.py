@@ -1,0 +1,284 @@
+"""Snapshots of frames: what an engine writes once and shuffles gives the shards that files give."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig, build_snapshot
+from sf_pipelines.engines.frames import build_from_frame, frame_columns, from_pandas, write_part
+from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.engine import InProcess
+from sf_pipelines.snapshot.errors import (
+    ConfigError,
+    CountMismatchError,
+    DataContractError,
+    SourceEmptyError,
+    SourceSchemaError,
+)
+from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.operations.cleanup_plan import plan_cleanup
+from sf_pipelines.snapshot.operations.protection import CleanupRules
+from sf_pipelines.snapshot.pipeline import BuildResult
+from sf_pipelines.snapshot.receipts import SampleReceipt
+from sf_pipelines.snapshot.shuffling import route_pieces, write_pieces
+from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.tables import clustered
+
+_ROWS, _DIM = 1500, 16
+_REASONS = {"null_vector": 1, "not_finite": 1, "wrong_dimension": 1, "duplicate_id": 1}
+
+
+def table() -> pa.Table:
+    """Rows with one of each fault; the second row of id 20 is the last one."""
+    vectors: list[Any] = clustered(_ROWS, _DIM).tolist()
+    vectors[7], vectors[8] = None, [float("nan"), *vectors[8][1:]]
+    vectors[9] = vectors[9][:-1]
+    ids = np.arange(_ROWS)
+    ids[-1] = 20
+    titles = [f"row {n}" for n in range(_ROWS)]
+    # Types that not every engine knows.
+    sizes = pa.array(ids % 250, pa.uint8())
+    return pa.table({"id": ids, "vector": pa.array(vectors, pa.list_(pa.float32())), "title": titles, "size": sizes})
+
+
+def settings(root: Path, **more: Any) -> WriteConfig:
+    shared: dict[str, Any] = {
+        "name": "framed",
+        "source": "a frame",
+        "store": str(root / "framed"),
+        "num_dbs": 4,
+        "vector_spec": {"dim": _DIM},
+        "max_reject_fraction": 0.01,
+        "recall_gate": {"query_rows": 200},
+    }
+    return WriteConfig(**(shared | more))
+
+
+def from_files(root: Path, config: WriteConfig, rows: pa.Table) -> BuildResult:
+    pq.write_table(rows, root / "rows.parquet", row_group_size=400)
+    where = {"source": str(root / "rows.parquet"), "store": str(root / "filed")}
+    return build_snapshot(config.model_copy(update=where))
+
+
+def assert_same(ours: BuildResult, theirs: BuildResult) -> None:
+    assert ours.published
+    assert [(shard.rows, shard.rows_digest) for shard in ours.shards] == [
+        (shard.rows, shard.rows_digest) for shard in theirs.shards
+    ]
+
+
+def staged(config: WriteConfig) -> list[str]:
+    return [info.key for info in Store.open(config.store).objects("staging/frames")]
+
+
+# Clusters of two workers.
+
+
+class Cluster(NamedTuple):
+    """A cluster.
+
+    Attributes:
+        frame: a table as the engine's own frame of several partitions.
+        write: its ``write_sharded``.
+    """
+
+    frame: Callable[[pa.Table], Any]
+    write: Callable[..., BuildResult]
+
+
+def dask_cluster(stack: ExitStack) -> Cluster:
+    from dask import config as dask_config
+    from dask.dataframe import from_pandas as dask_frame
+    from distributed import Client, LocalCluster
+
+    from sf_pipelines.engines.dask import write_sharded
+
+    # Else Dask makes text of the object column of vectors.
+    stack.enter_context(dask_config.set({"dataframe.convert-string": False}))
+    local: dict[str, Any] = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "host": "127.0.0.1",
+        "dashboard_address": "127.0.0.1:0",
+    }
+    stack.enter_context(Client(stack.enter_context(LocalCluster(**local))))
+    return Cluster(lambda rows: dask_frame(rows.to_pandas(), npartitions=3), write_sharded)
+
+
+def ray_cluster(stack: ExitStack) -> Cluster:
+    import ray
+    import ray.data
+
+    from sf_pipelines.engines.ray import write_sharded
+
+    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    stack.callback(ray.shutdown)
+    return Cluster(lambda rows: ray.data.from_arrow([rows.slice(0, 700), rows.slice(700)]), write_sharded)
+
+
+def spark_cluster(stack: ExitStack) -> Cluster:
+    from pyspark.sql import SparkSession
+
+    from sf_pipelines.engines.spark import write_sharded
+
+    builder: Any = SparkSession.builder
+    options = {"spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1", "spark.pyspark.python": sys.executable}
+    for name, value in options.items():
+        builder = builder.config(name, value)
+    session = builder.master("local[2]").getOrCreate()
+    stack.callback(session.stop)
+    # Spark has no unsigned numbers; in a file, it reads them as larger ones.
+    signed = pa.schema([("id", pa.int64()), ("vector", pa.list_(pa.float32())), ("title", pa.string())])
+    return Cluster(lambda rows: session.createDataFrame(rows.select(signed.names)).coalesce(2), write_sharded)
+
+
+_CLUSTERS = {"dask": dask_cluster, "ray": ray_cluster, "spark": spark_cluster}
+_noisy = pytest.mark.filterwarnings(
+    "ignore:lancedb fork support", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(scope="module", params=list(_CLUSTERS))
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+        patch.setenv("PYSPARK_PYTHON", sys.executable)
+        yield _CLUSTERS[request.param](stack)
+
+
+@_noisy
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_frame_gives_what_files_give(cluster: Cluster, tmp_path: Path) -> None:
+    config = settings(tmp_path, payload_cols=("title",))
+    made = cluster.write(cluster.frame(table()), config)
+    assert_same(made, from_files(tmp_path, config, table()))
+    sampled = Ledger(Store.open(config.store), made.run_id).need(SampleReceipt)
+    assert sampled.reject_reasons == _REASONS
+    assert staged(config) == []
+    with ShardedVectorReader(config.store) as reader:
+        found = reader.search(np.asarray(table()["vector"][3].as_py(), np.float32), top_k=1).results[0]
+    assert (found.id, found.payload) == (3, {"title": "row 3"})
+
+
+@_noisy
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_unified_by_hash(cluster: Cluster, tmp_path: Path) -> None:
+    keyed = {"key_value": {"key_col": "id", "value_cols": ("title",)}}
+    config = settings(tmp_path, vector_spec={"dim": _DIM, "backend": "sqlite-vec"}, **keyed)
+    made = cluster.write(cluster.frame(table()), config)
+    assert_same(made, from_files(tmp_path, config, table()))
+    with UnifiedShardedReader(config.store) as reader:
+        # Of two rows with the same key the first one counts.
+        assert b"row 20" in (reader.get(20) or b"")
+
+
+@_noisy
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_a_worker_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:
+    config = settings(tmp_path, max_reject_fraction=0.0)
+    with pytest.raises(DataContractError, match="4 of 1500"):
+        cluster.write(cluster.frame(table()), config)
+    with pytest.raises(Exception, match="boom"):
+        cluster.write(cluster.frame(table()), config, vector_fn=broken)
+
+
+def broken(rows: pa.RecordBatch) -> Any:
+    raise ValueError("boom")
+
+
+# The same without a cluster.
+
+
+def here(config: WriteConfig, rows: pa.Table, vector_fn: Any = None, lose: int | None = None) -> BuildResult:
+    """All that workers do, one after the other; a piece may get lost in the shuffle."""
+
+    def stage(folder: str) -> list[str]:
+        halves = [rows.slice(0, 800), rows.slice(800)]
+        keys = [write_part(config, folder, vector_fn, half.to_batches()) for half in halves]
+        # A task that everybody has forgotten writes its part again.
+        write_part(config, folder, vector_fn, halves[0].to_batches())
+        return [key for key in keys if key is not None]
+
+    def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
+        pieces = pa.Table.from_batches(
+            [piece for place in range(places) for piece in route_pieces(config, run_id, place)]
+        )
+        keys: list[str] = []
+        for db_id in range(config.num_dbs):
+            mine = pieces.filter(pc.equal(pieces["shard"], db_id)) if db_id != lose else pieces.slice(0, 0)
+            keys += [key for key in [write_pieces(config, run_id, mine.to_batches())] if key is not None]
+        return keys
+
+    with Build(config) as build, InProcess(build, slots=1) as engine:
+        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+
+
+def test_a_forgotten_part_is_ignored_and_all_are_removed(tmp_path: Path) -> None:
+    config = settings(tmp_path, filter_cols=("size",))
+    assert_same(here(config, table()), from_files(tmp_path, config, table()))
+    assert staged(config) == []
+
+
+def test_rows_that_a_shuffle_loses_stop_the_build(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(CountMismatchError, match="4 rejected do not make the 1500 read"):
+        here(config, table(), lose=1)
+    # Whoever looks at the rejects finds the rows; when they are old, a cleanup removes them.
+    assert len(staged(config)) == 3
+    store, rules = (
+        Store.open(config.store),
+        CleanupRules(keep=1, older_than=timedelta(0), stale_after=timedelta(days=1)),
+    )
+    assert not [group for group in plan_cleanup(store, rules).groups if group.rule == "frames"]
+    later = plan_cleanup(store, rules, now=datetime.now(UTC) + timedelta(days=2))
+    assert sum(group.objects for group in later.groups if group.rule == "frames") == 3
+    assert not later.left_alone
+
+
+def test_vectors_may_come_from_a_function(tmp_path: Path) -> None:
+    config, rows = settings(tmp_path), table()
+    made = here(
+        config, rows.rename_columns(["id", "embedded", "title", "size"]), lambda batch: batch.column("embedded")
+    )
+    assert_same(made, from_files(tmp_path, config, rows))
+    named = config.vector_spec.model_copy(update={"vector_fn": "a:b", "vector_fn_cols": ("title",)})
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        here(config.model_copy(update={"vector_spec": named}), rows, broken)
+
+
+def test_a_frame_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(SourceSchemaError, match="no column vector; it has id"):
+        frame_columns(config, ["id"], None)
+    with pytest.raises(SourceEmptyError, match="has no rows"):
+        here(config, table().slice(0, 0))
+
+
+def test_pandas_and_tensors_become_lists(tmp_path: Path) -> None:
+    config, store = settings(tmp_path), Store.open(tmp_path / "framed", create=True)
+    vectors = clustered(5, _DIM)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)
+    batches = [
+        from_pandas(pa.table({"id": range(5), "vector": [*vectors.astype(np.float64)]}).to_pandas()),
+        pa.record_batch({"id": pa.array(range(5)), "vector": tensors}),
+    ]
+    for batch in batches:
+        key = write_part(config, "staging/frames/x", None, [batch])
+        assert key is not None
+        with store.open_file(key) as raw:
+            column = pq.read_table(raw)["vector"]
+        assert column.type.value_type == pa.float32()
+        assert column.to_pylist() == vectors.tolist()

@@ -146,18 +146,6 @@ def _storage(column: pa.Array) -> pa.Array:
     return storage
 
 
-def from_pandas(frame: Any) -> pa.RecordBatch:
-    """A pandas frame as one batch; vectors may be arrays in an object column, which Arrow takes over without Python."""
-    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None).combine_chunks()
-    batches = table.to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-
-
-def found(keys: Iterable[str | None]) -> list[str]:
-    """The keys of tasks that had something to write."""
-    return [key for key in keys if key is not None]
-
-
 def partitions(config: WriteConfig, places: int, slots: int) -> int:
     """Parts that a shuffle brings rows to: one for each shard, or for a few small ones, as all of one are in one."""
     return min(config.num_dbs, _SPLIT * max(places, slots))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig, build_snapshot
-from sf_pipelines.engines.frames import build_from_frame, frame_columns, from_pandas, write_part
+from sf_pipelines.engines.frames import build_from_frame, frame_columns, write_part
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.engine import InProcess
 from sf_pipelines.snapshot.errors import (
@@ -96,25 +96,6 @@ class Cluster(NamedTuple):
     write: Callable[..., BuildResult]
 
 
-def dask_cluster(stack: ExitStack) -> Cluster:
-    from dask import config as dask_config
-    from dask.dataframe import from_pandas as dask_frame
-    from distributed import Client, LocalCluster
-
-    from sf_pipelines.engines.dask import write_sharded
-
-    # Else Dask makes text of the object column of vectors.
-    stack.enter_context(dask_config.set({"dataframe.convert-string": False}))
-    local: dict[str, Any] = {
-        "n_workers": 2,
-        "threads_per_worker": 1,
-        "host": "127.0.0.1",
-        "dashboard_address": "127.0.0.1:0",
-    }
-    stack.enter_context(Client(stack.enter_context(LocalCluster(**local))))
-    return Cluster(lambda rows: dask_frame(rows.to_pandas(), npartitions=3), write_sharded)
-
-
 def ray_cluster(stack: ExitStack) -> Cluster:
     import ray
     import ray.data
@@ -142,7 +123,7 @@ def spark_cluster(stack: ExitStack) -> Cluster:
     return Cluster(lambda rows: session.createDataFrame(rows.select(signed.names)).coalesce(2), write_sharded)
 
 
-_CLUSTERS = {"dask": dask_cluster, "ray": ray_cluster, "spark": spark_cluster}
+_CLUSTERS = {"ray": ray_cluster, "spark": spark_cluster}
 _noisy = pytest.mark.filterwarnings(
     "ignore:lancedb fork support", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -267,12 +248,11 @@ def test_a_frame_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         here(config, table().slice(0, 0))
 
 
-def test_pandas_and_tensors_become_lists(tmp_path: Path) -> None:
+def test_tensors_become_lists(tmp_path: Path) -> None:
     config, store = settings(tmp_path), Store.open(tmp_path / "framed", create=True)
     vectors = clustered(5, _DIM)
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)
     batches = [
-        from_pandas(pa.table({"id": range(5), "vector": [*vectors.astype(np.float64)]}).to_pandas()),
         pa.record_batch({"id": pa.array(range(5)), "vector": tensors}),
     ]
     for batch in batches:

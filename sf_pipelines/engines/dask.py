@@ -7,9 +7,20 @@ import uuid
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
+import pyarrow as pa
+
+from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
-from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
+from sf_pipelines.snapshot.errors import (
+    EngineError,
+    MissingExtraError,
+    SfPipelinesError,
+    TaskCrashedError,
+    WorkerLostError,
+)
+from sf_pipelines.snapshot.pipeline import BuildResult
+from sf_pipelines.snapshot.shuffling import PIECES, route_pieces, write_pieces
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -128,3 +139,103 @@ def _counted(config: WriteConfig, task: Task) -> Outcome:
 def _busy() -> int:
     """Tasks that run in this worker's process."""
     return _running
+
+
+def write_sharded(frame: Any, config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
+    """Builds, gates and publishes a snapshot of a Dask DataFrame, on the cluster of the active client.
+
+    The frame is computed once: its partitions are written to the store, and the build reads these. Dask's own shuffle
+    brings a shard's rows together.
+
+    Args:
+        frame: ``dask.dataframe.DataFrame``. Vectors are Arrow-backed lists, or arrays in an object column. A column has
+            the same Arrow type in all partitions: one with nulls needs an Arrow-backed dtype.
+        config: what to build; ``source`` is not looked at.
+        vector_fn: makes the vectors where the frame has none: given record batches of the frame, it returns an Arrow
+            array of lists or a matrix.
+
+    Raises:
+        EngineError: there is no active client.
+        SourceSchemaError: the frame lacks a column, or one is of a type that cannot be used.
+        TaskCrashedError: a task failed; has its cause.
+        SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
+    """
+    from dask import delayed
+    from distributed import get_client
+
+    try:
+        client = get_client()
+    except ValueError as error:
+        raise EngineError("write_sharded on Dask needs a cluster: make a distributed.Client first") from error
+    names = frame_columns(config, frame.columns, vector_fn)
+
+    def stage(folder: str) -> list[str]:
+        write = delayed(_write_rows, pure=False)
+        tasks = [write(config, folder, vector_fn, part) for part in frame[names].to_delayed()]
+        return _keys(client, tasks, "writing the frame")
+
+    with DaskEngine(client) as engine:
+
+        def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
+            count = partitions(config, places, engine.slots)
+            place = delayed(_place_rows, pure=False)
+            placed = _pieces(config, run_id, places, count).shuffle("_partitions", npartitions=count)
+            tasks = [place(config, run_id, part) for part in placed.to_delayed()]
+            return _keys(client, tasks, "routing the frame")
+
+        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+
+
+def _pieces(config: WriteConfig, run_id: str, places: int, count: int) -> Any:
+    """A frame of pieces, a partition for each input range; Dask brings a piece where ``_partitions`` says."""
+    import pandas as pd
+    from dask.dataframe import from_map
+
+    columns = {"_partitions": "int32", "shard": "int32", "rows": pd.ArrowDtype(pa.binary())}
+    meta = pd.DataFrame({name: pd.Series([], dtype=kind) for name, kind in columns.items()})
+    return from_map(_route_rows, range(places), args=(config, run_id, count), meta=meta)
+
+
+def _keys(client: Any, tasks: list[Any], what: str) -> list[str]:
+    """The keys that tasks give; gives up the others where one fails.
+
+    Raises:
+        SfPipelinesError: what a task raised.
+        WorkerLostError: a worker was lost, more often than Dask runs a task again.
+        TaskCrashedError: a task failed in another way.
+    """
+    from distributed import KilledWorker
+
+    futures = client.compute(tasks)
+    try:
+        return [key for key in client.gather(futures) if key is not None]
+    except SfPipelinesError:
+        raise
+    except KilledWorker as error:
+        raise WorkerLostError(f"{what} on Dask: {error}") from error
+    except Exception as error:
+        raise TaskCrashedError(f"{what} on Dask: {type(error).__name__}: {error}") from error
+    finally:
+        client.cancel(futures)
+
+
+def _write_rows(config: WriteConfig, folder: str, vector_fn: VectorFn | None, rows: Any) -> str | None:
+    return write_part(config, folder, vector_fn, _batches(rows))
+
+
+def _route_rows(place: int, config: WriteConfig, run_id: str, count: int) -> Any:
+    import pandas as pd
+
+    pieces = pa.Table.from_batches(list(route_pieces(config, run_id, place)), PIECES)
+    shards = pieces.column("shard").to_numpy()
+    rows = pd.Series(pieces.column("rows"), dtype=pd.ArrowDtype(pa.binary()))
+    return pd.DataFrame({"_partitions": shards % count, "shard": shards, "rows": rows})
+
+
+def _place_rows(config: WriteConfig, run_id: str, pieces: Any) -> str | None:
+    return write_pieces(config, run_id, _batches(pieces[PIECES.names], PIECES))
+
+
+def _batches(rows: Any, schema: pa.Schema | None = None) -> list[pa.RecordBatch]:
+    """A pandas frame as Arrow."""
+    return pa.Table.from_pandas(rows, schema, preserve_index=False).combine_chunks().to_batches()

@@ -63,7 +63,7 @@ class DaskEngine:
         except ImportError as error:
             raise MissingExtraError("engine dask needs distributed: pip install 'sf-pipelines[dask]'") from error
         # A shard's rows are in memory while it is built: how much that is, is the choice of num_dbs.
-        local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": None}
+        local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": None}
         cluster = None
         if address is None:
             count = workers or len(os.sched_getaffinity(0))

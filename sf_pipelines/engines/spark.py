@@ -1,5 +1,6 @@
 """Tasks on a Spark cluster, classic or through Spark Connect: each is a job of one row."""
 
+import importlib.util
 import os
 import pickle
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # What Spark says where it was the worker that failed, and not the task.
 _LOST = ("worker exited unexpectedly", "ExecutorLostFailure", "executor lost", "Python worker failed to connect back")
 _RESULT = "outcome binary"
+# More than any cluster has cores.
+_MANY = 1_000_000
 _PARTS, _PIECES, _KEYS = "number int, key string", "shard int, rows binary", "key string"
 
 
@@ -65,19 +68,10 @@ class SparkEngine:
         active = SparkSession.getActiveSession() if address is None else None
         if active is not None:
             return cls(active, workers)
-        builder: Any = SparkSession.builder
-        builder = builder.appName("sf_pipelines").config("spark.ui.showConsoleProgress", "false")
-        if address is not None and address.startswith("sc://"):
-            builder = builder.remote(address)
-        else:
-            cores = workers or len(os.sched_getaffinity(0))
-            builder = builder.master(address or f"local[{cores}]")
-            if address is None:
-                builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
-                # Its workers are of this very environment, which Spark asks for by this name and by no other.
-                os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         try:
-            session = builder.getOrCreate()
+            session = _connect(address) if address and address.startswith("sc://") else _start(address, workers)
+        except ImportError as error:
+            raise MissingExtraError(f"{address} needs pyspark[connect]: pip install 'sf-pipelines[spark]'") from error
         except (PySparkException, OSError, RuntimeError) as error:
             raise EngineError(f"no Spark at {address or 'this machine'}: {error}") from error
         engine = cls(session, workers)
@@ -117,6 +111,28 @@ class SparkEngine:
         self.close()
 
 
+def _connect(address: str) -> "SparkSession":
+    """A session of its own on a Spark Connect server, whatever other sessions this process has."""
+    from pyspark.sql.connect.session import SparkSession
+
+    builder: Any = SparkSession.builder
+    return builder.remote(address).create()
+
+
+def _start(master: str | None, workers: int | None) -> "SparkSession":
+    """A classic session; on this machine where no master is named."""
+    from pyspark.sql import SparkSession
+
+    builder: Any = SparkSession.builder
+    builder = builder.appName("sf_pipelines").config("spark.ui.showConsoleProgress", "false")
+    if master is not None:
+        return builder.master(master).getOrCreate()
+    # Its workers are of this very environment, which Spark asks for by this name and by no other.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
+    return builder.master(f"local[{workers or len(os.sched_getaffinity(0))}]").getOrCreate()
+
+
 def write_sharded(frame: "DataFrame", config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
     """Builds, gates and publishes a snapshot of a Spark DataFrame, whose session does the work.
 
@@ -145,11 +161,9 @@ def write_sharded(frame: "DataFrame", config: WriteConfig, vector_fn: VectorFn |
     with SparkEngine(session) as engine:
 
         def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
-            from pyspark.sql.functions import col
-
             pieces = session.range(0, places, 1, places).mapInArrow(partial(_route_rows, config, run_id), _PIECES)
             count = partitions(config, places, engine.slots)
-            placed = pieces.repartitionById(count, col("shard") % count)
+            placed = pieces.selectExpr("*", f"shard % {count} AS part").repartitionById(count, "part")
             rows = _collect(placed.mapInArrow(partial(_place_rows, config, run_id), _KEYS), "routing the frame")
             return [row["key"] for row in rows]
 
@@ -163,15 +177,23 @@ def _collect(frame: "DataFrame", what: str) -> list[Any]:
         WorkerLostError: a worker was lost.
         TaskCrashedError: the work failed.
     """
-    from py4j.protocol import Py4JError
-    from pyspark.errors import PySparkException
-
     try:
         return frame.collect()
-    except (PySparkException, Py4JError) as error:
-        text = str(error)
+    except _errors() as error:
+        text = str(error).partition("JVM stacktrace:")[0].strip()
         kind = WorkerLostError if any(sign in text for sign in _LOST) else TaskCrashedError
         raise kind(f"{what} on Spark: {text[:2000]}") from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What Spark raises; a client of Spark Connect alone has no py4j."""
+    from pyspark.errors import PySparkException
+
+    if importlib.util.find_spec("py4j") is None:
+        return (PySparkException,)
+    from py4j.protocol import Py4JError
+
+    return (PySparkException, Py4JError)
 
 
 def _write_rows(
@@ -211,10 +233,6 @@ def _run_rows(payload: bytes, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.Rec
 
 
 def _parallelism(session: "SparkSession") -> int:
-    """Tasks that Spark can run at once, as far as it says so."""
-    from pyspark.sql import is_remote
-
-    if not is_remote():
-        return max(1, session.sparkContext.defaultParallelism)
-    cores = int(session.conf.get("spark.executor.cores", "1") or 1)
-    return max(1, int(session.conf.get("spark.executor.instances", "2") or 2) * cores)
+    """Tasks that Spark can run at once: as many as it makes partitions where nobody says a number."""
+    parts = session.range(_MANY).selectExpr("spark_partition_id()").distinct()
+    return len(_collect(parts, "asking for its cores"))

@@ -38,7 +38,7 @@ def dask_engine() -> Iterator[Opener]:
 
     from sf_pipelines.engines.dask import DaskEngine
 
-    local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": None}
+    local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": None}
     with LocalCluster(n_workers=WORKERS, threads_per_worker=1, **local) as cluster, Client(cluster) as client:
         yield lambda: DaskEngine(client)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
@@ -147,9 +148,8 @@ def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | N
     names = frame_columns(config, frame.columns() or [], vector_fn)
 
     def stage(folder: str) -> list[str]:
-        arguments = {"config": config, "folder": folder, "vector_fn": vector_fn}
-        blocks = frame.select_columns(names)
-        written = blocks.map_batches(_write_rows, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments)
+        write: Any = partial(_write_rows, config=config, folder=folder, vector_fn=vector_fn)
+        written = frame.select_columns(names).map_batches(write, batch_size=None, batch_format="pyarrow")
         # Of two rows with the same id the first one counts.
         written.context.execution_options.preserve_order = True
         return _keys(written, "writing the dataset")
@@ -158,15 +158,12 @@ def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | N
 
         def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
             count = partitions(config, places, engine.slots)
-            arguments = {"config": config, "run_id": run_id}
+            route: Any = partial(_route_rows, config=config, run_id=run_id, count=count)
+            place: Any = partial(_place_rows, config=config, run_id=run_id)
             numbers = ray.data.range(places, override_num_blocks=places)
-            pieces = numbers.map_batches(
-                _route_rows, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments | {"count": count}
-            )
-            placed = pieces.groupby("part", num_partitions=count)
-            return _keys(
-                placed.map_groups(_place_rows, batch_format="pyarrow", fn_kwargs=arguments), "routing the dataset"
-            )
+            pieces = numbers.map_batches(route, batch_size=1, batch_format="pyarrow")
+            placed = pieces.groupby("part", num_partitions=count).map_groups(place, batch_format="pyarrow")
+            return _keys(placed, "routing the dataset")
 
         return build_from_frame(config, vector_fn, engine, stage, shuffle)
 

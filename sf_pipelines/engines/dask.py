@@ -160,7 +160,7 @@ def write_sharded(frame: Any, config: WriteConfig, vector_fn: VectorFn | None = 
         TaskCrashedError: a task failed; has its cause.
         SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
     """
-    from dask import delayed
+    from dask.delayed import delayed
     from distributed import get_client
 
     try:

@@ -36,13 +36,16 @@ class SparkEngine:
     Args:
         session: classic or Spark Connect. Its executors need this package, and the store must be reachable from them.
         workers: tasks at a time; None is what Spark says that it can do at once.
+
+    Attributes:
+        session: the same.
     """
 
     name = "spark"
     remote = True
 
     def __init__(self, session: "SparkSession", workers: int | None = None) -> None:
-        self._session = session
+        self.session = session
         self._owned = False
         self._tag = f"sf-pipelines-{uuid.uuid4().hex}"
         self.slots = workers or _parallelism(session)
@@ -84,25 +87,25 @@ class SparkEngine:
 
     def _job(self, config: WriteConfig, task: Task) -> Outcome:
         # Tags are a thread's own: this one's jobs can be interrupted together with those of its fellows.
-        self._session.addTag(self._tag)
+        self.session.addTag(self._tag)
         try:
-            job = self._session.range(1).repartition(1)
+            job = self.session.range(1).repartition(1)
             rows = _collect(job.mapInArrow(partial(_run_rows, pickle.dumps((config, task))), _RESULT), task.label)
         finally:
-            self._session.removeTag(self._tag)
+            self.session.removeTag(self._tag)
         return pickle.loads(rows[0]["outcome"])  # noqa: S301 - made by our own task
 
     def stop(self) -> None:
         """Interrupts the jobs that run; Spark ends the Python workers of their tasks."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._session.interruptTag(self._tag)
+        self.session.interruptTag(self._tag)
         self._pool.shutdown(wait=True)
 
     def close(self) -> None:
         """Ends the session, if it was started here."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._owned:
-            self._session.stop()
+            self.session.stop()
 
     def __enter__(self) -> Self:
         return self

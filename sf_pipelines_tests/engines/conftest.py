@@ -3,8 +3,13 @@
 import importlib.util
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +74,60 @@ def spark_engine() -> Iterator[Opener]:
         session = builder.master(f"local[{WORKERS}]").config(map=fields).getOrCreate()
         yield lambda: SparkEngine(session)
         session.stop()
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Returns when a server listens."""
+    until = time.monotonic() + 90
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            if server.poll() is not None or time.monotonic() > until:
+                pytest.fail(f"Spark Connect does not listen on port {port}: {log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        else:
+            return
+
+
+@pytest.fixture(scope="module")
+def connect_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Spark Connect server of two cores, in a process of its own."""
+    _need(importlib.util.find_spec("pyspark") is not None, "pyspark")
+    _need(importlib.util.find_spec("grpc_status") is not None, "pyspark[connect]")
+    _need(shutil.which("java") is not None, "java, which Spark needs,")
+    import pyspark
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "spark.connect.grpc.binding.address": "127.0.0.1",
+        "spark.connect.grpc.binding.port": port,
+        "spark.driver.host": "127.0.0.1",
+        "spark.ui.enabled": "false",
+    }
+    command = [f"{Path(pyspark.__file__).parent}/bin/spark-submit", "--master", f"local[{WORKERS}]"]
+    command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer"]
+    command += [word for name, value in options.items() for word in ("--conf", f"{name}={value}")]
+    env = os.environ | {"PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[2])}
+    log = tmp_path_factory.mktemp("connect") / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [*command, "spark-internal"], env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_for(server, port, log)
+        yield f"sc://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def connect_engine(connect_address: str) -> Iterator[Opener]:
+    """A session on the Spark Connect server."""
+    from sf_pipelines.engines.spark import SparkEngine
+
+    with SparkEngine.open(connect_address, None) as engine:
+        yield lambda: SparkEngine(engine.session)

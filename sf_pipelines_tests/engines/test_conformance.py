@@ -55,3 +55,15 @@ class TestSpark(EngineConformance):
     def open_engine(self) -> Engine:
         """Another one."""
         return self._opener()
+
+
+class TestSparkConnect(EngineConformance):
+    """A client of a Spark Connect server with two cores."""
+
+    @pytest.fixture(autouse=True)
+    def _kept(self, connect_engine: Opener) -> None:
+        self._opener = connect_engine
+
+    def open_engine(self) -> Engine:
+        """Another one."""
+        return self._opener()

@@ -1,8 +1,9 @@
 """Snapshots of frames: what an engine writes once and shuffles gives the shards that files give."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,13 +102,9 @@ def ray_frame(rows: pa.Table) -> Any:
     return ray.data.from_arrow([rows.slice(0, 700), rows.slice(700)])
 
 
-def spark_frame(rows: pa.Table) -> Any:
+def spark_frame(engine: Any, rows: pa.Table) -> Any:
     """Two partitions. Spark has no unsigned numbers."""
-    from pyspark.sql import SparkSession
-
-    session = SparkSession.getActiveSession()
-    assert session is not None
-    return session.createDataFrame(rows.select(["id", "vector", "title"])).coalesce(2)
+    return engine.session.createDataFrame(rows.select(["id", "vector", "title"])).coalesce(2)
 
 
 class Cluster(NamedTuple):
@@ -122,11 +119,12 @@ class Cluster(NamedTuple):
     write: Callable[..., BuildResult]
 
 
-@pytest.fixture(scope="module", params=["dask", "ray", "spark"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    request.getfixturevalue(f"{request.param}_engine")
-    write = importlib.import_module(f"sf_pipelines.engines.{request.param}").write_sharded
-    return Cluster({"dask": dask_frame, "ray": ray_frame, "spark": spark_frame}[request.param], write)
+@pytest.fixture(scope="module", params=["dask", "ray", "spark", "connect"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with request.getfixturevalue(f"{request.param}_engine")() as engine:
+        frame = {"dask": dask_frame, "ray": ray_frame}.get(request.param, partial(spark_frame, engine))
+        write = importlib.import_module(f"sf_pipelines.engines.{engine.name}").write_sharded
+        yield Cluster(frame, write)
 
 
 @pytest.mark.slow

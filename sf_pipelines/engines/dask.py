@@ -191,7 +191,7 @@ def _pieces(config: WriteConfig, run_id: str, places: int, count: int) -> Any:
     import pandas as pd
     from dask.dataframe import from_map
 
-    columns = {"_partitions": "int32", "shard": "int32", "rows": pd.ArrowDtype(pa.binary())}
+    columns = {"_partitions": "int32", "shard": "int32", "rows": pd.ArrowDtype(pa.large_binary())}
     meta = pd.DataFrame({name: pd.Series([], dtype=kind) for name, kind in columns.items()})
     return from_map(_route_rows, range(places), args=(config, run_id, count), meta=meta)
 
@@ -228,7 +228,7 @@ def _route_rows(place: int, config: WriteConfig, run_id: str, count: int) -> Any
 
     pieces = pa.Table.from_batches(list(route_pieces(config, run_id, place)), PIECES)
     shards = pieces.column("shard").to_numpy()
-    rows = pd.Series(pieces.column("rows"), dtype=pd.ArrowDtype(pa.binary()))
+    rows = pd.Series(pieces.column("rows"), dtype=pd.ArrowDtype(pa.large_binary()))
     return pd.DataFrame({"_partitions": shards % count, "shard": shards, "rows": rows})
 
 

@@ -4,11 +4,12 @@ import importlib.util
 import os
 import pickle
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pyarrow as pa
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 # What Spark says where it was the worker that failed, and not the task.
 _LOST = ("worker exited unexpectedly", "ExecutorLostFailure", "executor lost", "Python worker failed to connect back")
 _RESULT = "outcome binary"
+# Spark's arrays have small offsets; it cuts batches by their bytes.
+_PIECES_SCHEMA = pa.schema([pa.field("shard", pa.int32()), pa.field("rows", pa.binary())])
+# Spark looks every 2 s for tasks to be ended, and gives a worker 2 s more (spark.python.task.killTimeout).
+_KILL_SECONDS = 5.0
 # More than any cluster has cores.
 _MANY = 1_000_000
 _PARTS, _PIECES, _KEYS = "number int, key string", "shard int, rows binary", "key string"
@@ -46,7 +51,9 @@ class SparkEngine:
 
     def __init__(self, session: "SparkSession", workers: int | None = None) -> None:
         self.session = session
+        self._jobs = _Jobs.of(session)
         self._owned = False
+        self._underway: set[Future[Outcome]] = set()
         self._tag = f"sf-pipelines-{uuid.uuid4().hex}"
         self.slots = workers or _parallelism(session)
         self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="sf-pipelines-spark")
@@ -83,22 +90,27 @@ class SparkEngine:
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
         """Runs the task on any executor."""
-        return self._pool.submit(self._job, config, task)
+        future = self._pool.submit(self._job, config, task)
+        self._underway.add(future)
+        future.add_done_callback(self._underway.discard)
+        return future
 
     def _job(self, config: WriteConfig, task: Task) -> Outcome:
         # Tags are a thread's own: this one's jobs can be interrupted together with those of its fellows.
-        self.session.addTag(self._tag)
+        self._jobs.add(self._tag)
         try:
             job = self.session.range(1).repartition(1)
             rows = _collect(job.mapInArrow(partial(_run_rows, pickle.dumps((config, task))), _RESULT), task.label)
         finally:
-            self.session.removeTag(self._tag)
+            self._jobs.remove(self._tag)
         return pickle.loads(rows[0]["outcome"])  # noqa: S301 - made by our own task
 
     def stop(self) -> None:
-        """Interrupts the jobs that run; Spark ends the Python workers of their tasks."""
+        """Interrupts the jobs that run, and waits until Spark has ended the Python workers of their tasks."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self.session.interruptTag(self._tag)
+        if self._underway:
+            self._jobs.interrupt(self._tag)
+            time.sleep(_KILL_SECONDS)
         self._pool.shutdown(wait=True)
 
     def close(self) -> None:
@@ -112,6 +124,28 @@ class SparkEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Jobs(NamedTuple):
+    """What a session calls the tags of its jobs. A classic one interrupts only what the very thread has tagged.
+
+    Attributes:
+        add: the jobs of this thread have a tag from now on.
+        remove: they have it no longer.
+        interrupt: ends all jobs that have it, of whatever thread.
+    """
+
+    add: Callable[[str], object]
+    remove: Callable[[str], object]
+    interrupt: Callable[[str], object]
+
+    @classmethod
+    def of(cls, session: "SparkSession") -> Self:
+        """Those of a session, classic or Spark Connect."""
+        if type(session).__module__.startswith("pyspark.sql.connect"):
+            return cls(session.addTag, session.removeTag, session.interruptTag)
+        context = session.sparkContext
+        return cls(context.addJobTag, context.removeJobTag, context.cancelJobsWithTag)
 
 
 def _connect(address: str) -> "SparkSession":
@@ -216,7 +250,8 @@ def _route_rows(config: WriteConfig, run_id: str, places: Iterator[pa.RecordBatc
     """The pieces of input ranges, in place of their numbers."""
     for batch in places:
         for place in batch.column(0).to_pylist():
-            yield from route_pieces(config, run_id, place)
+            for pieces in route_pieces(config, run_id, place):
+                yield pieces.cast(_PIECES_SCHEMA)
 
 
 def _place_rows(config: WriteConfig, run_id: str, pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -26,7 +26,8 @@ from sf_pipelines.snapshot.routed import (
 )
 from sf_pipelines.snapshot.routing.protocol import Int32
 
-PIECES = pa.schema([pa.field("shard", pa.int32()), pa.field("rows", pa.binary())])
+# Large: an engine may put all pieces of a partition into one array.
+PIECES = pa.schema([pa.field("shard", pa.int32()), pa.field("rows", pa.large_binary())])
 # Keys of range receipts, as workers report them.
 KEYS = pa.schema([pa.field("key", pa.string())])
 
@@ -84,7 +85,7 @@ def _pieces(batches: list[pa.RecordBatch], shards: list[Int32]) -> pa.RecordBatc
             writer.write_batch(batch)
         numbers.append(db_id)
         messages.append(sink.getvalue().to_pybytes())
-    return pa.record_batch([pa.array(numbers, pa.int32()), pa.array(messages, pa.binary())], schema=PIECES)
+    return pa.record_batch([pa.array(numbers, pa.int32()), pa.array(messages, pa.large_binary())], schema=PIECES)
 
 
 def write_pieces(config: WriteConfig, run_id: str, batches: Iterable[pa.RecordBatch]) -> str | None:

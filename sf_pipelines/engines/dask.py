@@ -25,6 +25,7 @@ from sf_pipelines.snapshot.shuffling import PIECES, route_pieces, write_pieces
 if TYPE_CHECKING:
     from distributed import Client
 
+_MISSING = "engine dask needs dask and distributed: pip install 'sf-pipelines[dask]'"
 _POLL_SECONDS = 0.1
 
 _lock = threading.Lock()
@@ -61,7 +62,7 @@ class DaskEngine:
         try:
             from distributed import Client, LocalCluster
         except ImportError as error:
-            raise MissingExtraError("engine dask needs distributed: pip install 'sf-pipelines[dask]'") from error
+            raise MissingExtraError(_MISSING) from error
         # A shard's rows are in memory while it is built: how much that is, is the choice of num_dbs.
         local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": None}
         cluster = None
@@ -155,14 +156,17 @@ def write_sharded(frame: Any, config: WriteConfig, vector_fn: VectorFn | None = 
             array of lists or a matrix.
 
     Raises:
+        MissingExtraError: ``distributed`` is not installed.
         EngineError: there is no active client.
         SourceSchemaError: the frame lacks a column, or one is of a type that cannot be used.
         TaskCrashedError: a task failed; has its cause.
         SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
     """
-    from dask.delayed import delayed
-    from distributed import get_client
-
+    try:
+        from dask.delayed import delayed
+        from distributed import get_client
+    except ImportError as error:
+        raise MissingExtraError(_MISSING) from error
     try:
         client = get_client()
     except ValueError as error:

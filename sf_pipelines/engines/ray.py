@@ -24,6 +24,7 @@ from sf_pipelines.snapshot.shuffling import KEYS, PIECES, route_pieces, write_pi
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+_MISSING = "engine ray needs ray: pip install 'sf-pipelines[ray]'"
 # How often Ray itself runs a task again whose worker is lost.
 _RERUNS = 3
 
@@ -60,7 +61,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise MissingExtraError("engine ray needs ray: pip install 'sf-pipelines[ray]'") from error
+            raise MissingExtraError(_MISSING) from error
         opened = not ray.is_initialized()
         if opened:
             where: dict[str, Any] = {"address": address}
@@ -139,12 +140,15 @@ def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | N
             of lists or a matrix.
 
     Raises:
+        MissingExtraError: what Ray's datasets need is not installed.
         SourceSchemaError: the dataset lacks a column, or one is of a type that cannot be used.
         TaskCrashedError: a task failed; has its cause.
         SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
     """
-    import ray.data
-
+    try:
+        import ray.data
+    except ImportError as error:
+        raise MissingExtraError(_MISSING) from error
     names = frame_columns(config, frame.columns() or [], vector_fn)
 
     def stage(folder: str) -> list[str]:

@@ -8,12 +8,14 @@ that a copy of it wakes up when everybody has forgotten it: one receipt wins, an
 import heapq
 import os
 import random
+import re
 import resource
 import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, Self
 
 from sf_pipelines.snapshot.build import Build, Stopwatch
@@ -153,8 +155,14 @@ def run_task(config: WriteConfig, task: Task) -> Outcome:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has ever used; Linux counts it in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory that this process has ever used; Linux counts it in KiB.
+
+    ``ru_maxrss`` is taken only where the system tells nothing better: a process inherits it from the one that started
+    it, so that the workers of a large driver would seem to be as large.
+    """
+    status = Path("/proc/self/status")
+    own = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _worker() -> str:

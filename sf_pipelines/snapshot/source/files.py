@@ -22,10 +22,10 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.model import Model
+from sf_pipelines.snapshot.source.pieces import AHEAD_BYTES, PieceReader, row_group_batches
 from sf_pipelines.snapshot.store import Credentials, ObjectInfo, PinnedFile, Store
 
 _SUFFIXES = (".parquet", ".pq", ".arrow", ".ipc", ".feather")
-_READ_BUFFER = 4 * 1024 * 1024
 
 
 class SourceFile(Model):
@@ -368,13 +368,12 @@ def read_span(
 
 
 def _batches(raw: PinnedFile, span: Span, columns: tuple[str, ...], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    units = range(span.first_unit, span.last_unit)
-    if raw.read(4) == b"PAR1":
-        # Pages are streamed: pre-buffering would hold whole row groups, which may be the whole file.
-        parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=_READ_BUFFER)
-        yield from parquet.iter_batches(batch_rows, row_groups=list(units), columns=list(columns))
+    units, file = range(span.first_unit, span.last_unit), PieceReader(raw)
+    if file.is_parquet:
+        yield from row_group_batches(file, units, columns, batch_rows)
         return
-    reader = pa_ipc.open_file(pa.PythonFile(raw, mode="r"))
+    file.ahead = AHEAD_BYTES
+    reader = pa_ipc.open_file(pa.PythonFile(file, mode="r"))
     for unit in units:
         batch = reader.get_batch(unit).select(list(columns))
         for start in range(0, batch.num_rows, batch_rows):

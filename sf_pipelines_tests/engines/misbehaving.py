@@ -18,12 +18,12 @@ from typing import Any
 
 from pydantic import Field
 
-from sf_pipelines.snapshot import stages
+from sf_pipelines.snapshot import routed
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.store import Store
 
 # The module that cuts the source, in the driver and in workers alike, and what makes a range of each row group.
-CUTTER = stages
+CUTTER = routed
 RANGE_BYTES = 100 * 16 * 4
 LINGER_SECONDS = 3.0
 _HELD_SECONDS = 120.0

@@ -58,7 +58,7 @@ fast-tests: install-dev
 test-all: test test-rest  ## test, then the long fault runs and the browser
 
 test-rest: install-dev chromium
-	$(BIN)/python -m pytest -m "slow and not browser" -n $(PYTEST_JOBS)
+	$(BIN)/python -m pytest -m "slow and not browser" -n $(PYTEST_JOBS) --dist loadgroup
 	$(BIN)/python -m pytest -m browser
 
 # As root on Debian the browser is installed; elsewhere the browser tests say that they are skipped.

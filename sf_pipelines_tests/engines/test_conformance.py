@@ -9,6 +9,7 @@ from sf_pipelines_tests.engines.conftest import Opener
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.xdist_group("local")
 class TestLocal(EngineConformance):
     """Processes of this machine."""
 
@@ -21,6 +22,7 @@ class TestLocal(EngineConformance):
         return self._opener()
 
 
+@pytest.mark.xdist_group("dask")
 class TestDask(EngineConformance):
     """A client of a scheduler with two workers."""
 
@@ -33,6 +35,7 @@ class TestDask(EngineConformance):
         return self._opener()
 
 
+@pytest.mark.xdist_group("ray")
 class TestRay(EngineConformance):
     """Ray on two cores."""
 
@@ -45,6 +48,7 @@ class TestRay(EngineConformance):
         return self._opener()
 
 
+@pytest.mark.xdist_group("spark")
 class TestSpark(EngineConformance):
     """Spark on two cores."""
 
@@ -57,6 +61,7 @@ class TestSpark(EngineConformance):
         return self._opener()
 
 
+@pytest.mark.xdist_group("spark")
 class TestSparkConnect(EngineConformance):
     """A client of a Spark Connect server with two cores."""
 

@@ -58,6 +58,10 @@ class Lake:
         Store.open(f"s3://{self.bucket}/source", self.s3).put("rows.parquet", sink.getvalue().to_pybytes())
         return vectors
 
+    def order(self, name: str, needle: str) -> None:
+        """Has workers misbehave at the writes of objects whose keys contain a text; see ``misbehaving``."""
+        (self.folder / name).write_text(needle)
+
     def config(self, kind: str, store: str) -> WriteConfig:
         """A snapshot of this source."""
         fields: dict[str, Any] = {

@@ -6,7 +6,7 @@ an object whose key contains the file's text:
 
 ``die``: the process is killed right after that write.
 ``hold``: the process waits before it, for as long as there is the file ``held``.
-``linger``: every such write, not only the first, waits some seconds before it.
+``linger``: it waits some seconds before every such write.
 """
 
 import os
@@ -61,7 +61,8 @@ def _obey(folder: Path) -> None:
 def _obedient(write: Callable[..., Any]) -> Callable[..., Any]:
     def obedient_write(self: Store, *args: Any, **options: Any) -> Any:
         keys = [arg for arg in args if isinstance(arg, str)]
-        if _order("linger", keys):
+        if order := _order("linger", keys):
+            order.with_name("lingered").touch()
             time.sleep(LINGER_SECONDS)
         if (order := _order("hold", keys)) and _take(order, "held"):
             _wait(order.with_name("held"))

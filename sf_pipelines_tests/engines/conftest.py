@@ -20,7 +20,7 @@ Opener = Callable[[], Engine]
 WORKERS = 2
 
 
-def _need(condition: bool, what: str) -> None:
+def need(condition: bool, what: str) -> None:
     """Skips where a part is not installed; in CI all of them must be."""
     if not condition:
         say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
@@ -38,7 +38,7 @@ def local_engine() -> Opener:
 @pytest.fixture(scope="module")
 def dask_engine() -> Iterator[Opener]:
     """A scheduler and two workers."""
-    _need(importlib.util.find_spec("distributed") is not None, "distributed")
+    need(importlib.util.find_spec("distributed") is not None, "distributed")
     from distributed import Client, LocalCluster
 
     from sf_pipelines.engines.dask import DaskEngine
@@ -51,7 +51,7 @@ def dask_engine() -> Iterator[Opener]:
 @pytest.fixture(scope="module")
 def ray_engine() -> Iterator[Opener]:
     """A Ray of two cores."""
-    _need(importlib.util.find_spec("ray") is not None, "ray")
+    need(importlib.util.find_spec("ray") is not None, "ray")
     from sf_pipelines.engines.ray import RayEngine
 
     with RayEngine.open(None, WORKERS):
@@ -61,8 +61,8 @@ def ray_engine() -> Iterator[Opener]:
 @pytest.fixture(scope="module")
 def spark_engine() -> Iterator[Opener]:
     """A Spark of two cores."""
-    _need(importlib.util.find_spec("pyspark") is not None, "pyspark")
-    _need(shutil.which("java") is not None, "java, which Spark needs,")
+    need(importlib.util.find_spec("pyspark") is not None, "pyspark")
+    need(shutil.which("java") is not None, "java, which Spark needs,")
     from pyspark.sql import SparkSession
 
     from sf_pipelines.engines.spark import SparkEngine
@@ -93,9 +93,9 @@ def _wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
 @pytest.fixture(scope="module")
 def connect_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Spark Connect server of two cores, in a process of its own."""
-    _need(importlib.util.find_spec("pyspark") is not None, "pyspark")
-    _need(importlib.util.find_spec("grpc_status") is not None, "pyspark[connect]")
-    _need(shutil.which("java") is not None, "java, which Spark needs,")
+    need(importlib.util.find_spec("pyspark") is not None, "pyspark")
+    need(importlib.util.find_spec("grpc_status") is not None, "pyspark[connect]")
+    need(shutil.which("java") is not None, "java, which Spark needs,")
     import pyspark
 
     with socket.socket() as free:

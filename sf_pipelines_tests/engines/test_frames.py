@@ -26,6 +26,7 @@ from sf_pipelines.snapshot.errors import (
     SourceSchemaError,
     TaskCrashedError,
     VectorFunctionError,
+    WorkerLostError,
 )
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import read_pointer
@@ -35,6 +36,8 @@ from sf_pipelines.snapshot.pipeline import BuildResult
 from sf_pipelines.snapshot.receipts import SampleReceipt
 from sf_pipelines.snapshot.shuffling import route_pieces, write_pieces
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.engines import misbehaving
+from sf_pipelines_tests.engines.misbehaving import Misbehaving
 from sf_pipelines_tests.tables import clustered
 
 _ROWS, _DIM = 1500, 16
@@ -113,10 +116,12 @@ class Cluster(NamedTuple):
     Attributes:
         frame: a table as the engine's own frame of several partitions.
         write: its ``write_sharded``.
+        retries: whether it runs tasks again whose worker is lost.
     """
 
     frame: Callable[[pa.Table], Any]
     write: Callable[..., BuildResult]
+    retries: bool
 
 
 _GROUPS = {"dask": "dask", "ray": "ray", "spark": "spark", "connect": "spark"}
@@ -129,7 +134,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with request.getfixturevalue(f"{request.param}_engine")() as engine:
         frame = {"dask": dask_frame, "ray": ray_frame}.get(request.param, partial(spark_frame, engine))
         write = importlib.import_module(f"sf_pipelines.engines.{engine.name}").write_sharded
-        yield Cluster(frame, write)
+        yield Cluster(frame, write, retries=engine.name != "spark")
 
 
 @pytest.mark.slow
@@ -164,6 +169,24 @@ def test_what_a_worker_refuses_is_said_and_nothing_is_published(cluster: Cluster
     with pytest.raises((VectorFunctionError, TaskCrashedError), match="vector_fn failed with ValueError: boom"):
         cluster.write(cluster.frame(table()), config, vector_fn=broken)
     assert read_pointer(Store.open(config.store)).pointer is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["staging/frames/", "/routed/shards-"])
+def test_a_worker_is_lost(cluster: Cluster, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the frame is written, and after the shuffle. Dask and Ray do its work again; a Spark of one machine does
+    not, and says so."""
+    fields: dict[str, Any] = {**dict(settings(tmp_path)), "folder": tmp_path}
+    config, rows = Misbehaving(**fields), table()
+    monkeypatch.setattr(misbehaving.CUTTER, "_RANGE_BYTES", misbehaving.RANGE_BYTES)
+    (tmp_path / "die").write_text(key)
+    if cluster.retries:
+        assert_same(cluster.write(cluster.frame(rows), config), from_files(tmp_path, settings(tmp_path), rows))
+    else:
+        with pytest.raises(WorkerLostError, match="on Spark"):
+            cluster.write(cluster.frame(rows), config)
+        assert read_pointer(Store.open(config.store)).pointer is None
+    assert (tmp_path / "dead").exists()
 
 
 def broken(rows: pa.RecordBatch) -> Any:

@@ -1,5 +1,6 @@
 """A build that Dagster spreads over an engine: what of it is seen, and what is kept when a shard fails."""
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,12 @@ from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.receipts import RouteReceipt, ShardReceipt
-from sf_pipelines_tests.engines.conftest import WORKERS
+from sf_pipelines_tests.engines.conftest import WORKERS, need
 from sf_pipelines_tests.engines.damage import Damaged, damage
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures
 from sf_pipelines_tests.orchestration.test_component import load
 
-distributed = pytest.importorskip("distributed")
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dask")]
 
 SHARDS = dg.AssetKey(["tiny", "shard_indexes"])
 PARTITIONS = ("00000", "00001", "00002")
@@ -41,11 +40,20 @@ engine: {{type: dask, workers: 2}}
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _dask() -> None:
+    need(importlib.util.find_spec("distributed") is not None, "distributed")
+
+
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     """Address of a Dask scheduler with two workers."""
-    local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": None, "memory_limit": None}
-    with distributed.LocalCluster(n_workers=WORKERS, threads_per_worker=1, **local) as cluster:
+    from distributed import LocalCluster
+
+    local: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "memory_limit": None}
+    # Typed as if its methods were all coroutines.
+    made: Any = LocalCluster(n_workers=WORKERS, threads_per_worker=1, **local)
+    with made as cluster:
         yield cluster.scheduler_address
 
 

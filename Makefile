@@ -71,7 +71,7 @@ chromium:
 docs: install  ## write docs/reference.md from the models
 	@$(BIN)/python -m sf_pipelines.components.reference docs/reference.md
 
-bench: install-dev  ## measure build, memory, recall, search and look-ups (readers)
+bench: install-dev  ## measure build, engines, memory, recall, search and look-ups (readers)
 	$(BIN)/python -m sf_pipelines_tests.benchmarks
 
 clean:  ## remove the environment, the demo's data and Dagster's runs

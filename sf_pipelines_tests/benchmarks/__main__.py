@@ -2,10 +2,20 @@
 
 import sys
 
-from sf_pipelines_tests.benchmarks import build, incremental, memory, quantization, readers, routing, sqlite_vec
+from sf_pipelines_tests.benchmarks import (
+    build,
+    engines,
+    incremental,
+    memory,
+    quantization,
+    readers,
+    routing,
+    sqlite_vec,
+)
 
 RUNS = {
     "build": build.main,
+    "engines": engines.main,
     "incremental": incremental.main,
     "memory": memory.main,
     "quantization": quantization.main,

@@ -140,7 +140,8 @@ def work(source: str, folder: str, engine: str, workers: int, threads: int | Non
 
 
 def _outcomes(watched: Watched) -> dict[str, Any]:
-    done = [future.result() for future in watched.futures]
+    # The future of a task whose worker was lost has none; another try has.
+    done = [future.result() for future in watched.futures if future.exception() is None]
     peaks: dict[str, int] = defaultdict(int)
     for outcome in done:
         peaks[outcome.worker] = max(peaks[outcome.worker], outcome.peak_bytes)
@@ -204,7 +205,7 @@ def _print(out: Console, rows: int, best: dict[Case, dict[str, Any]], load: floa
 
 
 def _row(case: Case, figures: dict[str, Any], best: dict[Case, dict[str, Any]]) -> list[str]:
-    local = best[dataclasses.replace(case, engine="local")]
+    local = best[dataclasses.replace(case, engine="local", threads=1)]
     alone = best[dataclasses.replace(case, workers=1)]
     capacity = figures["spread"] * case.workers
     over = capacity - figures["busy"]

@@ -324,13 +324,13 @@ def spread(
         The receipts, in the order of the tasks.
 
     Raises:
-        TasksFailedError: tasks failed for good; names each with its cause. In this process the error of a single one
-            is raised as it is.
+        TasksFailedError: tasks failed for good; names each with its cause. In this process the error of a single one,
+            or that which stopped the others, is raised as it is.
     """
     driver = _Driver(build, scanned, engine, tasks)
     driver.run(on_done, keep_going=keep_going)
     if driver.failures:
-        raise _failed(engine, driver.failures, len(tasks))
+        raise _failed(engine, driver.failures, len(tasks), keep_going=keep_going)
     receipts: list[Receipt] = []
     for task in tasks:
         receipt = driver.outcomes[task].receipt
@@ -340,9 +340,12 @@ def spread(
     return receipts
 
 
-def _failed(engine: Engine, failures: dict[Task, Exception], tasks: int) -> Exception:
+def _failed(engine: Engine, failures: dict[Task, Exception], tasks: int, *, keep_going: bool) -> Exception:
     first = next(iter(failures.values()))
-    if not engine.remote and (len(failures) == 1 or not isinstance(first, SfPipelinesError)):
+    if not engine.remote and (not keep_going or len(failures) == 1 or not isinstance(first, SfPipelinesError)):
+        # Of two that fail at the same time the second one changes nothing of what is caught.
+        for task, error in list(failures.items())[1:]:
+            first.add_note(f"{task.label} failed as well: {type(error).__name__}: {error}")
         return first
     causes = {task.label: error for task, error in sorted(failures.items(), key=lambda item: item[0].number)}
     shown = "; ".join(f"{label}: {type(error).__name__}: {error}" for label, error in causes.items())

@@ -6,6 +6,8 @@ PYTEST_JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
+# Their clusters have two workers themselves, and are started once for all tests.
+ENGINES := sf_pipelines_tests/engines
 
 export DAGSTER_HOME := $(CURDIR)
 export PYTHONUNBUFFERED := 1
@@ -58,7 +60,8 @@ fast-tests: install-dev
 test-all: test test-rest  ## test, then the long fault runs and the browser
 
 test-rest: install-dev chromium
-	$(BIN)/python -m pytest -m "slow and not browser" -n $(PYTEST_JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -m "slow and not browser" -n $(PYTEST_JOBS) --ignore $(ENGINES)
+	$(BIN)/python -m pytest -m slow $(ENGINES)
 	$(BIN)/python -m pytest -m browser
 
 # As root on Debian the browser is installed; elsewhere the browser tests say that they are skipped.

@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig
 from sf_pipelines.snapshot.config import S3Options
@@ -16,7 +15,7 @@ from sf_pipelines_tests.engines.misbehaving import Misbehaving
 from sf_pipelines_tests.tables import clustered, vector_table
 
 ROWS, DIM, SHARDS = 400, 16, 3
-ENGINES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("local", "dask", "ray", "spark")]
+ENGINES = ["local", "dask", "ray", "spark"]
 # Rows of a row group; as many as misbehaving workers take into one range.
 GROUP, RANGES = 100, 4
 

@@ -9,7 +9,6 @@ from sf_pipelines_tests.engines.conftest import Opener
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.xdist_group("local")
 class TestLocal(EngineConformance):
     """Processes of this machine."""
 
@@ -22,7 +21,6 @@ class TestLocal(EngineConformance):
         return self._opener()
 
 
-@pytest.mark.xdist_group("dask")
 class TestDask(EngineConformance):
     """A client of a scheduler with two workers."""
 
@@ -35,7 +33,6 @@ class TestDask(EngineConformance):
         return self._opener()
 
 
-@pytest.mark.xdist_group("ray")
 class TestRay(EngineConformance):
     """Ray on two cores."""
 
@@ -48,7 +45,6 @@ class TestRay(EngineConformance):
         return self._opener()
 
 
-@pytest.mark.xdist_group("spark")
 class TestSpark(EngineConformance):
     """Spark on two cores."""
 
@@ -61,7 +57,6 @@ class TestSpark(EngineConformance):
         return self._opener()
 
 
-@pytest.mark.xdist_group("spark")
 class TestSparkConnect(EngineConformance):
     """A client of a Spark Connect server with two cores."""
 

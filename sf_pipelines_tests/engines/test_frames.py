@@ -124,12 +124,7 @@ class Cluster(NamedTuple):
     retries: bool
 
 
-_GROUPS = {"dask": "dask", "ray": "ray", "spark": "spark", "connect": "spark"}
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in _GROUPS.items()]
-)
+@pytest.fixture(scope="module", params=["dask", "ray", "spark", "connect"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with request.getfixturevalue(f"{request.param}_engine")() as engine:
         frame = {"dask": dask_frame, "ray": ray_frame}.get(request.param, partial(spark_frame, engine))

@@ -23,7 +23,7 @@ from sf_pipelines_tests.engines.damage import Damaged, damage
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures
 from sf_pipelines_tests.orchestration.test_component import load
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dask")]
+pytestmark = pytest.mark.slow
 
 SHARDS = dg.AssetKey(["tiny", "shard_indexes"])
 PARTITIONS = ("00000", "00001", "00002")

@@ -6,7 +6,7 @@ PYTEST_JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
-# Their clusters have two workers themselves, and are started once for all tests.
+# Their clusters have two workers themselves, and are started once for a file.
 ENGINES := sf_pipelines_tests/engines
 
 export DAGSTER_HOME := $(CURDIR)

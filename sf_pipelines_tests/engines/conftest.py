@@ -1,4 +1,5 @@
-"""Clusters of two workers on this machine, one of a kind for all tests."""
+"""Clusters of two workers on this machine, one of a kind for all tests of a file: a worker that has
+misbehaved in one goes with it."""
 
 import importlib.util
 import os
@@ -27,7 +28,7 @@ def need(condition: bool, what: str) -> None:
         say(f"{what} is not installed")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_engine() -> Opener:
     """Processes."""
     from sf_pipelines.engines.local import LocalEngine
@@ -35,7 +36,7 @@ def local_engine() -> Opener:
     return lambda: LocalEngine(WORKERS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dask_engine() -> Iterator[Opener]:
     """A scheduler and two workers."""
     need(importlib.util.find_spec("distributed") is not None, "distributed")
@@ -48,7 +49,7 @@ def dask_engine() -> Iterator[Opener]:
         yield lambda: DaskEngine(client)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_engine() -> Iterator[Opener]:
     """A Ray of two cores."""
     need(importlib.util.find_spec("ray") is not None, "ray")
@@ -58,7 +59,7 @@ def ray_engine() -> Iterator[Opener]:
         yield RayEngine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def spark_engine() -> Iterator[Opener]:
     """A Spark of two cores."""
     need(importlib.util.find_spec("pyspark") is not None, "pyspark")
@@ -90,7 +91,7 @@ def _wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
             return
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def connect_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Spark Connect server of two cores, in a process of its own."""
     need(importlib.util.find_spec("pyspark") is not None, "pyspark")
@@ -124,7 +125,7 @@ def connect_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def connect_engine(connect_address: str) -> Iterator[Opener]:
     """A session on the Spark Connect server."""
     from sf_pipelines.engines.spark import SparkEngine

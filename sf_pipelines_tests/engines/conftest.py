@@ -79,7 +79,7 @@ def spark_engine() -> Iterator[Opener]:
 
 def _wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Returns when a server listens."""
-    until = time.monotonic() + 90
+    until = time.monotonic() + 180
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pyarrow as pa
 
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
+from sf_pipelines.engines.local import THREAD_VARIABLES
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import (
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 _MISSING = "engine dask needs dask and distributed: pip install 'sf-pipelines[dask]'"
 _POLL_SECONDS = 0.1
-# Dask has workers give memory back to the system at each free, which index builds pay for with most of their time.
-_ENVIRONMENT = {"distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}}
+# Each worker is about one core. Dask's own choice has workers give memory back to the system at each free, too, which
+# index builds pay for with most of their time.
+_ENVIRONMENT = {"distributed.nanny.pre-spawn-environ": dict.fromkeys(THREAD_VARIABLES, 1)}
 
 _lock = threading.Lock()
 _running = 0

@@ -14,13 +14,17 @@ from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import EngineError, TaskCrashedError, WorkerLostError
 
 _Work = tuple[WriteConfig, Task, "Future[Outcome]"]
+# What libraries look at that would have a thread for each core in each process.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "LANCE_CPU_THREADS")
 
 
 class LocalEngine:
     """Processes that are started when there is work for them, and kept for the next task.
 
     They are spawned, not forked: the libraries that read stores and indexes have threads, which a fork would lose. So a
-    script that uses this engine needs the usual ``if __name__ == "__main__":``.
+    script that uses this engine needs the usual ``if __name__ == "__main__":``. They share the cores: their libraries
+    have as many threads as there are cores for each process, unless variables such as ``OMP_NUM_THREADS`` say another
+    number.
 
     Args:
         workers: processes; None is one for each core that this process may use.
@@ -30,7 +34,9 @@ class LocalEngine:
     remote = True
 
     def __init__(self, workers: int | None = None) -> None:
-        self.slots = workers or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
+        self.slots = workers or cores
+        self._cores_each = max(1, cores // self.slots)
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._processes: set[BaseProcess] = set()
@@ -101,7 +107,7 @@ class LocalEngine:
             # Whoever stops the engine ends the processes that it finds here.
             if self._stopped:
                 return None
-            worker = _Worker()
+            worker = _Worker(self._cores_each)
             self._processes.add(worker.process)
             return worker
 
@@ -111,12 +117,16 @@ class LocalEngine:
 
 
 class _Worker:
-    """One process, and the pipe to it."""
+    """One process, and the pipe to it.
 
-    def __init__(self) -> None:
+    Args:
+        cores: that it is to use.
+    """
+
+    def __init__(self, cores: int) -> None:
         context = get_context("spawn")
         self._ours, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), name="sf-pipelines-worker", daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, cores), name="sf-pipelines-worker", daemon=True)
         self.process.start()
         theirs.close()
 
@@ -140,10 +150,11 @@ class _Worker:
         self.process.join()
 
 
-def _serve(pipe: "Connection") -> None:
+def _serve(pipe: "Connection", cores: int) -> None:
     """What a process does: one task after the other, until nobody wants any more."""
     import traceback
 
+    _share_cores(cores)
     while True:
         try:
             config, task = pipe.recv()
@@ -154,3 +165,12 @@ def _serve(pipe: "Connection") -> None:
         except Exception:  # noqa: BLE001 - whatever it is, it belongs to the one who waits for the task
             answer = traceback.format_exc()
         pipe.send(answer)
+
+
+def _share_cores(cores: int) -> None:
+    """Limits the threads of libraries, also of those that are loaded already and have looked at their variables."""
+    from threadpoolctl import threadpool_limits
+
+    for name in THREAD_VARIABLES:
+        os.environ.setdefault(name, str(cores))
+    threadpool_limits(int(os.environ["OMP_NUM_THREADS"]))

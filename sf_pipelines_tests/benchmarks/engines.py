@@ -73,7 +73,7 @@ class Case:
     Attributes:
         engine: its type.
         workers: tasks at a time.
-        threads: of the libraries in each process; None is their own choice.
+        threads: of the libraries in each process; None is the engine's choice, or theirs.
     """
 
     engine: str
@@ -82,7 +82,7 @@ class Case:
 
 
 CASES = [Case(engine, workers, 1) for workers in WORKERS for engine in ENGINES]
-# What the libraries' own choice does.
+# What the engine's own choice does.
 CASES += [Case("local", workers, None) for workers in WORKERS]
 
 
@@ -94,7 +94,7 @@ def work(source: str, folder: str, engine: str, workers: int, threads: int | Non
         folder: for the stores and the cache.
         engine: its type.
         workers: tasks at a time.
-        threads: of the libraries in this process and in the workers, which inherit it; None is their own choice.
+        threads: of the libraries in this process and in the workers, which inherit it; None is the engine's choice.
     """
     if threads is not None:
         # Before the libraries are loaded, which look at it once.
@@ -200,7 +200,7 @@ def _print(out: Console, rows: int, best: dict[Case, dict[str, Any]], load: floa
         "workers: shipping, the driver's own work, and workers without a task at the end of a stage.\n"
         "whole: with scan, sample, train, assemble, gate and promote, which the driver does.\n"
         f"Each process has {', '.join(THREADS)} = 1, so that a worker is about one core, and two do not fight for two; "
-        "own threads: what the libraries choose for each process."
+        "own threads: what the engine chooses for each process."
     )
 
 

@@ -114,7 +114,9 @@ def test_a_failed_run_is_not_repeated_but_a_changed_source_is_built(
     assert rows_served(config) == ROWS
 
 
-@pytest.mark.parametrize(("error", "runs"), [(StoreUnavailableError, 3), (IndexBuildError, 1)])
+@pytest.mark.parametrize(
+    ("error", "runs"), [pytest.param(StoreUnavailableError, 3, marks=pytest.mark.slow), (IndexBuildError, 1)]
+)
 def test_only_what_may_pass_is_asked_for_again_and_not_for_ever(
     sensor: Sensor, monkeypatch: pytest.MonkeyPatch, error: type[SfPipelinesError], runs: int
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sf_pipelines import errors
-    from sf_pipelines.building import build_snapshot
+    from sf_pipelines.api import build_snapshot
     from sf_pipelines.snapshot.config import IndexParams, KeyValueSpec, RecallGate, S3Options, VectorSpec, WriteConfig
     from sf_pipelines.snapshot.metric import DistanceMetric
     from sf_pipelines.snapshot.pipeline import BuildResult
@@ -61,7 +61,7 @@ _HOMES = {
     "VectorSearchResponse": "sf_pipelines.snapshot.reader.types",
     "VectorSpec": "sf_pipelines.snapshot.config",
     "WriteConfig": "sf_pipelines.snapshot.config",
-    "build_snapshot": "sf_pipelines.building",
+    "build_snapshot": "sf_pipelines.api",
     "open_reader": "sf_pipelines.snapshot.reader.opening",
 }
 

@@ -32,7 +32,7 @@ for kind in ("dask", "ray", "spark"):
 """
 _LOADED = """
 import sys
-import sf_pipelines, sf_pipelines.engines, sf_pipelines.building
+import sf_pipelines, sf_pipelines.engines, sf_pipelines.api
 found = {"dask", "distributed", "ray", "pyspark"} & set(sys.modules)
 assert not found, found
 """

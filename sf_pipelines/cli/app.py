@@ -1,4 +1,4 @@
-"""The command line: ``sf-pipelines``, also ``python -m sf_pipelines.cli``."""
+"""The commands that build and search."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sf_pipelines.cli_operations import operations
-from sf_pipelines.cli_shared import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
+from sf_pipelines.cli.operations import operations
+from sf_pipelines.cli.console import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, QueryError
 
@@ -54,7 +54,7 @@ def build(
     ] = None,
 ) -> None:
     """Build a snapshot, prove its recall, and publish it; go on where an earlier try was killed."""
-    from sf_pipelines.building import build_snapshot
+    from sf_pipelines.api import build_snapshot
 
     if address is not None and engine is None:
         raise typer.BadParameter("--address is that of an --engine; say which", param_hint="--address")
@@ -295,7 +295,3 @@ def _read_query(text: str) -> list[float]:
     if not isinstance(values, list):
         raise QueryError(f"the query is no list of numbers but {type(values).__name__}")
     return values
-
-
-if __name__ == "__main__":
-    app()

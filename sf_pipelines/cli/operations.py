@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sf_pipelines.cli_shared import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
+from sf_pipelines.cli.console import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
 from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.manifest.pointer import Hold
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sf_pipelines.cli.operations import operations
 from sf_pipelines.cli.console import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
+from sf_pipelines.cli.operations import operations
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, QueryError
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         LshSharding,
     )
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "AsyncShardedVectorReader": "sf_pipelines.snapshot.reader.asynchronous",
     "AsyncUnifiedShardedReader": "sf_pipelines.snapshot.reader.asynchronous",
@@ -93,6 +95,7 @@ __all__ = [
     "VectorSearchResponse",
     "VectorSpec",
     "WriteConfig",
+    "__version__",
     "build_snapshot",
     "errors",
     "open_reader",

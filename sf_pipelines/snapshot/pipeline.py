@@ -1,7 +1,7 @@
 """The whole build without Dagster."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,13 +51,13 @@ class BuildResult:
     seq: int
     rows: int
     rejected: int
-    shards: tuple[ShardReceipt, ...]
+    shards: tuple[ShardReceipt, ...] = field(repr=False)
     num_probes: int
     recall: float
     recall_lower: float
-    curve: tuple[CurvePoint, ...]
-    verdicts: tuple[Verdict, ...]
-    durations: dict[str, float]
+    curve: tuple[CurvePoint, ...] = field(repr=False)
+    verdicts: tuple[Verdict, ...] = field(repr=False)
+    durations: dict[str, float] = field(repr=False)
     held: bool = False
 
 

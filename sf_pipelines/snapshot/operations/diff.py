@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class SnapshotDiff:
     after: SnapshotSide
     config: tuple[FieldChange, ...]
     ids: IdChanges | None
-    shards: tuple[ShardChange, ...]
+    shards: tuple[ShardChange, ...] = field(repr=False)
     routing: RoutingShift | None
     overlap: AnswerOverlap | None
     notes: tuple[str, ...]

@@ -1,5 +1,7 @@
 """The readers for asyncio: the same core as the blocking ones, awaited."""
 
+from __future__ import annotations  # help() shows types by the names that are written here
+
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -142,7 +144,7 @@ class AsyncUnifiedShardedReader(FacingKeys, AsyncReader):
         return await self._core.run_async(lookup.get_many(self._core, keys, routing_context, Terms(timeout)))
 
 
-def _in_thread(work: Callable[..., ResultT], *arguments: Any) -> "Future[ResultT]":
+def _in_thread(work: Callable[..., ResultT], *arguments: Any) -> Future[ResultT]:
     """Has a thread of its own do something that may take long."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="sf-pipelines-reader")
     try:
@@ -151,6 +153,6 @@ def _in_thread(work: Callable[..., ResultT], *arguments: Any) -> "Future[ResultT
         thread.shutdown(wait=False)
 
 
-def _close_opened(opening: "Future[ReaderCore]") -> None:
+def _close_opened(opening: Future[ReaderCore]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()

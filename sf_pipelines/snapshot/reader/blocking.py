@@ -1,5 +1,7 @@
 """The blocking readers: they call the shared core and wait."""
 
+from __future__ import annotations  # help() shows types by the names that are written here
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Self, Unpack

@@ -1,5 +1,7 @@
 """What all readers say without waiting: of themselves and of the snapshot that they serve."""
 
+from __future__ import annotations  # help() shows types by the names that are written here
+
 from collections.abc import Sequence
 from datetime import timedelta
 

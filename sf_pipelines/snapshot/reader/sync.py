@@ -1,5 +1,7 @@
 """The blocking readers of each kind of snapshot."""
 
+from __future__ import annotations  # help() shows types by the names that are written here
+
 from collections.abc import Iterable
 
 from sf_pipelines.snapshot.index.key_value import Key

@@ -1,5 +1,6 @@
 """What readers answer."""
 
+import reprlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -9,6 +10,11 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.errors import SfPipelinesError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
+
+# An answer is looked at in a notebook or a log: its first hits, and payloads cut off, say enough there.
+_SHOWN_HITS = 3
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxdict, _SHORT.maxother = 60, 6, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,11 @@ class SearchResult:
     score: float
     vector: Float32 | None
     payload: dict[str, Any] | None
+
+    def __repr__(self) -> str:
+        vector = "" if self.vector is None else f", vector=<{self.vector.dtype} of {len(self.vector)}>"
+        payload = "" if self.payload is None else f", payload={_SHORT.repr(self.payload)}"
+        return f"SearchResult(id={_SHORT.repr(self.id)}, score={self.score:.6g}{vector}{payload})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,16 @@ class VectorSearchResponse:
     missing_shards: list[int] = field(default_factory=list)
     errors: dict[int, SfPipelinesError] = field(default_factory=dict)
     shortfall: str | None = None
+
+    def __repr__(self) -> str:
+        shown = [f"{_SHORT.repr(hit.id)}: {hit.score:.6g}" for hit in self.results[:_SHOWN_HITS]]
+        rest = [] if len(self.results) == len(shown) else [f"... {len(self.results) - len(shown)} more"]
+        missing = f", missing_shards={_SHORT.repr(self.missing_shards)}" if self.missing_shards else ""
+        shortfall = "" if self.shortfall is None else f", shortfall={_SHORT.repr(self.shortfall)}"
+        return (
+            f"VectorSearchResponse({{{', '.join(shown + rest)}}}, shard_ids={_SHORT.repr(self.shard_ids)}{missing}"
+            f"{shortfall}, latency_ms={self.latency_ms:.1f})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,11 @@ class Explanation:
     recall_lower: float | None
     recall_k: int | None
 
+    def __repr__(self) -> str:
+        asked = [shard.db_id for shard in self.shards if shard.asked]
+        recall = "" if self.recall is None else f", recall@{self.recall_k}={self.recall:.4f}"
+        return f"Explanation(asks {_SHORT.repr(asked)}, {self.rows:.1%} of the rows{recall})"
+
 
 @dataclass(frozen=True, slots=True)
 class SearchArrays:
@@ -107,6 +133,9 @@ class SearchArrays:
     ids: NDArray[Any]
     scores: Float64
     counts: NDArray[np.int64]
+
+    def __repr__(self) -> str:
+        return f"SearchArrays({self.ids.shape[0]} queries, up to {self.ids.shape[1]} hits each)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +241,7 @@ class Health:
     last_error: str | None
     last_error_age_seconds: float | None
     fallback: str | None
-    open_shards: list[int]
+    open_shards: list[int] = field(repr=False)
     memory_bytes: int
 
 

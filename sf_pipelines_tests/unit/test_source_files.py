@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import boto3
+import lancedb
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
@@ -326,3 +327,58 @@ def test_a_scan_of_arrow_files_leaves_the_vectors_alone(
     monkeypatch.setattr(PinnedFile, "read", counted)
     assert pin(str(path), None, COLUMNS).files[0].unit_rows == (1000,) * 4
     assert sum(sizes) < path.stat().st_size / 5
+
+
+TABLE_SIGNS = {
+    "Delta Lake": "_delta_log/00000000000000000000.json",
+    "Iceberg": "metadata/00001-0c2a.metadata.json",
+    "Hudi": ".hoodie/hoodie.properties",
+    "Lance": "_versions/18446744073709551614.manifest",
+}
+
+
+def put_table(root: Path, sign: str, data: str = "data/part-0.parquet") -> None:
+    """A folder as such a format lays it out: files of rows, and a sign that says which of them count."""
+    for name in (sign, data):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / sign).write_bytes(b"{}")
+    pq.write_table(table(0, 3), root / data)
+
+
+@pytest.mark.parametrize("kind", TABLE_SIGNS)
+@pytest.mark.parametrize(
+    "source",
+    ["t", "", "t/data", "t/data/part-0.parquet", "t/data/*.parquet", "t/**/*.parquet", "*/data/*.parquet", "*", "t/*"],
+)
+def test_tables_that_know_deleted_rows_are_refused(tmp_path: Path, kind: str, source: str) -> None:
+    lake = tmp_path / "lake"
+    put_table(lake / "t", TABLE_SIGNS[kind])
+    with pytest.raises(SourceSchemaError, match=rf"lake/t is a table of {kind} \(.*deleted or replaced.*{kind} knows"):
+        pin(f"{lake}/{source}", None, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", TABLE_SIGNS)
+def test_tables_on_s3_are_refused_and_what_lies_beside_them_is_read(
+    tmp_path: Path, kind: str, moto_options: S3Options, bucket: str
+) -> None:
+    put_table(tmp_path / "x" / "t.parquet", TABLE_SIGNS[kind])
+    pq.write_table(table(0, 3), tmp_path / "x" / "plain.parquet")
+    # A log of this name is no sign of a table, nor is a file of such a name in a folder of another.
+    pq.write_table(table(3, 3), tmp_path / "x" / "my_delta_log.parquet")
+    pq.write_table(table(3, 3), tmp_path / "x" / "t.parquet" / "_versions.parquet")
+    store = Store.open(f"s3://{bucket}/a", moto_options)
+    for path in tmp_path.rglob("*.*"):
+        if path.is_file():
+            store.upload(path, path.relative_to(tmp_path).as_posix())
+    for source in ("a", "a/x/t.parquet", "a/x/t.parquet/data", "a/x/t.parquet/data/part-0.parquet", "a/x/*.parquet"):
+        with pytest.raises(SourceSchemaError, match=rf"a/x/t\.parquet is a table of {kind}"):
+            pin(f"s3://{bucket}/{source}", moto_options, COLUMNS)
+    assert pin(f"s3://{bucket}/a/x/[pm]*.parquet", moto_options, COLUMNS).rows == 6
+    assert pin(str(tmp_path / "x" / "plain.parquet"), None, COLUMNS).rows == 3
+
+
+def test_a_real_lance_dataset_is_refused_though_it_has_no_parquet(tmp_path: Path) -> None:
+    lancedb.connect(tmp_path / "lake").create_table("t", table(0, 3))
+    for source in ("lake", "lake/t.lance", "lake/*.lance", "lake/**"):
+        with pytest.raises(SourceSchemaError, match=r"lake/t\.lance is a table of Lance"):
+            pin(str(tmp_path / source), None, COLUMNS)

@@ -1,10 +1,12 @@
 """Finding the source's files, pinning them, and reading them in record batches."""
 
 import base64
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -26,6 +28,26 @@ from sf_pipelines.snapshot.source.pieces import AHEAD_BYTES, PieceReader, row_gr
 from sf_pipelines.snapshot.store import Credentials, ObjectInfo, PinnedFile, Store
 
 _SUFFIXES = (".parquet", ".pq", ".arrow", ".ipc", ".feather")
+
+# Formats of tables whose data files alone are not their rows: what tells them, and how to write the rows out.
+_TABLE_SIGNS = {
+    "Delta Lake": r"_delta_log(?:/.*)?",
+    "Iceberg": r"metadata/(?:[^/]*\.metadata\.json(?:\.gz)?|[^/]+-m\d+\.avro|snap-[^/]+\.avro)",
+    "Hudi": r"\.hoodie(?:/.*)?|\.hoodie_partition_metadata[^/]*",
+    "Lance": r"_versions/[^/]+\.manifest",
+}
+_TABLE_SIGN = re.compile(f"((?:.*?/)?)(?:{'|'.join(f'({sign})' for sign in _TABLE_SIGNS.values())})", re.DOTALL)
+_TABLE_EXPORTS = {
+    "Delta Lake": "pyarrow.dataset.write_dataset(deltalake.DeltaTable(table).to_pyarrow_dataset(), folder, "
+    "format='parquet')",
+    "Iceberg": "pyarrow.parquet.write_table(pyiceberg_catalog.load_table(name).scan().to_arrow(), file)",
+    "Hudi": "spark.read.format('hudi').load(table).write.parquet(folder)",
+    "Lance": "pyarrow.dataset.write_dataset(lance.dataset(table).scanner().to_reader(), folder, format='parquet')",
+}
+# Where these signs are in a table's own folder.
+_TABLE_FOLDERS = ("_delta_log", "metadata", ".hoodie", "_versions")
+# Objects that are looked at in such a folder, as many as S3 lists in one request.
+_LOOKED_AT = 1000
 
 
 class SourceFile(Model):
@@ -110,6 +132,7 @@ def find_files(source: str, s3: Credentials | None) -> tuple[Store, list[ObjectI
 
     Raises:
         SourceNotFoundError: nothing matches.
+        SourceSchemaError: it is a table of a format that knows deleted rows, or holds one.
         StoreDeniedError: nothing was found, and looking for it was refused.
     """
     scheme, place = source.split("://", 1) if "://" in source else ("", str(Path(source).expanduser().absolute()))
@@ -144,8 +167,12 @@ def _one_file(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Sto
 
 
 def _folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
-    store = _open(lead, pieces, s3)
-    found = [info for info in store.objects() if _is_table(info.key) and not _is_hidden(info.key, [])]
+    store, found = _open(lead, pieces, s3), list[ObjectInfo]()
+    for info in store.objects():
+        if _table_of(info.key) is not None:
+            raise _table_error(store, info.key)
+        if _is_table(info.key) and not _is_hidden(info.key, []):
+            found.append(info)
     return store, _without_markers(store, found)
 
 
@@ -154,13 +181,55 @@ def _glob(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, 
     store = _open(lead, pieces[:fixed], s3)
     pattern = re.compile(_glob_regex("/".join(pieces[fixed:])))
     named = [re.compile(_glob_regex(piece)) for piece in pieces[fixed:] if piece.startswith(("_", "."))]
-    found = [
-        info
-        for info in store.objects()
-        if (pattern.fullmatch(info.key) or (_is_table(info.key) and _is_below(info.key, pattern)))
-        and not _is_hidden(info.key, named)
-    ]
+    found: list[ObjectInfo] = []
+    tables: dict[str, str] = {}
+    for info in store.objects():
+        table = _table_of(info.key)
+        if table is not None:
+            tables.setdefault(table[0], info.key)
+        if (pattern.fullmatch(info.key) or (_is_table(info.key) and _is_below(info.key, pattern))) and not _is_hidden(
+            info.key, named
+        ):
+            found.append(info)
+    taken = {"", *(info.key[: slash.end()] for info in found for slash in re.finditer("/", info.key))}
+    for root, key in tables.items():
+        # Tables beside what the pattern takes in are no matter.
+        if root in taken or pattern.fullmatch(root.rstrip("/")):
+            raise _table_error(store, key)
     return store, _without_markers(store, found)
+
+
+def _table_of(key: str) -> tuple[str, str] | None:
+    """Folder and format of the table that an object is a sign of."""
+    match = _TABLE_SIGN.fullmatch(key)
+    return None if match is None else (match[1], list(_TABLE_SIGNS)[(match.lastindex or 0) - 2])
+
+
+def _table_error(store: Store, key: str) -> SourceSchemaError:
+    root, kind = _table_of(key) or ("", "")
+    return SourceSchemaError(
+        f"{store.url_of(root).rstrip('/')} is a table of {kind} ({store.url_of(key)}): its files also hold rows that "
+        f"the table has deleted or replaced, and only {kind} knows which. Write its present rows to Parquet files in a "
+        f"folder of their own, for example by {_TABLE_EXPORTS[kind]}, and name that folder as the source"
+    )
+
+
+def _refuse_part_of_table(store: Store, s3: Credentials | None) -> None:
+    """Raises ``SourceSchemaError`` where the source is part of such a table: its data folder, or one file of it."""
+    scheme, place = store.url.split("://", 1)
+    lead, pieces = f"{scheme}://", place.split("/")
+    if store.local_root is not None:
+        lead, pieces = "", str(store.local_root.resolve()).split("/")
+    for end in range(len(pieces), 0, -1):
+        above = _open(lead, pieces[:end], s3)
+        for name in _TABLE_FOLDERS:
+            if above.local_root is not None and not os.access(above.local_root / name, os.R_OK | os.X_OK):
+                continue
+            # Who may not look above the source cannot be told what is there.
+            with suppress(StoreDeniedError):
+                for info in islice(above.objects(name), _LOOKED_AT):
+                    if (_table_of(info.key) or (None,))[0] == "":
+                        raise _table_error(above, info.key)
 
 
 def _open(lead: str, pieces: list[str], s3: Credentials | None) -> Store:
@@ -243,11 +312,12 @@ def pin(
     Raises:
         SourceNotFoundError: nothing matches.
         SourceEmptyError: no rows at all.
-        SourceSchemaError: a file is empty, damaged, of another format, lacks a column, has it twice, or has another
-            type than the first file.
+        SourceSchemaError: a file is empty, damaged, of another format, part of a table that knows deleted rows, lacks a
+            column, has it twice, or has another type than the first file.
     """
     if parts is None:
         store, found = find_files(source, s3)
+        _refuse_part_of_table(store, s3)
     else:
         store, found = parts[0], [parts[0].head(key) for key in parts[1]]
     files: list[SourceFile] = []

@@ -39,6 +39,9 @@ _USUAL_SKEW = 4.0
 _STOCK_QUERIES = 100
 # Sampled rows of each shard whose context is tried.
 _CONTEXTS = 4
+# Searches that the round trip shows, and characters of their payloads.
+_SHOWN_SEARCHES = 5
+_SHOWN_PAYLOAD = 80
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ def _round_trip(judged: Judged) -> Finding:
     """Known rows of every shard are found again, by vector, by key and by context, with score and payload."""
     metric, k = judged.build.config.vector_spec.metric, judged.build.config.recall_gate.k
     faults: list[str] = []
+    shown: list[dict[str, Any]] = []
     searched = 0
     for shard in judged.shards:
         if shard.witnesses is None:
@@ -241,10 +245,35 @@ def _round_trip(judged: Judged) -> Finding:
                 fault = f"row {row_id!r} lies in shard {shard.db_id}, but its vector is routed to {answer.shard_ids}"
             if fault:
                 faults.append(fault)
+            if place < _SHOWN_SEARCHES:
+                shown.append(_shown_search(row_id, payloads[place], shard.db_id, answer.results))
         faults.extend(_key_faults(judged, rows))
     faults.extend(_context_faults(judged, k))
     figures: Figures = {"rows_searched": searched, "not_found": len(faults)}
-    return Finding(not faults, "; ".join(faults[:5]) or f"{searched} rows were found again", figures)
+    spread = np.unique(np.linspace(0, len(shown) - 1, min(_SHOWN_SEARCHES, len(shown))).astype(np.int64))
+    table = tuple(shown[place] for place in spread)
+    return Finding(not faults, "; ".join(faults[:5]) or f"{searched} rows were found again", figures, table)
+
+
+def _shown_search(row_id: object, payload: str | None, db_id: int, results: list[Any]) -> dict[str, Any]:
+    """One search by a row's own vector: where the row was found, and the nearest other row."""
+    own = next((place for place, result in enumerate(results, start=1) if result.id == row_id), None)
+    other = next((result for result in results if result.id != row_id), None)
+    return {
+        "row": str(row_id),
+        "shard": db_id,
+        "payload": _shown_payload(None if payload is None else json.loads(payload)),
+        "found_at": own,
+        "score": None if own is None else results[own - 1].score,
+        "nearest_other": "" if other is None else str(other.id),
+        "other_score": None if other is None else other.score,
+        "other_payload": _shown_payload(None if other is None else other.payload),
+    }
+
+
+def _shown_payload(payload: dict[str, Any] | None) -> str:
+    text = "" if payload is None else ", ".join(f"{name}: {value}" for name, value in payload.items())
+    return text if len(text) <= _SHOWN_PAYLOAD else f"{text[: _SHOWN_PAYLOAD - 1]}…"
 
 
 def _search_home(judged: Judged, vectors: Float32, k: int, db_id: int) -> list[VectorSearchResponse]:

@@ -70,6 +70,7 @@ def test_one_run_builds_everything(config: WriteConfig, instance: dg.DagsterInst
     assert sum(int(str(value)) for value in rows) == ROWS
     assert newest(instance, config, "current_pointer").metadata["published"].value is True
     assert_numbers(instance, config)
+    assert_sample_searches(verdicts["search_round_trip"])
     lines = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.dagster_event is None]
     for start in (
         "sample: 400 of 400 rows (100 %)",
@@ -116,6 +117,19 @@ def assert_numbers(instance: dg.DagsterInstance, config: WriteConfig) -> None:
             key for key, value in metadata.items() if isinstance(value, dg.IntMetadataValue | dg.FloatMetadataValue)
         }
         assert keys <= numbers, noun
+
+
+def assert_sample_searches(check: dg.AssetCheckEvaluation) -> None:
+    shown = check.metadata["table"]
+    assert isinstance(shown, dg.TableMetadataValue)
+    rows = [record.data for record in shown.records]
+    labels = digits_table()["label"].to_pylist()
+    assert len(rows) == 5
+    assert {row["shard"] for row in rows} == {0, 1, 2}
+    for row in rows:
+        assert (row["found_at"], row["payload"]) == (1, f"label: {labels[int(str(row['row']))]}")
+        assert row["other_payload"] == f"label: {labels[int(str(row['nearest_other']))]}"
+        assert float(str(row["score"])) < float(str(row["other_score"]))
 
 
 def newest_partition(instance: dg.DagsterInstance, config: WriteConfig, partition: str) -> dg.AssetMaterialization:

@@ -35,17 +35,70 @@ class _OpenModel(dg.Model):
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What editors and ``dg`` show."""
         schema = VectorSnapshotAttributes.model_json_schema(*args, **kwargs)
-        for model in (schema, *schema.get("$defs", {}).values()):
+        models = schema.get("$defs", {})
+        for model in (schema, *models.values()):
             if "properties" in model:
-                model["properties"] = {name: _or_template(field) for name, field in model["properties"].items()}
+                fields = model["properties"].items()
+                model["properties"] = {name: _or_template(field, models) for name, field in fields}
         return schema
 
 
-def _or_template(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field that may also be filled in from the environment; what describes it stays outside."""
+def _or_template(field: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that may also be filled in from the environment; what describes it stays outside.
+
+    ``anyOf`` is what tools show and refuses nothing: its error would be "not valid under any of the given schemas".
+    ``else`` judges, and its errors name the field inside that is wrong.
+    """
     described = {name: field[name] for name in ("title", "description", "default") if name in field}
     bare = {name: value for name, value in field.items() if name not in described}
-    return {**described, "anyOf": [bare, _TEMPLATE]}
+    return {**described, "anyOf": [*_alternatives(bare), {}], "if": _TEMPLATE, "else": _by_type(bare, models)}
+
+
+def _by_type(field: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """The same schema with its alternatives chosen by the type of the value."""
+    by_type: dict[str, list[dict[str, Any]]] = {}
+    for one in _alternatives(field):
+        kind = _model_of(one, models).get("type")
+        if kind is None:
+            return field
+        by_type.setdefault(kind, []).append(one)
+    if len(by_type) == 1 and len(_alternatives(field)) == 1:
+        return field
+    chosen = [
+        {"if": {"type": kind}, "then": several[0] if len(several) == 1 else _by_tag(several, models)}
+        for kind, several in by_type.items()
+    ]
+    return {"type": list(by_type), "allOf": chosen}
+
+
+def _by_tag(alternatives: list[dict[str, Any]], models: dict[str, Any]) -> dict[str, Any]:
+    """Models that a field with a fixed value tells apart, such as ``strategy``; the first is that without it."""
+    tagged = [_constants(_model_of(one, models)) for one in alternatives]
+    tag = next(iter(tagged[0]), None)
+    if tag is None:
+        return {"anyOf": alternatives}
+    named = [
+        {"if": {"required": [tag], "properties": {tag: {"const": values[tag]}}}, "then": one}
+        for values, one in zip(tagged, alternatives, strict=True)
+    ]
+    known = {"properties": {tag: {"if": _TEMPLATE, "else": {"enum": [values[tag] for values in tagged]}}}}
+    unnamed = {"if": {"not": {"required": [tag]}}, "then": alternatives[0]}
+    return {"allOf": [known, unnamed, *named]}
+
+
+def _constants(model: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a model that have one value only, and that value; with or without a template allowed."""
+    bare = {name: field.get("anyOf", [field])[0] for name, field in model.get("properties", {}).items()}
+    return {name: field["const"] for name, field in bare.items() if "const" in field}
+
+
+def _alternatives(field: dict[str, Any]) -> list[dict[str, Any]]:
+    several = field.get("anyOf", field.get("oneOf"))
+    return [field] if several is None else [part for one in several for part in _alternatives(one)]
+
+
+def _model_of(field: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    return models[field["$ref"].removeprefix("#/$defs/")] if "$ref" in field else field
 
 
 def _yaml_model() -> type[BaseModel]:

@@ -306,6 +306,35 @@ def test_the_schema_describes_every_field() -> None:
         assert list(validator.iter_errors(ATTRIBUTES | bad)), bad
 
 
+@pytest.mark.parametrize(
+    ("wrong", "where", "message"),
+    [
+        ({"num_dbs": "many"}, "num_dbs", "'many' is not of type 'integer'"),
+        ({"vector_spec": {"dim": 8, "metrc": "l2"}}, "vector_spec", "('metrc' was unexpected)"),
+        ({"vector_spec": {"dim": 8, "metric": "l3"}}, "vector_spec/metric", "'l3' is not one of ['cosine', "),
+        (
+            {"vector_spec": {"dim": 8, "sharding": {"strategy": "lsh", "num_probs": 3}}},
+            "vector_spec/sharding",
+            "('num_probs' was unexpected)",
+        ),
+        ({"vector_spec": {"dim": 8, "sharding": {"num_probs": 3}}}, "vector_spec/sharding", "('num_probs' was"),
+        ({"vector_spec": {"dim": 8, "sharding": {"strategy": "lhs"}}}, "vector_spec/sharding/strategy", "'lhs' is not"),
+        ({"vector_spec": {"dim": 8, "sharding": {"num_probes": 0}}}, "vector_spec/sharding/num_probes", "minimum of 0"),
+        ({"recall_gate": {"min_recal": 0.9}}, "recall_gate", "('min_recal' was unexpected)"),
+        ({"schedule": {"cron": 3}}, "schedule/cron", "3 is not of type 'string'"),
+        ({"engine": {"type": "dask", "adress": "tcp://x"}}, "engine", "('adress' was unexpected)"),
+        ({"s3_resource": {"endpoint_url": {"evn": "X"}}}, "s3_resource/endpoint_url", "('evn' was unexpected)"),
+    ],
+)
+def test_the_schema_names_the_nested_field_that_is_wrong(wrong: dict[str, Any], where: str, message: str) -> None:
+    """What ``dg check yaml`` prints and marks in the file."""
+    validator = jsonschema.Draft202012Validator(VectorSnapshotComponent.model().model_json_schema())
+    errors = list(validator.iter_errors(ATTRIBUTES | wrong))
+    found = [error.message for error in errors if "/".join(map(str, error.absolute_path)) == where]
+    assert message in " ".join(found)
+    assert not [error.message for error in errors if "given schemas" in error.message]
+
+
 def test_the_scaffold_is_a_component_that_loads() -> None:
     with create_defs_folder_sandbox() as sandbox:
         folder = sandbox.scaffold_component(VectorSnapshotComponent, defs_path="movies")

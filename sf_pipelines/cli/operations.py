@@ -288,7 +288,7 @@ def _show_diff(out: Console, found: "SnapshotDiff") -> None:
 
 def _recall(side: "SnapshotSide") -> str:
     figures = side.recall
-    if figures is None or figures.recall is None or figures.lower is None:
+    if figures is None:
         return "(not recorded)"
     return f"{figures.recall:.4f}@{figures.k}, at least {figures.lower:.4f}, {figures.num_probes} probes"
 

@@ -265,7 +265,7 @@ def _diff_metadata(found: SnapshotDiff) -> Iterator[tuple[str, Any]]:
         yield f"{side}_manifest", one.manifest_key
         yield f"{side}_rows", one.rows
         yield f"{side}_bytes", one.bytes
-        if one.recall is not None and one.recall.recall is not None:
+        if one.recall is not None:
             yield f"{side}_recall", one.recall.recall
     if found.ids is not None:
         yield from {"added": found.ids.added, "gone": found.ids.gone, "kept": found.ids.kept}.items()

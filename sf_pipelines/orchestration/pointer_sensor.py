@@ -14,11 +14,10 @@ from sf_pipelines.orchestration.options import PointerSensorOptions, sensor_stat
 from sf_pipelines.orchestration.resources import SnapshotAccess
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import SnapshotNotFoundError
-from sf_pipelines.snapshot.gate import latest_verdict
+from sf_pipelines.snapshot.gate import judged_recall
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer
 from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed
-from sf_pipelines.snapshot.receipts import ManifestReceipt
 
 _MOVE = "pointer_sha256"
 
@@ -110,18 +109,9 @@ def describe_move(
 
 
 def _recall(build: Build, state: SnapshotState) -> dict[str, float]:
-    """What the gate measured; where its verdict was cleaned up, what the manifest says of the tuning queries.
-
-    Nothing for snapshots of other tools.
-    """
-    receipt = build.ledger(state.manifest.run_id).find(ManifestReceipt)
-    verdict = latest_verdict(build, receipt, "recall") if receipt else None
-    if verdict is not None and verdict.manifest_digest == state.manifest_digest:
-        return {"recall": float(verdict.figures["recall"]), "recall_lower_bound": float(verdict.figures["lower_bound"])}
-    extras, probes = state.manifest.extras, state.vector.num_probes
-    curve = extras.recall.curve if extras and extras.recall else ()
-    found = [point for point in curve if point.num_probes == probes]
-    return {"recall": found[0].recall, "recall_lower_bound": found[0].lower} if found else {}
+    """What the gate judged; nothing where nobody knows, as of snapshots of other tools."""
+    found = judged_recall(build.store, state.manifest, state.manifest_digest)
+    return {"recall": found.recall, "recall_lower_bound": found.lower} if found else {}
 
 
 def _last_event(instance: dg.DagsterInstance, key: dg.AssetKey) -> dg.AssetMaterialization | None:

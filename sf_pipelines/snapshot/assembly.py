@@ -13,10 +13,13 @@ from sf_pipelines.snapshot.errors import ReceiptMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, halves, id_array, merge_truth, recall_per_query
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
-from sf_pipelines.snapshot.manifest.models import Manifest, ShardingRecord, ShardRow, SnapshotExtras
+from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest, ShardingRecord, ShardRow, SnapshotExtras
+from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, Ref, RouteReceipt, RunReceipts, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
 
+# Their hits from every shard are held at once, with ids that may be long.
+_QUERIES_AT_A_TIME = 256
 _TIMED_QUERIES = 3
 _TIMED_POINTS = 8
 # Truth, curve, latencies with the manifest: what the progress of ``assemble`` counts.
@@ -50,21 +53,21 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
 
     draft = _manifest(build, run, shards, created_at)
     drafted = _stage(ledger, draft)
+    measured = measure_curve(build, drafted.key, queries, truth, [shard.rows for shard in shards])
     tuning, judging = halves(queries.num_rows, disjoint=sampled.disjoint)
-    measured = measure_curve(
-        build,
-        drafted.key,
-        queries.take(pa.array(tuning)),
-        truth.select(tuning),
-        [shard.rows for shard in shards],
-        census=not sampled.disjoint,
-    )
+    census = not sampled.disjoint
+    estimates = {count: RecallEstimate.of(found[tuning], census=census) for count, (found, _) in measured.items()}
+    curve = [
+        CurvePoint(num_probes=count, recall=estimate.mean, lower=estimate.lower, rows_searched=measured[count][1])
+        for count, estimate in estimates.items()
+    ]
     build.report("assemble", 2, _STEPS, "steps")
-    latencies = measure_latencies(build, drafted.key, queries, [point.num_probes for point, _ in measured])
-    gate, wanted = build.config.recall_gate, build.config.num_probes
-    num_probes = choose_probes(wanted, measured, gate.min_recall, len(judging))
-    curve = [point for point, _ in measured]
-    final = _stage(ledger, _tuned(draft, num_probes, curve, gate))
+    latencies = measure_latencies(build, drafted.key, queries, list(measured))
+    gate = build.config.recall_gate
+    num_probes = choose_probes(build.config.num_probes, estimates, gate.min_recall, len(judging))
+    # Where a query's own shard is asked, or all are, there is one figure only.
+    recalls, _ = measured.get(num_probes) or measured[curve[0].num_probes]
+    final = _stage(ledger, _tuned(draft, curve, judged_record(recalls[judging], num_probes, census=census), gate))
     build.store.delete(drafted.key)
     build.report("assemble", _STEPS, _STEPS, "steps")
     return ManifestReceipt(
@@ -163,13 +166,14 @@ def _shard_row(shard: ShardReceipt, db_url: str) -> ShardRow:
     )
 
 
-def _tuned(manifest: Manifest, num_probes: int, curve: list[CurvePoint], gate: RecallGate) -> Manifest:
+def _tuned(manifest: Manifest, curve: list[CurvePoint], judged: JudgedRecord, gate: RecallGate) -> Manifest:
     custom = {name: dict(value) for name, value in manifest.custom.items()}
     if "num_probes" in custom["vector"]:
-        custom["vector"]["num_probes"] = num_probes
+        custom["vector"]["num_probes"] = judged.num_probes
     custom["sf_pipelines"]["recall"] = {
         "k": gate.k,
         "min_recall": gate.min_recall,
+        "judged": judged.model_dump(),
         "curve": [point.model_dump() for point in curve],
     }
     return manifest.model_copy(update={"custom": custom})
@@ -185,9 +189,9 @@ def _stage(ledger: Ledger, manifest: Manifest) -> Ref:
 
 
 def measure_curve(
-    build: Build, manifest_key: str, queries: pa.Table, truth: Truth, rows_by_shard: list[int], *, census: bool
-) -> list[tuple[CurvePoint, RecallEstimate]]:
-    """Recall of the queries at every number of probes; each shard's index is searched once for all of them.
+    build: Build, manifest_key: str, queries: pa.Table, truth: Truth, rows_by_shard: list[int]
+) -> dict[int, tuple[Float64, float]]:
+    """Recall of each query at every number of probes; each shard's index is searched once for all of them.
 
     Where a query is not routed by its vector there is one number only: its own shard, or all shards.
 
@@ -197,26 +201,35 @@ def measure_curve(
         queries: table (id, vector) of n sample queries.
         truth: of these queries.
         rows_by_shard: rows of each shard.
-        census: whether the queries are all rows there are.
+
+    Returns:
+        By number of probes: recall of each query, shape (n,), and the mean share of rows in the shards asked.
     """
     reader, k = build.reader(manifest_key), build.config.recall_gate.k
     vectors, ids, homes = vectors_of(queries), id_array(queries), build.homes(queries)
     order = reader.route_batch(vectors, homes=homes)
     covered = np.cumsum(np.asarray(rows_by_shard)[order], axis=1).mean(axis=0) / max(1, sum(rows_by_shard))
-    answered = list(reader.probe_curve(vectors, k + 1, homes=homes))
-    # One point over several shards: there is no order among them, all are always asked.
-    fewest = order.shape[1] - len(answered) + 1
-    out: list[tuple[CurvePoint, RecallEstimate]] = []
-    for probes, answers in enumerate(answered, start=fewest):
-        estimate = RecallEstimate.of(recall_per_query(answers.ids, answers.scores, ids, truth), census=census)
-        point = CurvePoint(
-            num_probes=probes,
-            recall=estimate.mean,
-            lower=estimate.lower,
-            rows_searched=float(covered[probes - 1]),
-        )
-        out.append((point, estimate))
-    return out
+    found: dict[int, list[Float64]] = {}
+    for start in range(0, len(vectors), _QUERIES_AT_A_TIME):
+        part = slice(start, start + _QUERIES_AT_A_TIME)
+        answered = list(reader.probe_curve(vectors[part], k + 1, homes=None if homes is None else homes[part]))
+        # One point over several shards: there is no order among them, all are always asked.
+        for probes, answers in enumerate(answered, start=order.shape[1] - len(answered) + 1):
+            recalls = recall_per_query(answers.ids, answers.scores, ids[part], truth.select(np.arange(len(ids))[part]))
+            found.setdefault(probes, []).append(recalls)
+    return {probes: (np.concatenate(parts), float(covered[probes - 1])) for probes, parts in found.items()}
+
+
+def judged_record(recalls: Float64, num_probes: int, *, census: bool) -> JudgedRecord:
+    """The recall of a snapshot from that of each judging query."""
+    estimate = RecallEstimate.of(recalls, census=census)
+    return JudgedRecord(
+        num_probes=num_probes,
+        queries=estimate.queries,
+        recall=estimate.mean,
+        lower=estimate.lower,
+        percentile_5=float(np.quantile(recalls, 0.05, method="lower")),
+    )
 
 
 def measure_latencies(build: Build, manifest_key: str, queries: pa.Table, probes: list[int]) -> dict[int, float]:
@@ -242,9 +255,7 @@ def measure_latencies(build: Build, manifest_key: str, queries: pa.Table, probes
     return out
 
 
-def choose_probes(
-    wanted: int | str, curve: list[tuple[CurvePoint, RecallEstimate]], min_recall: float, judging: int
-) -> int:
+def choose_probes(wanted: int | str, curve: dict[int, RecallEstimate], min_recall: float, judging: int) -> int:
     """``auto``: the smallest number of probes at which the judging half's bound, too, can be expected to hold.
 
     Asking only that the tuning half's own bound holds would let a snapshot fail its gate by chance every now and then
@@ -252,7 +263,5 @@ def choose_probes(
     """
     if wanted != "auto":
         return int(wanted)
-    for point, estimate in curve:
-        if estimate.lower_of_another(judging) >= min_recall:
-            return point.num_probes
-    return curve[-1][0].num_probes
+    reached = (count for count, estimate in curve.items() if estimate.lower_of_another(judging) >= min_recall)
+    return next(reached, max(curve))

@@ -11,20 +11,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.assembly import shard_receipts
+from sf_pipelines.snapshot.assembly import judged_record, shard_receipts
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import DigestMismatchError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, halves, id_array, recall_by_id, recall_per_query
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
-from sf_pipelines.snapshot.manifest.models import Manifest
+from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest
 from sf_pipelines.snapshot.metric import Float32, pair_distances
 from sf_pipelines.snapshot.reader.state import load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
 from sf_pipelines.snapshot.receipts import ManifestReceipt, RouteReceipt, RunReceipts, SampleReceipt, ShardReceipt
 from sf_pipelines.snapshot.routed import vectors_of
-from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.sealing import changed_objects
 from sf_pipelines.snapshot.sharding import CelSharding, ClusterSharding, HashSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import CONTEXT_PREFIX, SHARD_COLUMN
@@ -42,6 +41,8 @@ _CONTEXTS = 4
 # Searches that the round trip shows, and characters of their payloads.
 _SHOWN_SEARCHES = 5
 _SHOWN_PAYLOAD = 80
+# What assemble wrote into the manifest and what its readers find are the same measurement.
+_SAME_RECALL = 0.01
 
 
 @dataclass(frozen=True)
@@ -350,31 +351,36 @@ def _recall(judged: Judged) -> Finding:
     gate, sampled, receipt = judged.build.config.recall_gate, judged.sampled, judged.receipt
     queries, rows, table = _half(judged)
     truth = Truth.of(table, sampled.query_rows).select(rows)
-    answers = judged.reader.search_arrays(
-        vectors_of(queries),
-        gate.k + 1,
-        num_probes=receipt.num_probes if needs_training(judged.build.config.sharding) else None,
-        homes=judged.build.homes(queries),
-    )
-    estimate = RecallEstimate.of(
-        recall_per_query(answers.ids, answers.scores, id_array(queries), truth), census=not sampled.disjoint
-    )
-    passed = estimate.lower >= gate.min_recall
+    answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, homes=judged.build.homes(queries))
+    recalls = recall_per_query(answers.ids, answers.scores, id_array(queries), truth)
+    found = judged_record(recalls, receipt.num_probes, census=not sampled.disjoint)
+    passed = found.lower >= gate.min_recall
     figures: Figures = {
-        "recall": estimate.mean,
-        "lower_bound": estimate.lower,
+        "recall": found.recall,
+        "lower_bound": found.lower,
+        "percentile_5": found.percentile_5 or 0.0,
         "min_recall": gate.min_recall,
         "k": gate.k,
-        "queries": estimate.queries,
+        "queries": found.queries,
         "num_probes": receipt.num_probes,
         "disjoint_from_training": str(sampled.disjoint),
     }
     verb = "meets" if passed else "is below"
     message = (
-        f"recall@{gate.k} {estimate.mean:.4f} (at least {estimate.lower:.4f} with 95 % confidence, {estimate.queries} "
+        f"recall@{gate.k} {found.recall:.4f} (at least {found.lower:.4f} with 95 % confidence, {found.queries} "
         f"queries, {receipt.num_probes} of {judged.build.config.num_dbs} shards) {verb} min_recall {gate.min_recall}"
     )
+    recorded = _recorded(judged.manifest())
+    if recorded is not None and abs(recorded.recall - found.recall) > _SAME_RECALL:
+        passed = False
+        message += f"; the manifest says {recorded.recall:.4f}, which its readers do not find: assemble again"
     return Finding(passed, message, figures, tuple(point.model_dump() for point in receipt.curve))
+
+
+def _recorded(manifest: Manifest) -> JudgedRecord | None:
+    """The recall as the manifest tells it."""
+    extras = manifest.extras
+    return extras.recall.judged if extras and extras.recall else None
 
 
 def _half(judged: Judged) -> tuple[pa.Table, NDArray[np.int64], pa.Table]:

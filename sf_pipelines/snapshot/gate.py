@@ -1,6 +1,7 @@
 """The gate: checks on a staged manifest, through the reader that will serve it, and the verdicts that promote needs."""
 
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from sf_pipelines.snapshot.errors import (
     IntegrityError,
 )
 from sf_pipelines.snapshot.ledger import STAGING
+from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.model import Model
 from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
@@ -25,6 +27,7 @@ from sf_pipelines.snapshot.receipts import (
     TrainReceipt,
 )
 from sf_pipelines.snapshot.sealing import changed_objects
+from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.training import outworn_key
 
 Severity = Literal["ERROR", "WARN"]
@@ -108,21 +111,85 @@ def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Ve
     return verdict
 
 
+@dataclass(frozen=True)
+class RecallFigures:
+    """The recall of a snapshot: of the queries that judged it, which is what its gate was passed by.
+
+    Attributes:
+        k: neighbours asked for.
+        min_recall: what the lower bound had to reach.
+        num_probes: shards asked by default.
+        recall: mean recall@k.
+        lower: its lower confidence bound (one-sided, 95 %).
+        percentile_5: recall that 95 % of the queries reach; None in snapshots from before it was recorded.
+        queries: how many there were.
+    """
+
+    k: int
+    min_recall: float
+    num_probes: int
+    recall: float
+    lower: float
+    percentile_5: float | None
+    queries: int
+
+
+def judged_recall(store: Store, manifest: Manifest, manifest_digest: str) -> RecallFigures | None:
+    """The recall that a published snapshot was judged by; any snapshot, also one that is not current any more.
+
+    The manifest says it. Of snapshots that were published before it did, the verdict of their gate does, as long as
+    the run's ``staging/`` is there.
+
+    Args:
+        store: opened on the root.
+        manifest: of the snapshot.
+        manifest_digest: SHA-256 (hex) of its bytes.
+
+    Returns:
+        None where nobody knows: snapshots of other writers, and older ones that were copied without ``staging/``.
+
+    Raises:
+        IntegrityError: the verdict cannot be understood.
+    """
+    recall = manifest.extras.recall if manifest.extras else None
+    if recall is None:
+        return None
+    if recall.judged is not None:
+        return RecallFigures(k=recall.k, min_recall=recall.min_recall, **recall.judged.model_dump())
+    verdict = _newest(store, f"{STAGING}/run_id={manifest.run_id}/verdicts/{manifest_digest}/recall")
+    if verdict is None or "recall" not in verdict.figures:
+        return None
+    return RecallFigures(
+        k=recall.k,
+        min_recall=recall.min_recall,
+        num_probes=int(verdict.figures["num_probes"]),
+        recall=float(verdict.figures["recall"]),
+        lower=float(verdict.figures["lower_bound"]),
+        percentile_5=None,
+        queries=int(verdict.figures["queries"]),
+    )
+
+
 def latest_verdict(build: Build, receipt: ManifestReceipt, name: str, *, any_gate: bool = False) -> Verdict | None:
     """The newest verdict of a check on exactly this manifest and, unless ``any_gate``, this gate.
 
     Raises:
         IntegrityError: it cannot be understood.
     """
-    keys = sorted(info.key for info in build.store.objects(_folder(receipt, name)))
+    verdict = _newest(build.store, _folder(receipt, name))
+    if verdict is None or verdict.manifest_digest != receipt.manifest_digest:
+        return None
+    return verdict if any_gate or verdict.gate_key == build.config.gate_key() else None
+
+
+def _newest(store: Store, folder: str) -> Verdict | None:
+    keys = sorted(info.key for info in store.objects(folder))
     if not keys:
         return None
     try:
-        verdict = Verdict.model_validate_json(build.store.get(keys[-1]))
+        return Verdict.model_validate_json(store.get(keys[-1]))
     except ValidationError as error:
-        raise IntegrityError(f"verdict {build.store.url_of(keys[-1])} cannot be understood: {error}") from error
-    same_gate = any_gate or verdict.gate_key == build.config.gate_key()
-    return verdict if same_gate and verdict.manifest_digest == receipt.manifest_digest else None
+        raise IntegrityError(f"verdict {store.url_of(keys[-1])} cannot be understood: {error}") from error
 
 
 def _note_outworn(build: Build, verdict: Verdict) -> None:

@@ -16,6 +16,7 @@ from sf_pipelines.snapshot.build import Progress, silent
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, merge_truth, recall_per_query, truth_table
+from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
 from sf_pipelines.snapshot.index.protocol import IdArray
 from sf_pipelines.snapshot.index.scan import MemoryScan
@@ -49,8 +50,10 @@ class Verification:
         objects: objects that were hashed.
         bytes: their size.
         k: neighbours asked for.
-        recall: recall@k at ``num_probes`` of rows of the snapshot as queries; None where it was not measured.
+        recall: recall@k at ``num_probes``, measured just now with other rows of the snapshot as queries than the gate
+            had, so it is another figure than ``judged``; None where it was not measured.
         recall_lower: its lower confidence bound.
+        judged: the recall that the snapshot was published with; None where nobody knows.
         min_recall: what the snapshot was published for; None where its writer did not say.
         faults: everything that is off, one line each; empty when all is well.
     """
@@ -65,6 +68,7 @@ class Verification:
     k: int = _DEFAULT_K
     recall: float | None = None
     recall_lower: float | None = None
+    judged: RecallFigures | None = None
     min_recall: float | None = None
     faults: list[str] = field(default_factory=list)
 
@@ -125,6 +129,7 @@ def verify_snapshot(
     store = Store.open(root, s3)
     state = load_current(store) if manifest_key is None else load_state(store, manifest_key)
     found = Verification(state.manifest.run_id, state.manifest_key, _default_probes(state))
+    found.judged = judged_recall(store, state.manifest, state.manifest_digest)
     report = progress or silent
     with tempfile.TemporaryDirectory(prefix="sf_pipelines-verify-") as folder:
         cache = ShardCache(Path(folder))

@@ -218,19 +218,41 @@ class CurveRecord(WireModel):
     rows_searched: float
 
 
+class JudgedRecord(WireModel):
+    """The recall of the snapshot: of the judging queries, which did not choose ``num_probes``, asked as readers ask.
+
+    Attributes:
+        num_probes: shards asked.
+        queries: how many there were.
+        recall: mean recall@k.
+        lower: its lower confidence bound (one-sided, 95 %).
+        percentile_5: recall that 95 % of the queries reach; None in snapshots published before it was recorded.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_probes: Annotated[int, Field(gt=0, le=MAX_SHARDS)]
+    queries: Count
+    recall: float
+    lower: float
+    percentile_5: float | None = None
+
+
 class RecallRecord(WireModel):
     """What was measured before the snapshot was published.
 
     Attributes:
         k: neighbours asked for.
         min_recall: what the lower bound of recall@k had to reach.
-        curve: recall by number of probes.
+        judged: the recall; None in snapshots published before it was recorded here.
+        curve: recall of the tuning queries by number of probes.
     """
 
     model_config = ConfigDict(extra="ignore")
 
     k: Annotated[int, Field(gt=0, le=1000)]
     min_recall: Annotated[float, Field(gt=0, le=1)]
+    judged: JudgedRecord | None = None
     curve: Annotated[tuple[CurveRecord, ...], Field(strict=False, max_length=MAX_SHARDS)] = ()
 
 
@@ -250,7 +272,7 @@ class SnapshotExtras(WireModel):
         value_format: ``json`` object of columns or ``bytes`` as given (unified snapshots).
         row_count: rows of all shards.
         rejected: rows that the data contract turned away.
-        recall: figures of the measurement that chose ``num_probes``.
+        recall: what was measured before publishing.
         routing_sha256: hex digest of the object that ``centroids_ref`` or ``hyperplanes_ref`` names.
     """
 

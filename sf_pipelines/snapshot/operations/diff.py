@@ -13,31 +13,13 @@ from sf_pipelines.snapshot.comparison.ids import IdChanges, compare_ids
 from sf_pipelines.snapshot.comparison.routing import RoutingShift, routing_shift
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import OperationError
+from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.rollback import open_root
 from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
 from sf_pipelines.snapshot.store import Store
-
-
-@dataclass(frozen=True)
-class RecallFigures:
-    """What was measured before a snapshot was published.
-
-    Attributes:
-        k: neighbours asked for.
-        min_recall: what the lower bound had to reach.
-        num_probes: shards asked by default.
-        recall: recall@k of the tuning queries at ``num_probes``; None where that number was not measured.
-        lower: its lower confidence bound.
-    """
-
-    k: int
-    min_recall: float
-    num_probes: int
-    recall: float | None
-    lower: float | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class SnapshotSide:
         rows: its rows.
         shards: shards that are not empty.
         bytes: size of its shards.
-        recall: what was measured; None in snapshots of others.
+        recall: as its gate judged it; None where nobody knows: snapshots of others, and old ones whose verdict is gone.
     """
 
     run_id: str
@@ -164,8 +146,8 @@ def diff(
         if answers:
             overlap = compare_answers(store, s3, old, new, Path(folder), notes)
     return SnapshotDiff(
-        before=_side(old, sizes[0]),
-        after=_side(new, sizes[1]),
+        before=_side(store, old, sizes[0]),
+        after=_side(store, new, sizes[1]),
         config=_config_changes(old, new),
         ids=changes,
         shards=_shard_changes(old, new, sizes),
@@ -221,7 +203,7 @@ def _sizes(store: Store, state: SnapshotState) -> dict[int, int]:
     return sizes
 
 
-def _side(state: SnapshotState, sizes: dict[int, int]) -> SnapshotSide:
+def _side(store: Store, state: SnapshotState, sizes: dict[int, int]) -> SnapshotSide:
     return SnapshotSide(
         run_id=state.manifest.run_id,
         manifest_key=state.manifest_key,
@@ -229,21 +211,8 @@ def _side(state: SnapshotState, sizes: dict[int, int]) -> SnapshotSide:
         rows=state.manifest.row_count,
         shards=sum(1 for entry in state.shards if entry.key is not None),
         bytes=sum(sizes.values()),
-        recall=_recall(state),
+        recall=judged_recall(store, state.manifest, state.manifest_digest),
     )
-
-
-def _recall(state: SnapshotState) -> RecallFigures | None:
-    extras = state.manifest.extras
-    if extras is None or extras.recall is None:
-        return None
-    probes = state.manifest.num_dbs if state.kind == "unified" else state.vector.num_probes
-    point = next((point for point in extras.recall.curve if point.num_probes == probes), None)
-    if point is None and len(extras.recall.curve) == 1:
-        # Where a query's own shard is asked, or all are, there is one figure only.
-        point = extras.recall.curve[0]
-    figures = (None, None) if point is None else (point.recall, point.lower)
-    return RecallFigures(extras.recall.k, extras.recall.min_recall, probes, *figures)
 
 
 def _config_changes(old: SnapshotState, new: SnapshotState) -> tuple[FieldChange, ...]:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from numpy.typing import ArrayLike
 
-from sf_pipelines.snapshot.manifest.models import CurveRecord
+from sf_pipelines.snapshot.manifest.models import CurveRecord, JudgedRecord
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.plan import Wanted, as_queries, one, plan_for, routable
@@ -63,6 +63,8 @@ def snapshot_info(core: ReaderCore) -> SnapshotInfo:
     with core.serving() as serving:
         state = serving.state
         unified = state.kind == "unified"
+        recall = state.manifest.extras.recall if state.manifest.extras else None
+        judged = recall.judged if recall else None
         return SnapshotInfo(
             run_id=state.manifest.run_id,
             num_dbs=state.manifest.num_dbs,
@@ -74,6 +76,9 @@ def snapshot_info(core: ReaderCore) -> SnapshotInfo:
             key_encoding=state.key_encoding if unified else None,
             cel_columns=dict(state.routing.cel_columns) if isinstance(state.routing, CelRouting) else {},
             num_probes=state.manifest.num_dbs if unified else state.vector.num_probes,
+            recall=judged.recall if judged else None,
+            recall_lower=judged.lower if judged else None,
+            recall_k=recall.k if recall and judged else None,
             manifest_ref=core.store.url_of(state.manifest_key),
             total_vectors=state.manifest.row_count,
             created_at=state.manifest.created_at,
@@ -141,12 +146,18 @@ def explain(core: ReaderCore, query: ArrayLike, wanted: Wanted) -> Explanation:
     )
 
 
-def _measured(state: SnapshotState, wanted: Wanted, shards: int) -> CurveRecord | None:
-    """The figures of the gate for searches that ask so many shards; they say nothing of shards that are named."""
+def _measured(state: SnapshotState, wanted: Wanted, shards: int) -> CurveRecord | JudgedRecord | None:
+    """What was measured for searches that ask so many shards: the recall of the default, else that of tuning queries.
+
+    Neither says anything of shards that are named.
+    """
     extras = state.manifest.extras
     if extras is None or extras.recall is None or wanted.shard_ids is not None:
         return None
-    return next((point for point in extras.recall.curve if point.num_probes == shards), None)
+    recall = extras.recall
+    if recall.judged is not None and recall.judged.num_probes == shards:
+        return recall.judged
+    return next((point for point in recall.curve if point.num_probes == shards), None)
 
 
 def vector_meta(core: ReaderCore) -> UnifiedVectorMeta:

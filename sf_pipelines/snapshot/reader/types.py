@@ -100,8 +100,9 @@ class Explanation:
         shards: those that may be asked, in the order of their turn; those that are come first.
         num_shards: how many are asked.
         rows: share of the snapshot's rows that lie in these shards, 0 to 1.
-        recall: mean recall@``recall_k`` that was measured at so many shards before the snapshot was published; None
-            where nothing was measured for such a search.
+        recall: mean recall@``recall_k`` that was measured at so many shards before the snapshot was published: at the
+            default number the recall that its gate judged it by, at others that of the queries that chose the default;
+            None where nothing was measured for such a search.
         recall_lower: its lower confidence bound.
         recall_k: neighbours that it was measured for.
     """
@@ -153,6 +154,10 @@ class SnapshotInfo:
         key_encoding: how keys are stored, in a unified snapshot.
         cel_columns: values that a ``routing_context`` gives, with their CEL types; empty for other strategies.
         num_probes: shards asked by default; of a unified snapshot all, without a ``routing_context``.
+        recall: mean recall@``recall_k`` that its gate judged it by; None in snapshots of others, and in those published
+            before manifests told it.
+        recall_lower: its lower confidence bound.
+        recall_k: neighbours that it was measured for.
         manifest_ref: address of its manifest under the reader's root.
         total_vectors: rows of all shards.
         created_at: when it was built.
@@ -169,6 +174,9 @@ class SnapshotInfo:
     key_encoding: str | None
     cel_columns: dict[str, str]
     num_probes: int
+    recall: float | None
+    recall_lower: float | None
+    recall_k: int | None
     manifest_ref: str
     total_vectors: int
     created_at: datetime

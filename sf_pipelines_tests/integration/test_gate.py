@@ -1,0 +1,88 @@
+"""What the gate measures, records and says."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sf_pipelines import ShardedVectorReader, build_snapshot
+from sf_pipelines.snapshot.gate import judged_recall
+from sf_pipelines.snapshot.manifest.codec import encode_manifest
+from sf_pipelines.snapshot.operations.diff import diff
+from sf_pipelines.snapshot.reader.state import load_current
+from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.snapshots import point_at
+from sf_pipelines_tests.tables import small_config, write_source
+
+# The recall of a snapshot.
+
+
+def test_the_judged_recall_is_the_recall_everywhere(tmp_path: Path) -> None:
+    vectors = write_source(tmp_path / "source.parquet")
+    spec = {"dim": 16, "sharding": {"strategy": "cluster", "num_probes": 1}}
+    config = small_config(tmp_path, vector_spec=spec, recall_gate={"min_recall": 0.5})
+    result = build_snapshot(config, cache_dir=tmp_path / "cache")
+    verdict = next(verdict for verdict in result.verdicts if verdict.name == "recall")
+    store = Store.open(config.store)
+    state = load_current(store)
+    found = judged_recall(store, state.manifest, state.manifest_digest)
+    assert found is not None
+    figures = (found.recall, found.lower, found.k, found.min_recall, found.num_probes, found.queries)
+    assert figures == tuple(
+        verdict.figures[name] for name in ("recall", "lower_bound", "k", "min_recall", "num_probes", "queries")
+    )
+    assert (result.recall, result.recall_lower) == figures[:2]
+    assert found.percentile_5 == verdict.figures["percentile_5"]
+    # The queries that chose the number of probes are others: theirs is another figure.
+    assert [point.recall for point in result.curve if point.num_probes == result.num_probes] != [found.recall]
+    side = diff(config.store, result.run_id, result.run_id, ids=False, answers=False).after
+    assert side.recall == found
+    with ShardedVectorReader(config.store, cache_dir=tmp_path / "cache") as reader:
+        info, plan = reader.snapshot_info(), reader.explain(vectors[0])
+        assert (info.recall, info.recall_lower, info.recall_k) == figures[:3]
+        assert (plan.recall, plan.recall_lower, plan.recall_k) == figures[:3]
+        other = next(point for point in result.curve if point.num_probes != result.num_probes)
+        assert reader.explain(vectors[0], num_probes=other.num_probes).recall == other.recall
+    # The manifest tells it: a copy without what the build left beside it does, too.
+    shutil.copytree(tmp_path / "store", tmp_path / "copy", ignore=shutil.ignore_patterns("staging"))
+    copied = load_current(Store.open(tmp_path / "copy"))
+    assert judged_recall(Store.open(tmp_path / "copy"), copied.manifest, copied.manifest_digest) == found
+
+
+def test_the_recall_of_a_snapshot_from_before_its_manifest_told_it(tmp_path: Path) -> None:
+    write_source(tmp_path / "source.parquet")
+    config = small_config(tmp_path)
+    result = build_snapshot(config, cache_dir=tmp_path / "cache")
+    store = Store.open(config.store)
+    state = load_current(store)
+    custom = {name: dict(value) for name, value in state.manifest.custom.items()}
+    custom["sf_pipelines"]["recall"] = dict(custom["sf_pipelines"]["recall"])
+    del custom["sf_pipelines"]["recall"]["judged"]
+    data = encode_manifest(state.manifest.model_copy(update={"custom": custom}))
+    digest = hashlib.sha256(data).hexdigest()
+    store.put(state.manifest_key, data)
+    point_at(store, state.manifest_key, result.run_id, digest)
+    verdicts = tmp_path / "store" / "staging" / f"run_id={result.run_id}" / "verdicts"
+    (verdicts / state.manifest_digest).rename(verdicts / digest)
+    old = load_current(store)
+    found = judged_recall(store, old.manifest, old.manifest_digest)
+    assert found is not None
+    assert (found.recall, found.lower, found.percentile_5) == (result.recall, result.recall_lower, None)
+    # Without the verdict nobody knows, and the figure of the tuning queries does not stand in for it.
+    shutil.rmtree(verdicts)
+    assert judged_recall(store, old.manifest, old.manifest_digest) is None
+    assert diff(config.store, result.run_id, result.run_id, ids=False, answers=False).after.recall is None
+    with ShardedVectorReader(config.store, cache_dir=tmp_path / "cache") as reader:
+        assert reader.snapshot_info().recall is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index_type", ["ivf_sq", "hnsw"])
+def test_the_manifest_tells_what_its_index_gives(tmp_path: Path, index_type: str) -> None:
+    write_source(tmp_path / "source.parquet", rows=3000)
+    spec = {"dim": 16, "index_type": index_type}
+    config = small_config(tmp_path, vector_spec=spec, recall_gate={"min_recall": 0.8})
+    result = build_snapshot(config, cache_dir=tmp_path / "cache")
+    with ShardedVectorReader(config.store, cache_dir=tmp_path / "cache") as reader:
+        assert reader.snapshot_info().recall == pytest.approx(result.recall, abs=1e-12)

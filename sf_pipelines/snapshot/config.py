@@ -251,7 +251,7 @@ class WriteConfig(ConfigModel):
 
     Attributes:
         name: of the snapshot; Dagster's asset key prefix.
-        source: Parquet or Arrow IPC files: a path, a folder, a glob, or an ``s3://`` address of these.
+        source: Parquet or Arrow IPC files (or streams): a path, a folder, a glob, or an ``s3://`` address of these.
         store: root of the snapshot: ``s3://bucket/prefix`` or a folder.
         num_dbs: number of shards.
         id_col: unique int64 or string id of a row; with ``key_value`` always the key.
@@ -445,6 +445,14 @@ class WriteConfig(ConfigModel):
             *self.routing_columns.values(),
         )
         return tuple(dict.fromkeys(names))
+
+    @property
+    def optional_columns(self) -> frozenset[str]:
+        """Those source columns that a file may lack: what decides a row's id, vector and shard must be there."""
+        keyed = self.key_value
+        needed = {self.id_col, *self.vector_spec.source_columns, *self.routing_columns.values()}
+        needed |= {keyed.value_col} if keyed is not None and keyed.value_col is not None else set()
+        return frozenset(self.row_columns) - needed
 
     def build_fields(self) -> dict[str, Any]:
         """The fields that change a shard's bytes: not where it is published, not the gate, not the credentials."""

@@ -74,7 +74,7 @@ def routed_rows(
     for span in spans:
         file = scanned.listing.files[span.file]
         gone = rejected.between(file.first_row, file.first_row + file.rows)
-        for batch in read_span(source, file, span, config.row_columns, config.batch_rows):
+        for batch in read_span(source, file, span, scanned.listing.arrow_schema, config.batch_rows):
             rows = _without(batch, gone)
             if rows.num_rows:
                 stored, vectors = contract.stored(rows)

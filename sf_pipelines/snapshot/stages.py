@@ -91,7 +91,13 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
         StoreError: the store cannot be written.
     """
     config = build.config
-    listing = pin(config.source, config.s3, config.row_columns, parts=None if parts is None else (build.store, parts))
+    listing = pin(
+        config.source,
+        config.s3,
+        config.row_columns,
+        optional=config.optional_columns,
+        parts=None if parts is None else (build.store, parts),
+    )
     contract = build.contract(listing.arrow_schema)
     if isinstance(config.sharding, ClusterSharding) and config.num_dbs > listing.rows:
         raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")

@@ -80,7 +80,7 @@ def _first_pass(
     with pq.ParquetWriter(path, REJECT_SCHEMA) as rejects:
         for number, file in enumerate(listing.files):
             span = Span(file=number, first_unit=0, last_unit=len(file.unit_rows))
-            for batch in read_span(store, file, span, build.config.row_columns, build.config.batch_rows):
+            for batch in read_span(store, file, span, listing.arrow_schema, build.config.batch_rows):
                 checked = contract.check(batch)
                 hashes = hash_column(checked.ids)
                 duplicates.add(checked.ids, hashes, checked.rows)

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 import pytest
 
-from sf_pipelines import UnifiedShardedReader, WriteConfig, build_snapshot
+from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig, build_snapshot
 from sf_pipelines.snapshot import assembly
 from sf_pipelines.snapshot.errors import GateFailedError, VectorFunctionError
 from sf_pipelines.snapshot.manifest.models import Manifest
@@ -152,3 +154,36 @@ def test_rejects_of_the_sample_are_counted_by_reason(tmp_path: Path) -> None:
     staging = tmp_path / "store" / "staging" / f"run_id={result.run_id}" / "receipts" / "sample"
     receipt = SampleReceipt.model_validate_json(next(staging.glob("*.json")).read_bytes())
     assert receipt.reject_reasons == {"null_value": 100}
+
+
+def test_files_that_differ_as_exports_do_make_one_snapshot(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(3).standard_normal((600, DIM)).astype(np.float32)
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    one = {"id": pa.array(range(200), pa.int32()), "vector": vectors[:200].tolist(), "title": ["a"] * 200}
+    pq.write_table(pa.table(one | {"price": pa.array([1] * 200, pa.int16())}), lake / "1.parquet", row_group_size=70)
+    two = pa.table(
+        {
+            "price": pa.nulls(200),
+            "id": pa.array(range(200, 400), pa.uint64()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors[200:400].ravel()), DIM),
+        }
+    )
+    with pa_ipc.new_stream(str(lake / "2.arrows"), two.schema) as stream:
+        stream.write_table(two, max_chunksize=90)
+    frame = pd.DataFrame({"title": pd.Categorical(["c"] * 200), "price": np.float32(0.5)})
+    frame["vector"] = vectors[400:].astype(np.float64).tolist()
+    frame.set_index(pd.RangeIndex(400, 600, name="id")).to_parquet(lake / "3.parquet")
+    pq.write_table(pa.table({"id": pa.nulls(0), "vector": pa.nulls(0)}), lake / "4.parquet")
+    config = make_config(tmp_path, source=str(lake), payload_cols=("title", "price"), filter_cols=("price",))
+    assert build_snapshot(config, cache_dir=tmp_path / "cache").published
+    assert verify_snapshot(tmp_path / "store").passed
+    with ShardedVectorReader(tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
+        found = [reader.search(vectors[row], top_k=1).results[0] for row in (7, 207, 407)]
+    assert [hit.id for hit in found] == [7, 207, 407]
+    assert [hit.payload for hit in found] == [
+        {"title": "a", "price": 1.0},
+        {"title": None, "price": None},
+        {"title": "c", "price": 0.5},
+    ]
+    assert not build_snapshot(config, cache_dir=tmp_path / "cache").published

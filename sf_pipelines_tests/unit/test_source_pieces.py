@@ -47,7 +47,7 @@ def read(path: Path, requests: list[tuple[int, int]], first: int, last: int) -> 
     listing = pin(str(path), None, COLUMNS)
     span = Span(file=0, first_unit=first, last_unit=last)
     requests.clear()
-    found = read_span(Store.open(listing.root), listing.files[0], span, COLUMNS, 700)
+    found = read_span(Store.open(listing.root), listing.files[0], span, listing.arrow_schema, 700)
     return pa.Table.from_batches([batch.rows for batch in found])
 
 

@@ -25,7 +25,7 @@ def _without_dictionaries(rows: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without dictionaries, large strings and float16 at any depth: what the index and JSON can take."""
+    """The type without dictionaries, large strings, float16 and null at any depth: what index and JSON can take."""
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
     # polars refuses a slice of a fixed-size list that has nulls; in JSON the two are the same.
@@ -35,7 +35,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.large_list(_plain_field(kind.value_field))
     if pa.types.is_struct(kind):
         return pa.struct([_plain_field(kind.field(n)) for n in range(kind.num_fields)])
-    return {pa.float16(): pa.float32(), pa.large_string(): pa.string()}.get(kind, kind)
+    return {pa.float16(): pa.float32(), pa.large_string(): pa.string(), pa.null(): pa.string()}.get(kind, kind)
 
 
 def _plain_field(field: pa.Field) -> pa.Field:

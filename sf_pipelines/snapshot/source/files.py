@@ -1,15 +1,14 @@
 """Finding the source's files, pinning them, and reading them in record batches."""
 
 import base64
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
@@ -24,30 +23,27 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.model import Model
-from sf_pipelines.snapshot.source.pieces import AHEAD_BYTES, PieceReader, row_group_batches
+from sf_pipelines.snapshot.source.pieces import (
+    AHEAD_BYTES,
+    STREAM_MAGIC,
+    PieceReader,
+    arrow_footer,
+    row_group_batches,
+    stream_rows,
+)
+from sf_pipelines.snapshot.source.schema import (
+    fitted,
+    index_range,
+    promised_type,
+    stored_name,
+    stored_names,
+    uniform_type,
+    wider_type,
+)
+from sf_pipelines.snapshot.source.table_formats import refuse_part_of_table, table_error, table_of
 from sf_pipelines.snapshot.store import Credentials, ObjectInfo, PinnedFile, Store
 
-_SUFFIXES = (".parquet", ".pq", ".arrow", ".ipc", ".feather")
-
-# Formats of tables whose data files alone are not their rows: what tells them, and how to write the rows out.
-_TABLE_SIGNS = {
-    "Delta Lake": r"_delta_log(?:/.*)?",
-    "Iceberg": r"metadata/(?:[^/]*\.metadata\.json(?:\.gz)?|[^/]+-m\d+\.avro|snap-[^/]+\.avro)",
-    "Hudi": r"\.hoodie(?:/.*)?|\.hoodie_partition_metadata[^/]*",
-    "Lance": r"_versions/[^/]+\.manifest",
-}
-_TABLE_SIGN = re.compile(f"((?:.*?/)?)(?:{'|'.join(f'({sign})' for sign in _TABLE_SIGNS.values())})", re.DOTALL)
-_TABLE_EXPORTS = {
-    "Delta Lake": "pyarrow.dataset.write_dataset(deltalake.DeltaTable(table).to_pyarrow_dataset(), folder, "
-    "format='parquet')",
-    "Iceberg": "pyarrow.parquet.write_table(pyiceberg_catalog.load_table(name).scan().to_arrow(), file)",
-    "Hudi": "spark.read.format('hudi').load(table).write.parquet(folder)",
-    "Lance": "pyarrow.dataset.write_dataset(lance.dataset(table).scanner().to_reader(), folder, format='parquet')",
-}
-# Where these signs are in a table's own folder.
-_TABLE_FOLDERS = ("_delta_log", "metadata", ".hoodie", "_versions")
-# Objects that are looked at in such a folder, as many as S3 lists in one request.
-_LOOKED_AT = 1000
+_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
 
 
 class SourceFile(Model):
@@ -169,8 +165,8 @@ def _one_file(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Sto
 def _folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
     store, found = _open(lead, pieces, s3), list[ObjectInfo]()
     for info in store.objects():
-        if _table_of(info.key) is not None:
-            raise _table_error(store, info.key)
+        if table_of(info.key) is not None:
+            raise table_error(store, info.key)
         if _is_table(info.key) and not _is_hidden(info.key, []):
             found.append(info)
     return store, _without_markers(store, found)
@@ -184,7 +180,7 @@ def _glob(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, 
     found: list[ObjectInfo] = []
     tables: dict[str, str] = {}
     for info in store.objects():
-        table = _table_of(info.key)
+        table = table_of(info.key)
         if table is not None:
             tables.setdefault(table[0], info.key)
         if (pattern.fullmatch(info.key) or (_is_table(info.key) and _is_below(info.key, pattern))) and not _is_hidden(
@@ -195,41 +191,8 @@ def _glob(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, 
     for root, key in tables.items():
         # Tables beside what the pattern takes in are no matter.
         if root in taken or pattern.fullmatch(root.rstrip("/")):
-            raise _table_error(store, key)
+            raise table_error(store, key)
     return store, _without_markers(store, found)
-
-
-def _table_of(key: str) -> tuple[str, str] | None:
-    """Folder and format of the table that an object is a sign of."""
-    match = _TABLE_SIGN.fullmatch(key)
-    return None if match is None else (match[1], list(_TABLE_SIGNS)[(match.lastindex or 0) - 2])
-
-
-def _table_error(store: Store, key: str) -> SourceSchemaError:
-    root, kind = _table_of(key) or ("", "")
-    return SourceSchemaError(
-        f"{store.url_of(root).rstrip('/')} is a table of {kind} ({store.url_of(key)}): its files also hold rows that "
-        f"the table has deleted or replaced, and only {kind} knows which. Write its present rows to Parquet files in a "
-        f"folder of their own, for example by {_TABLE_EXPORTS[kind]}, and name that folder as the source"
-    )
-
-
-def _refuse_part_of_table(store: Store, s3: Credentials | None) -> None:
-    """Raises ``SourceSchemaError`` where the source is part of such a table: its data folder, or one file of it."""
-    scheme, place = store.url.split("://", 1)
-    lead, pieces = f"{scheme}://", place.split("/")
-    if store.local_root is not None:
-        lead, pieces = "", str(store.local_root.resolve()).split("/")
-    for end in range(len(pieces), 0, -1):
-        above = _open(lead, pieces[:end], s3)
-        for name in _TABLE_FOLDERS:
-            if above.local_root is not None and not os.access(above.local_root / name, os.R_OK | os.X_OK):
-                continue
-            # Who may not look above the source cannot be told what is there.
-            with suppress(StoreDeniedError):
-                for info in islice(above.objects(name), _LOOKED_AT):
-                    if (_table_of(info.key) or (None,))[0] == "":
-                        raise _table_error(above, info.key)
 
 
 def _open(lead: str, pieces: list[str], s3: Credentials | None) -> Store:
@@ -299,6 +262,7 @@ def pin(
     s3: Credentials | None,
     columns: tuple[str, ...],
     *,
+    optional: frozenset[str] = frozenset(),
     parts: tuple[Store, tuple[str, ...]] | None = None,
 ) -> SourceListing:
     """Lists the source's files, reads their footers and pins their versions.
@@ -306,40 +270,40 @@ def pin(
     Args:
         source: path, folder or glob.
         s3: credentials.
-        columns: columns that must be there.
+        columns: columns that are read.
+        optional: those of them that a file may lack; its rows have nulls there.
         parts: these very files, in this order, whatever else is at ``source``; None looks there.
 
     Raises:
         SourceNotFoundError: nothing matches.
         SourceEmptyError: no rows at all.
         SourceSchemaError: a file is empty, damaged, of another format, part of a table that knows deleted rows, lacks a
-            column, has it twice, or has another type than the first file.
+            column, has it twice, or has a type of it that another file's does not fit.
     """
     if parts is None:
         store, found = find_files(source, s3)
-        _refuse_part_of_table(store, s3)
+        refuse_part_of_table(store, s3)
     else:
         store, found = parts[0], [parts[0].head(key) for key in parts[1]]
     files: list[SourceFile] = []
-    schema: pa.Schema | None = None
+    kinds: dict[str, tuple[pa.DataType, str]] = {}
     first_row = 0
     for info in found:
         where = store.url_of(info.key)
         with store.open_file(info.key, pinned=info) as raw:
             its_schema, unit_rows = _footer(raw, where)
-        its_schema = _narrow(its_schema, columns, where)
-        if schema is not None and its_schema != schema:
-            raise SourceSchemaError(
-                f"{where} has {_spell(its_schema)}, but {store.url_of(found[0].key)} has "
-                f"{_spell(schema)}; all files need the same column types"
-            )
-        schema = its_schema
-        files.append(
-            SourceFile(key=info.key, size=info.size, etag=info.etag, first_row=first_row, unit_rows=tuple(unit_rows))
-        )
-        first_row += sum(unit_rows)
-    if schema is None or first_row == 0:
+        file = SourceFile(key=info.key, size=info.size, etag=info.etag, first_row=first_row, unit_rows=tuple(unit_rows))
+        # The types of a file without rows are what its writer guessed.
+        if file.rows:
+            _unify(kinds, _narrow(its_schema, columns, optional, file.rows, where), where)
+        files.append(file)
+        first_row += file.rows
+    if not first_row:
         raise SourceEmptyError(f"source {source!r} has {len(files)} files and no rows")
+    nowhere = [name for name in columns if name not in kinds]
+    if nowhere:
+        raise SourceSchemaError(f"no file of source {source!r} has a column {', '.join(nowhere)}")
+    schema = pa.schema([(name, promised_type(kinds[name][0])) for name in columns])
     return SourceListing(
         root=store.url,
         files=tuple(files),
@@ -348,33 +312,40 @@ def pin(
     )
 
 
-def _narrow(schema: pa.Schema, columns: tuple[str, ...], where: str) -> pa.Schema:
-    missing = [name for name in columns if name not in schema.names]
-    if missing:
-        raise SourceSchemaError(f"{where} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
+def _narrow(
+    schema: pa.Schema, columns: tuple[str, ...], optional: frozenset[str], rows: int, where: str
+) -> dict[str, pa.DataType]:
+    """Types of those columns that a file has."""
     repeated = [name for name in columns if schema.names.count(name) > 1]
     if repeated:
         raise SourceSchemaError(
             f"{where} has more than one column {', '.join(repeated)}; rename or drop all but one of the same name"
         )
-    return pa.schema([pa.field(name, _uniform(schema.field(name).type)) for name in columns])
+    found: dict[str, pa.DataType] = {}
+    for name in columns:
+        stored = stored_name(schema, name)
+        if stored is not None:
+            found[name] = uniform_type(schema.field(stored).type)
+        elif index_range(schema, name, rows) is not None:
+            found[name] = pa.int64()
+    missing = [name for name in columns if name not in found and name not in optional]
+    if missing:
+        raise SourceSchemaError(f"{where} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
+    return found
 
 
-def _uniform(kind: pa.DataType) -> pa.DataType:
-    """The type without what writers differ in: names of list items, and whether inner values may be null."""
-    if pa.types.is_list(kind):
-        return pa.list_(_uniform(kind.value_type))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(_uniform(kind.value_type))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(_uniform(kind.value_type), kind.list_size)
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(field.name, _uniform(field.type)) for field in kind])
-    return kind
-
-
-def _spell(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+def _unify(kinds: dict[str, tuple[pa.DataType, str]], more: dict[str, pa.DataType], where: str) -> None:
+    """Widens the types so far, each with a file that has it, by those of one more file."""
+    for name, kind in more.items():
+        so_far, other = kinds.setdefault(name, (kind, where))
+        wider = wider_type(so_far, kind)
+        if wider is None:
+            raise SourceSchemaError(
+                f"column {name!r} is {kind} in {where}, but {so_far} in {other}; one cannot be read as the other "
+                "without losing something: write both files with the same type"
+            )
+        if wider != so_far:
+            kinds[name] = wider, where
 
 
 def _footer(raw: PinnedFile, where: str) -> tuple[pa.Schema, list[int]]:
@@ -389,24 +360,10 @@ def _footer(raw: PinnedFile, where: str) -> tuple[pa.Schema, list[int]]:
                 metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)
             ]
         if magic == b"ARROW1":
-            return _arrow_footer(raw)
-    raise SourceSchemaError(f"{where} is neither Parquet nor an Arrow IPC file (it begins with {magic!r})")
-
-
-def _arrow_footer(raw: PinnedFile) -> tuple[pa.Schema, list[int]]:
-    """Schema and rows of each batch; only the batches tell their rows, so the smallest column of each is read."""
-    file = pa.PythonFile(raw, mode="r")
-    schema = pa_ipc.open_file(file).schema
-    smallest = sorted(range(len(schema.names)), key=lambda n: _weight(schema.field(n).type))[:1]
-    reader = pa_ipc.open_file(file, options=pa_ipc.IpcReadOptions(included_fields=smallest))
-    return schema, [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
-
-
-def _weight(kind: pa.DataType) -> int:
-    """Rank of a type by the bits of a value: fixed widths, then strings and the like, then nested types."""
-    if pa.types.is_primitive(kind):
-        return kind.bit_width
-    return 2000 if pa.types.is_nested(kind) else 1000
+            return arrow_footer(raw)
+        if magic.startswith(STREAM_MAGIC):
+            return pa_ipc.open_stream(pa.PythonFile(raw, mode="r")).schema, [stream_rows(PieceReader(raw))]
+    raise SourceSchemaError(f"{where} is neither Parquet nor Arrow IPC, file or stream (it begins with {magic!r})")
 
 
 @contextmanager
@@ -420,20 +377,26 @@ def _decoding(where: str) -> Iterator[None]:
         raise SourceSchemaError(f"{where} cannot be read: {error}") from error
 
 
-def read_span(
-    store: Store, file: SourceFile, span: Span, columns: tuple[str, ...], batch_rows: int
-) -> Iterator[SourceBatch]:
+def read_span(store: Store, file: SourceFile, span: Span, schema: pa.Schema, batch_rows: int) -> Iterator[SourceBatch]:
     """Streams part of a pinned file.
+
+    Args:
+        store: of the source.
+        file: pinned.
+        span: part of it.
+        schema: columns and types that are wanted, as ``pin`` found them.
+        batch_rows: most rows of a batch.
 
     Raises:
         SourceChangedError: the file is no longer the pinned version.
-        SourceSchemaError: the bytes cannot be decoded.
+        SourceSchemaError: the bytes cannot be decoded, or a value does not fit the type that all files have.
     """
-    info = ObjectInfo(file.key, file.size, file.etag)
+    info, where = ObjectInfo(file.key, file.size, file.etag), store.url_of(file.key)
     file_row = sum(file.unit_rows[: span.first_unit])
-    with store.open_file(file.key, pinned=info) as raw, _decoding(store.url_of(file.key)):
-        for batch in _batches(raw, span, columns, batch_rows):
-            yield SourceBatch(_conform(batch, columns), file.first_row + file_row, file.key, file_row)
+    with store.open_file(file.key, pinned=info) as raw, _decoding(where):
+        for batch in _batches(raw, span, tuple(schema.names), batch_rows):
+            rows = _conform(batch, schema, file, file_row, where)
+            yield SourceBatch(rows, file.first_row + file_row, file.key, file_row)
             file_row += batch.num_rows
 
 
@@ -443,20 +406,37 @@ def _batches(raw: PinnedFile, span: Span, columns: tuple[str, ...], batch_rows: 
         yield from row_group_batches(file, units, columns, batch_rows)
         return
     file.ahead = AHEAD_BYTES
-    reader = pa_ipc.open_file(pa.PythonFile(file, mode="r"))
-    for unit in units:
-        batch = reader.get_batch(unit).select(list(columns))
+    source = pa.PythonFile(file, mode="r")
+    if file.is_arrow_file:
+        reader = pa_ipc.open_file(source)
+        batches = (reader.get_batch(unit) for unit in units)
+    else:
+        # A stream is one unit: what a batch means may depend on those before it.
+        batches = iter(pa_ipc.open_stream(source))
+    for batch in batches:
+        wanted = batch.select(stored_names(batch.schema, columns))
         for start in range(0, batch.num_rows, batch_rows):
-            yield batch.slice(start, batch_rows)
+            yield wanted.slice(start, batch_rows)
 
 
-def _conform(batch: pa.RecordBatch, columns: tuple[str, ...]) -> pa.RecordBatch:
-    """The batch with the types that ``pin`` promises."""
-    schema = pa.schema([pa.field(name, _uniform(batch.schema.field(name).type)) for name in columns])
-    arrays = [batch.column(name) for name in columns]
-    # A cast of inner nullability copies nothing.
-    same = [array if array.type == kind else array.cast(kind) for array, kind in zip(arrays, schema.types, strict=True)]
-    return pa.RecordBatch.from_arrays(same, schema=schema)
+def _conform(batch: pa.RecordBatch, schema: pa.Schema, file: SourceFile, file_row: int, where: str) -> pa.RecordBatch:
+    """The batch with the columns and types that ``pin`` promises."""
+    columns: list[pa.Array] = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        stored = stored_name(batch.schema, name)
+        if stored is not None:
+            column = batch.column(stored)
+        elif (index := index_range(batch.schema, name, file.rows)) is not None:
+            column = pa.array(index.start + index.step * np.arange(file_row, file_row + batch.num_rows))
+        else:
+            column = pa.nulls(batch.num_rows, kind)
+        try:
+            columns.append(fitted(column, kind))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise SourceSchemaError(
+                f"{where}: column {name!r} ({column.type}) does not fit {kind}, as which all files are read: {error}"
+            ) from error
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def plan_ranges(files: tuple[SourceFile, ...], target_rows: int) -> list[tuple[Span, ...]]:

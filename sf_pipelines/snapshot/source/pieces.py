@@ -5,11 +5,14 @@ together: the columns of neighbouring row groups, and the space between them. Wh
 """
 
 import io
+import struct
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
+import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
+from sf_pipelines.snapshot.source.schema import stored_names
 from sf_pipelines.snapshot.store import PinnedFile
 
 # Bytes that are asked for together, and the most that are held, the end of the file apart.
@@ -20,6 +23,10 @@ _GAP_BYTES = 1024 * 1024
 AHEAD_BYTES = 4 * 1024 * 1024
 # Footers of Parquet and Arrow files are at the end; what Arrow itself begins with.
 _TAIL_BYTES = 64 * 1024
+# How each message of an Arrow stream begins.
+STREAM_MAGIC = b"\xff\xff\xff\xff"
+# The kind of a message that holds rows, in its header.
+_RECORD_BATCH = 3
 
 _Extent = tuple[int, int]
 
@@ -49,6 +56,11 @@ class PieceReader(io.RawIOBase):
     def is_parquet(self) -> bool:
         """Whether the file ends as Parquet files do."""
         return self._tail[1].endswith(b"PAR1")
+
+    @property
+    def is_arrow_file(self) -> bool:
+        """Whether the file ends as Arrow's random-access files do; streams end anyhow."""
+        return self._tail[1].endswith(b"ARROW1")
 
     def hold(self, extents: Sequence[_Extent]) -> None:
         """Fetches pieces and gives up those of the last time.
@@ -122,9 +134,71 @@ def row_group_batches(
     """
     # Pages are streamed: pre-buffering would hold whole row groups, which may be the whole file.
     parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=AHEAD_BYTES)
+    columns = stored_names(parquet.schema_arrow, columns)
     for together, extents in _plan(parquet.metadata, units, columns):
         file.hold(extents)
-        yield from parquet.iter_batches(batch_rows, row_groups=together, columns=list(columns))
+        yield from parquet.iter_batches(batch_rows, row_groups=together, columns=columns)
+
+
+def stream_rows(file: PieceReader) -> int:
+    """Rows of an Arrow stream, which has no footer: by the headers of its messages, without what is in them.
+
+    Raises:
+        pa.ArrowInvalid: it is damaged, or ends in the middle of a message.
+    """
+    rows, place, end = 0, 0, file.seek(0, io.SEEK_END)
+    file.ahead = _TAIL_BYTES
+    while place < end:
+        file.seek(place)
+        magic, length = struct.unpack("<4si", file.read(8).ljust(8, b"\0"))
+        if magic != STREAM_MAGIC or length < 0:
+            raise pa.ArrowInvalid(f"the Arrow stream is damaged at byte {place}")
+        if length == 0:
+            break
+        try:
+            kind, its_rows, body = _message(file.read(length))
+        except struct.error as error:
+            raise pa.ArrowInvalid(f"the Arrow stream is damaged at byte {place}") from error
+        rows += its_rows if kind == _RECORD_BATCH else 0
+        place += 8 + length + body
+    if place > end:
+        raise pa.ArrowInvalid(f"the Arrow stream ends in the middle of a message, {place - end} bytes too early")
+    return rows
+
+
+def _message(data: bytes) -> tuple[int, int, int]:
+    """Kind, rows and bytes of the body of a message, from its header: a flatbuffer (Message.fbs, Schema.fbs)."""
+
+    def field(table: int, number: int, form: str) -> tuple[int, int]:
+        vtable = table - struct.unpack_from("<i", data, table)[0]
+        size = struct.unpack_from("<H", data, vtable)[0]
+        slot = 4 + 2 * number
+        offset = struct.unpack_from("<H", data, vtable + slot)[0] if slot + 2 <= size else 0
+        return table + offset, struct.unpack_from(form, data, table + offset)[0] if offset else 0
+
+    message = struct.unpack_from("<I", data, 0)[0]
+    kind, body = field(message, 1, "<B")[1], field(message, 3, "<q")[1]
+    place, header = field(message, 2, "<I")
+    rows = field(place + header, 0, "<q")[1] if kind == _RECORD_BATCH else 0
+    if rows < 0 or body < 0:
+        raise struct.error("negative length")
+    return kind, rows, body
+
+
+def arrow_footer(raw: PinnedFile) -> tuple[pa.Schema, list[int]]:
+    """Schema and rows of each batch; only the batches tell their rows, so the smallest column of each is read."""
+    file = pa.PythonFile(raw, mode="r")
+    schema = pa_ipc.open_file(file).schema
+    smallest = sorted(range(len(schema.names)), key=lambda n: _weight(schema.field(n).type))[:1]
+    reader = pa_ipc.open_file(file, options=pa_ipc.IpcReadOptions(included_fields=smallest))
+    return schema, [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
+
+
+def _weight(kind: pa.DataType) -> int:
+    """Rank of a type by the bits of a value: fixed widths, then strings and the like, then nested types."""
+    if pa.types.is_primitive(kind):
+        return kind.bit_width
+    return 2000 if pa.types.is_nested(kind) else 1000
 
 
 def _plan(

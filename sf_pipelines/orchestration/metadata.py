@@ -191,8 +191,7 @@ def _plane(build: Build, receipt: TrainReceipt) -> Metadata:
         return {}
     if not isinstance(routing, VectorRouting):
         raise TypeError(f"{routing.strategy} was trained, and does not route by vector")
-    metric, centroids = build.config.vector_spec.metric, receipt.artifact == "centroids"
-    return {"training_data_on_a_plane": pictures.projection(project(sample, routing, metric, centroids=centroids))}
+    return {"training_data_on_a_plane": pictures.projection(project(sample, routing, build.config.vector_spec.metric))}
 
 
 def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Inches at 90 dots: what fits into the UI's panel, at 10 to 40 KB a picture.
-_SIZE = (6.4, 3.2)
+_WIDTH = 6.4
+_HEIGHT = 3.2
 _DPI = 90
 # Bars and legends of more shards cannot be told apart.
 _MOST_BARS = 200
@@ -43,46 +44,74 @@ def shard_sizes(shards: Sequence[RoutedShard]) -> dg.MarkdownMetadataValue:
 def recall_by_probes(
     curve: Sequence[CurvePoint], latencies: Mapping[int, float], chosen: int, min_recall: float, k: int
 ) -> dg.MarkdownMetadataValue:
-    """Recall with its lower bound, and latency, by the number of shards asked."""
-    figure, axes = _figure(f"Recall@{k} and latency by number of probes")
-    probes = [point.num_probes for point in curve]
-    axes.plot(probes, [point.recall for point in curve], marker="o", label="recall")
-    axes.fill_between(probes, [point.lower for point in curve], [point.recall for point in curve], alpha=0.25)
-    axes.axhline(min_recall, color="black", linewidth=1, linestyle="--", label=f"min_recall {min_recall:g}")
-    axes.axvline(chosen, color="grey", linewidth=1, linestyle=":", label=f"chosen: {chosen}")
+    """Recall of the tuning queries with its lower bound, and time of a search, by the number of shards asked."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(f"Tuning recall@{k} and time of an index search, by shards asked", height=3.8)
+    probes, lower = [point.num_probes for point in curve], [point.lower for point in curve]
+    axes.plot(probes, [point.recall for point in curve], marker="o", label="recall (left)")
+    axes.fill_between(probes, lower, [point.recall for point in curve], alpha=0.25, label="down to its lower bound")
+    axes.axhline(min_recall, color="tab:red", linewidth=1.5, linestyle="--", label=f"min_recall {min_recall:g}")
+    axes.axvline(chosen, color="grey", linewidth=1, linestyle=":", label=f"num_probes {chosen}")
+    span = max(1.0, *lower) - min(min_recall, *lower)
+    axes.set_ylim(min(min_recall, *lower) - 0.08 * span - 0.002, 1 + 0.05 * span + 0.001)
+    axes.set_xlim(probes[0] - 0.5, probes[-1] + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("shards asked")
-    axes.set_ylabel("recall (shaded: to its lower bound)")
-    axes.legend(loc="lower right")
+    axes.set_ylabel("recall")
+    lines, names = axes.get_legend_handles_labels()
     if latencies:
         beside = axes.twinx()
-        beside.plot(list(latencies), list(latencies.values()), color="tab:orange", marker="x", linewidth=1)
-        beside.set_ylabel("ms a search, by the index", color="tab:orange")
+        beside.plot(
+            *zip(*sorted(latencies.items()), strict=True),
+            color="tab:orange",
+            marker="x",
+            linewidth=1,
+            label="index search, ms (right)",
+        )
+        beside.set_ylabel("index search, ms", color="tab:orange")
         beside.set_ylim(bottom=0)
+        more = beside.get_legend_handles_labels()
+        lines, names = lines + more[0], names + more[1]
+    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=8)
     found = next((point.recall for point in curve if point.num_probes == chosen), float("nan"))
-    return _markdown(figure, f"recall@{k} by number of probes; {found:.4f} at the chosen {chosen}")
+    return _markdown(figure, f"tuning recall@{k} by shards asked; {found:.4f} at num_probes {chosen}")
 
 
 def projection(found: Projection) -> dg.MarkdownMetadataValue:
-    """Training vectors on a plane, coloured by shard, with the centroids."""
+    """Training vectors on a plane; each shard's mean is its number, in its colour."""
     figure, axes = _figure(f"Training data on its two principal axes ({100 * found.kept:.0f} % of the variance)")
-    shards = np.unique(found.shards)
-    axes.scatter(found.points[:, 0], found.points[:, 1], c=found.shards, s=5, cmap="tab20", alpha=0.6, linewidths=0)
-    if found.centroids is not None:
-        axes.scatter(
-            found.centroids[:, 0], found.centroids[:, 1], c="black", marker="X", s=50, edgecolors="white", zorder=3
-        )
-        for shard, (x, y) in enumerate(found.centroids[:_MOST_NAMES]):
-            axes.annotate(str(shard), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    colours, legend = _colours(len(found.means)), len(found.means) <= _MOST_NAMES
+    for (shard, (x, y)), colour in zip(sorted(found.means.items()), colours, strict=True):
+        points = found.points[found.shards == shard]
+        axes.scatter(points[:, 0], points[:, 1], color=colour, s=5, alpha=0.5, linewidths=0)
+        label = f"shard {shard}: {len(points):,}" if legend else None
+        axes.scatter(x, y, color=colour, s=150, edgecolors="black", zorder=3, label=label)
+        ink = "black" if np.dot(colour[:3], (0.3, 0.59, 0.11)) > 0.5 else "white"
+        axes.annotate(str(shard), (x, y), ha="center", va="center", color=ink, fontsize=7, fontweight="bold", zorder=4)
     axes.set_xticks([])
     axes.set_yticks([])
-    return _markdown(figure, f"{len(found.points)} training vectors in {len(shards)} shards on a plane")
+    if legend:
+        # The circles are smaller here than in the picture, so that sixteen of them fit.
+        figure.legend(loc="outside right upper", fontsize=7, markerscale=0.5, title="vectors shown", title_fontsize=7)
+    else:
+        axes.set_xlabel("circles: means of the shards' vectors; colours repeat", fontsize=8)
+    return _markdown(figure, f"{len(found.points)} training vectors in {len(found.means)} shards on a plane")
 
 
-def _figure(title: str) -> "tuple[Figure, Axes]":
+def _colours(count: int) -> list[tuple[float, ...]]:
+    """One for each shard; those of more than twenty repeat."""
+    from matplotlib import colormaps
+
+    named = colormaps["tab10"] if count <= 10 else colormaps["tab20"]
+    return [named(shard % named.N) for shard in range(count)]
+
+
+def _figure(title: str, *, height: float = _HEIGHT) -> "tuple[Figure, Axes]":
     # Not through pyplot, which keeps figures and picks a window system: runs have many threads and no screen.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)
     return figure, axes

@@ -10,24 +10,23 @@ from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
 @dataclass(frozen=True)
 class Projection:
-    """A sample and its centroids on the plane that shows most of the sample's spread.
+    """A sample on the plane that shows most of its spread.
 
     Attributes:
         points: of the sample, shape (n, 2).
         shards: shard of each, shape (n,).
-        centroids: shape (num_dbs, 2); None for hyperplanes.
+        means: of the points of each shard, by shard. Not the centroids: under cosine these have length 1, and so lie
+            outside of the cloud of their own vectors.
         kept: share of the sample's variance that the plane shows, 0 to 1.
     """
 
     points: Float64
     shards: Int32
-    centroids: Float64 | None
+    means: dict[int, Float64]
     kept: float
 
 
-def project(
-    sample: Float32, routing: VectorRouting, metric: DistanceMetric, *, centroids: bool, most: int = 2000
-) -> Projection:
+def project(sample: Float32, routing: VectorRouting, metric: DistanceMetric, *, most: int = 2000) -> Projection:
     """Principal components of a sample (Pearson, On lines and planes of closest fit, 1901).
 
     Vectors are taken as the routing sees them: by their direction, except under l2.
@@ -36,7 +35,6 @@ def project(
         sample: float32, shape (n, dim).
         routing: trained.
         metric: declared metric.
-        centroids: whether the routing's matrix holds points like those of the sample.
         most: rows that are shown: evenly spaced ones.
     """
     rows = sample[np.unique(np.linspace(0, len(sample) - 1, min(most, len(sample))).astype(np.int64))]
@@ -47,10 +45,11 @@ def project(
     plane = np.zeros((2, rows.shape[1]))
     plane[: len(axes[:2])] = axes[:2]
     total = float(np.square(spread).sum())
+    points = (seen - middle) @ plane.T
     return Projection(
-        points=(seen - middle) @ plane.T,
+        points=points,
         shards=shards,
-        centroids=(_seen(routing.matrix, metric) - middle) @ plane.T if centroids else None,
+        means={shard: points[shards == shard].mean(axis=0) for shard in np.unique(shards).tolist()},
         kept=float(np.square(spread[:2]).sum()) / total if total > 0 else 1.0,
     )
 

@@ -42,17 +42,38 @@ def test_a_larger_shard_has_a_taller_bar() -> None:
     assert blue([9, 9, 9, 9]) > blue([9, 1, 1, 1]) * 1.5
 
 
-def test_recall_by_probes() -> None:
-    curve = [CurvePoint(num_probes=n, recall=1 - 0.3 / n, lower=0.9 - 0.3 / n, rows_searched=n / 8) for n in (1, 2, 3)]
+CURVE = [CurvePoint(num_probes=n, recall=1 - 0.3 / n, lower=0.9 - 0.3 / n, rows_searched=n / 8) for n in (1, 2, 3)]
+
+
+def is_red(picture: np.ndarray) -> np.ndarray:
+    """Where a picture is red, edges of lines included."""
+    return (picture[..., 0] > 0.7) & (picture[..., 1:3].max(axis=2) < 0.65)
+
+
+def is_orange(picture: np.ndarray) -> np.ndarray:
+    return (picture[..., 0] > 0.9) & (picture[..., 2] < 0.4) & (picture[..., 1] > 0.4) & (picture[..., 1] < 0.8)
+
+
+@pytest.mark.parametrize("high", [False, True])
+def test_recall_by_probes(high: bool) -> None:
+    curve = [point.model_copy(update={"recall": 1.0, "lower": 1.0}) for point in CURVE] if high else CURVE
     found = pictures.recall_by_probes(curve, {1: 2.0, 3: 5.0}, 2, 0.95, 10)
-    assert "0.8500 at the chosen 2" in (found.md_str or "")
-    with_latency, without = pixels(found), pixels(pictures.recall_by_probes(curve, {}, 2, 0.95, 10))
-    assert (with_latency.shape != without.shape) or (with_latency != without).any()
+    assert f"{1.0 if high else 0.85:.4f} at num_probes 2" in (found.md_str or "")
+    picture, without = pixels(found), pixels(pictures.recall_by_probes(curve, {}, 2, 0.95, 10))
+    # The line of min_recall goes across the picture, however good the recall is, and again in the legend.
+    red = is_red(picture)
+    assert red.sum(axis=1).max() > 200
+    assert red[-60:].any()
+    # So are both lines: the orange one is gone where no search was timed.
+    assert is_orange(picture[-60:]).any()
+    assert not is_orange(without).any()
 
 
-@pytest.mark.parametrize("centroids", [True, False])
-def test_projection(centroids: bool) -> None:
+@pytest.mark.parametrize("metric", list(DistanceMetric))
+@pytest.mark.parametrize("num_dbs", [4, 40])
+def test_projection(metric: DistanceMetric, num_dbs: int) -> None:
     sample = clustered(300, 12)
-    routing = ClusterRouting(clustered(40, 12, seed=1), DistanceMetric.COSINE)
-    found = project(sample, routing, DistanceMetric.COSINE, centroids=centroids)
-    assert pixels(pictures.projection(found)).std() > 0
+    found = project(sample, ClusterRouting(clustered(num_dbs, 12, seed=1), metric), metric)
+    picture = pictures.projection(found)
+    assert pixels(picture).std() > 0
+    assert f"300 training vectors in {len(found.means)} shards" in (picture.md_str or "")

@@ -36,7 +36,7 @@ _SQLITE_VEC_TAKEN = frozenset({"rowid", "embedding", "distance", "k"})
 KeyEncoding = Literal["u64be", "u32be", "utf8", "raw"]
 
 # Raise when the same config and source must give other bytes than before.
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 
 
 class S3Options(ConfigModel):
@@ -254,9 +254,9 @@ class WriteConfig(ConfigModel):
         source: Parquet or Arrow IPC files (or streams): a path, a folder, a glob, or an ``s3://`` address of these.
         store: root of the snapshot: ``s3://bucket/prefix`` or a folder.
         num_dbs: number of shards.
-        id_col: unique int64 or string id of a row; with ``key_value`` always the key.
-        payload_cols: columns that a search returns with each hit, as JSON values. JSON has no NaN and no infinity:
-            these become null.
+        id_col: unique id of a row: integers, strings or UUIDs (which become text); with ``key_value`` always the key.
+        payload_cols: columns that a search returns with each hit, as JSON values. NaN and infinity become null, dates
+            and times ISO 8601 text, decimals text, UUIDs text, bytes hex digits, maps objects.
         filter_cols: columns stored beside the vector with their type (float16 as float32). A name has no dot and does
             not begin with ``_row``.
         key_value: the key and the value of each row, for a unified snapshot; None is vectors only.

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from sf_pipelines.snapshot.arrow import plain_rows
 from sf_pipelines.snapshot.source.rejects import Faults
 from sf_pipelines.snapshot.source.text import without_invalid_text
 
@@ -20,6 +21,8 @@ BAD = broken(b"fine", b"\xff\xfe", None)
 COLUMNS: dict[str, tuple[Any, list[Any]]] = {
     "string": (BAD, ["fine", None, None]),
     "large_string": (BAD.cast(pa.large_binary()).view(pa.large_string()), ["fine", None, None]),
+    "large_list": (pa.LargeListArray.from_arrays([0, 1, 2, 3], BAD), [["fine"], None, [None]]),
+    "dictionary": (pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), BAD), ["fine", None, None]),
     "list": (pa.ListArray.from_arrays([0, 1, 2, 3], BAD), [["fine"], None, [None]]),
     "struct": (pa.StructArray.from_arrays([BAD], ["s"]), [{"s": "fine"}, None, {"s": None}]),
 }
@@ -29,7 +32,8 @@ COLUMNS: dict[str, tuple[Any, list[Any]]] = {
 def test_a_value_that_cannot_be_decoded_is_a_fault_of_its_row(name: str) -> None:
     column, cleaned = COLUMNS[name]
     faults = Faults(3)
-    rows = without_invalid_text(pa.record_batch([column, pa.array([1, 2, 3])], names=["text", "n"]), faults)
+    batch = plain_rows(pa.record_batch([column, pa.array([1, 2, 3])], names=["text", "n"]))
+    rows = without_invalid_text(batch, faults)
 
     assert np.flatnonzero(~faults.passed).tolist() == [1]
     assert faults.reasons[1] == "invalid_text"

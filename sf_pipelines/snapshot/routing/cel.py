@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import is_bytes, is_text, plain_column, plain_type
 from sf_pipelines.snapshot.errors import ConfigError, NoShardError, QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.columns import column_of, is_bytes, is_text, plain_column, plain_type
+from sf_pipelines.snapshot.routing.columns import column_of
 from sf_pipelines.snapshot.routing.context import UnusableValueError, as_cel, encode_value
 from sf_pipelines.snapshot.routing.hash import hash_key
 from sf_pipelines.snapshot.routing.protocol import Placement, RowRouting
@@ -76,7 +77,7 @@ class CelRouting(RowRouting):
             SourceSchemaError: one is missing or of another kind.
         """
         for name, cel_type in self.cel_columns.items():
-            kind = plain_type(column_of(schema, name, self.strategy))
+            kind = plain_type(column_of(schema, name, self.strategy), uuids=False)
             if not _fits(kind, cel_type):
                 raise SourceSchemaError(
                     f"column {name} has type {kind}, which is no CEL {cel_type}; cast one or the other"
@@ -238,7 +239,7 @@ def _distinct(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[NDArray[np.in
     groups = np.zeros(rows.num_rows, dtype=np.int64)
     combinations: list[tuple[Any, ...]] = [()]
     for name in names:
-        column = plain_column(rows, name).dictionary_encode(null_encoding="encode")
+        column = plain_column(rows.column(name), uuids=False).dictionary_encode(null_encoding="encode")
         values = column.dictionary.to_pylist()
         # Both factors are at most the rows of the batch, so the product fits.
         groups = groups * len(values) + column.indices.to_numpy(zero_copy_only=False)

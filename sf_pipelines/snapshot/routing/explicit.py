@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sf_pipelines.snapshot.arrow import plain_column, plain_type
 from sf_pipelines.snapshot.errors import QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.columns import column_of, plain_column, plain_type
+from sf_pipelines.snapshot.routing.columns import column_of
 from sf_pipelines.snapshot.routing.protocol import Placement, RowRouting
 
 
@@ -31,7 +32,7 @@ class ExplicitRouting(RowRouting):
         Raises:
             SourceSchemaError: it is missing, or is neither.
         """
-        kind = plain_type(column_of(schema, "shard_id", self.strategy))
+        kind = plain_type(column_of(schema, "shard_id", self.strategy), uuids=False)
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
             raise SourceSchemaError(f"shard_id has type {kind}; it must be whole numbers from 0 to {self.num_dbs - 1}")
 
@@ -42,7 +43,7 @@ class ExplicitRouting(RowRouting):
             SourceSchemaError: the column is missing or holds no numbers.
         """
         self.check_schema(rows.schema)
-        column = plain_column(rows, "shard_id")
+        column = plain_column(rows.column("shard_id"), uuids=False)
         null = column.is_null().to_numpy(zero_copy_only=False)
         values = pc.fill_null(column, pa.scalar(0, column.type)).to_numpy(zero_copy_only=False)
         # NaN and infinity fail here, too.

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import is_bytes, is_text, plain_column, plain_type
 from sf_pipelines.snapshot.errors import QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.columns import column_of, is_bytes, is_text, plain_column, plain_type
+from sf_pipelines.snapshot.routing.columns import column_of
 from sf_pipelines.snapshot.routing.protocol import Placement, RowRouting
 
 UInt64 = NDArray[np.uint64]
@@ -41,7 +42,7 @@ class HashRouting(RowRouting):
         Raises:
             SourceSchemaError: it is missing or holds something else.
         """
-        kind = plain_type(column_of(schema, "key", self.strategy))
+        kind = plain_type(column_of(schema, "key", self.strategy), uuids=False)
         if not (pa.types.is_integer(kind) or is_text(kind) or is_bytes(kind)):
             raise SourceSchemaError(f"key has type {kind}; a key is a 64-bit integer, a string or bytes")
 
@@ -52,7 +53,7 @@ class HashRouting(RowRouting):
             SourceSchemaError: the column is missing or of a type that no key has.
         """
         self.check_schema(rows.schema)
-        keys = plain_column(rows, "key")
+        keys = plain_column(rows.column("key"), uuids=False)
         good = keys.is_valid().to_numpy(zero_copy_only=False)
         if pa.types.is_uint64(keys.type):
             good &= pc.fill_null(keys, 0).to_numpy(zero_copy_only=False) <= _INT64.max

@@ -1,45 +1,27 @@
-"""Source columns: which types can be used for what, and their plain forms."""
+"""Source columns: which types can be used for what."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pyarrow as pa
 
+from sf_pipelines.snapshot.arrow import compute, is_list, plain_type
 from sf_pipelines.snapshot.errors import SourceSchemaError
 
 IdType = Literal["int64", "string"]
 
+_INT64_MAX = 2**63 - 1
 
-def json_objects(rows: pa.RecordBatch, names: Sequence[str]) -> pa.Array:
-    """One JSON object of these columns for each row, as strings; NaN and infinity become null."""
-    import polars as pl
-
-    frame = cast("pl.DataFrame", pl.from_arrow(_without_dictionaries(rows.select(list(names)))))
-    encoded = frame.select(pl.struct(list(names)).struct.json_encode().alias("json")).to_arrow()
-    return encoded.column("json").combine_chunks().cast(pa.string())
-
-
-def _without_dictionaries(rows: pa.RecordBatch) -> pa.RecordBatch:
-    columns = [rows.column(field.name).cast(plain_type(field.type)) for field in rows.schema]
-    return pa.record_batch(columns, names=rows.schema.names)
-
-
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without dictionaries, large strings, float16 and null at any depth: what index and JSON can take."""
-    if pa.types.is_dictionary(kind):
-        return plain_type(kind.value_type)
-    # polars refuses a slice of a fixed-size list that has nulls; in JSON the two are the same.
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.list_(_plain_field(kind.value_field))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(_plain_field(kind.value_field))
-    if pa.types.is_struct(kind):
-        return pa.struct([_plain_field(kind.field(n)) for n in range(kind.num_fields)])
-    return {pa.float16(): pa.float32(), pa.large_string(): pa.string(), pa.null(): pa.string()}.get(kind, kind)
-
-
-def _plain_field(field: pa.Field) -> pa.Field:
-    return field.with_type(plain_type(field.type))
+# Of plain types.
+_SCALARS: tuple[Callable[[pa.DataType], bool], ...] = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_string,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+)
+_JSON_SCALARS = (*_SCALARS, pa.types.is_time, pa.types.is_decimal, pa.types.is_binary)
 
 
 def id_type_of(field: pa.Field) -> IdType:
@@ -47,18 +29,25 @@ def id_type_of(field: pa.Field) -> IdType:
     kind = plain_type(field.type)
     if pa.types.is_string(kind):
         return "string"
-    if pa.types.is_integer(kind) and kind != pa.uint64():
+    if pa.types.is_integer(kind):
         return "int64"
-    raise SourceSchemaError(f"id_col {field.name!r} is {field.type}; ids are integers up to int64 or strings: cast it")
+    raise SourceSchemaError(f"id_col {field.name!r} is {field.type}; ids are integers, strings or UUIDs: cast it")
+
+
+def as_int64(column: pa.Array) -> pa.Array:
+    """Whole numbers as int64; null where one is above its largest."""
+    if column.type == pa.uint64():
+        column = compute.if_else(compute.less_equal(column, pa.scalar(_INT64_MAX, pa.uint64())), column, None)
+    return column.cast(pa.int64())
 
 
 def check_vector_type(field: pa.Field, dim: int) -> None:
     """Raises ``SourceSchemaError`` unless a column holds lists of so many floating-point numbers."""
-    kind = field.type
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(test(kind) for test in lists) or not pa.types.is_floating(kind.value_type):
+    kind: Any = plain_type(field.type)
+    if not is_list(kind) or not pa.types.is_floating(kind.value_type):
         raise SourceSchemaError(
-            f"vector column {field.name!r} is {kind}; expected a list or fixed-size list of float16, float32 or float64"
+            f"vector column {field.name!r} is {field.type}; expected a list or fixed-size list of float16, float32 or "
+            "float64"
         )
     if pa.types.is_fixed_size_list(kind) and kind.list_size != dim:
         raise SourceSchemaError(
@@ -66,32 +55,36 @@ def check_vector_type(field: pa.Field, dim: int) -> None:
         )
 
 
-def is_scalar(kind: pa.DataType) -> bool:
-    """Whether a value is one boolean, number, string, date or time."""
-    tests = (
-        pa.types.is_boolean,
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_string,
-        pa.types.is_date,
-        pa.types.is_timestamp,
-    )
-    return any(test(plain_type(kind)) for test in tests)
+def require_json(field: pa.Field, option: str) -> None:
+    """Raises ``SourceSchemaError`` unless JSON can say a column's values; ``option`` is what names the column."""
+    where = f"{option} names {field.name!r}"
+    _require_json(plain_type(field.type), f"{where}, which is {field.type}", where)
 
 
-def is_json(kind: pa.DataType) -> bool:
-    """Whether JSON can say a value."""
-    if any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
-        return is_json(kind.value_type)
-    if pa.types.is_struct(kind):
-        return all(is_json(kind.field(n).type) for n in range(kind.num_fields))
-    # Arrow cannot unpack a dictionary of lists or structs.
-    return is_scalar(kind)
+def _require_json(kind: Any, what: str, where: str) -> None:
+    if is_list(kind):
+        _require_json(kind.value_type, what, where)
+    elif pa.types.is_map(kind):
+        _require_json(kind.key_type, what, where)
+        _require_json(kind.item_type, what, where)
+    elif pa.types.is_struct(kind):
+        names = [field.name for field in kind]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise SourceSchemaError(
+                f"{where}, which has more than one field {', '.join(map(repr, repeated))}; rename or drop all but one"
+            )
+        for field in kind:
+            _require_json(field.type, what, where)
+    elif not any(test(kind) for test in _JSON_SCALARS):
+        raise SourceSchemaError(f"{what}; JSON has no {kind}: cast it, to a string or a number for instance")
 
 
-def require(field: pa.Field, option: str, allowed: Any) -> None:
-    """Raises ``SourceSchemaError`` unless a column's type is allowed; ``option`` is what names the column."""
-    if not allowed(field.type):
+def require_filter(field: pa.Field, backend: str) -> None:
+    """Raises ``SourceSchemaError`` unless a column can be stored beside the vector."""
+    kind = plain_type(field.type)
+    # SQLite's integers end at int64.
+    if not any(test(kind) for test in _SCALARS) or (backend == "sqlite-vec" and kind == pa.uint64()):
         raise SourceSchemaError(
-            f"{option} names {field.name!r}, which is {field.type}; that type cannot be stored there"
+            f"filter_cols names {field.name!r}, which is {field.type}; that type cannot be stored there"
         )

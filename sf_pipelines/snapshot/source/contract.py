@@ -1,30 +1,25 @@
 """The data contract: which rows may enter a snapshot, and what is stored of them.
 
-Scalar columns are validated by pandera (on polars, which keeps Arrow's types), vectors by numpy; both after the cast
-to what is stored, so that what passed is what a reader will find.
+Rows are checked in the form in which they are stored, so that what passed is what a reader will find.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import compute, plain_rows, plain_type
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import SourceSchemaError
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.source.columns import (
-    IdType,
-    id_type_of,
-    is_json,
-    is_scalar,
-    json_objects,
-    plain_type,
-    require,
-)
+from sf_pipelines.snapshot.source.columns import IdType, as_int64, id_type_of, require_filter, require_json
 from sf_pipelines.snapshot.source.files import SourceBatch
+from sf_pipelines.snapshot.source.json_text import json_objects
 from sf_pipelines.snapshot.source.keys import KeyValueColumns
 from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, Faults, RejectReason
 from sf_pipelines.snapshot.source.text import without_invalid_text
@@ -115,9 +110,9 @@ class RowContract:
         self.keys: KeyValueColumns | None = None if keyed is None else KeyValueColumns(keyed, schema)
         self.id_type: IdType = _id_type(schema.field(config.id_col), self.keys)
         for name in config.payload_cols:
-            require(schema.field(name), "payload_cols", is_json)
+            require_json(schema.field(name), "payload_cols")
         for name in config.filter_cols:
-            require(schema.field(name), "filter_cols", _filter_test(config))
+            require_filter(schema.field(name), config.vector_spec.backend)
         id_arrow = pa.int64() if self.id_type == "int64" else pa.string()
         self.stored_schema = pa.schema(
             [
@@ -128,8 +123,8 @@ class RowContract:
                 *(self.keys.fields if self.keys else []),
             ]
         )
-        self._scalar_schema = self._pandera_schema()
         self._routed_by = config.routing_columns
+        self._bytes_cols = () if keyed is None else tuple(name for name in (keyed.key_col, keyed.value_col) if name)
         if placer is not None:
             placer.check_schema(self.routing_rows(_no_rows(schema)).schema)
         companions = {} if placer is None else self._companions(_no_rows(schema), Faults(0))
@@ -141,43 +136,70 @@ class RowContract:
         return {name: str(self.stored_schema.field(name).type) for name in self._config.filter_cols}
 
     def check(self, batch: SourceBatch) -> CheckedBatch:
-        """Sorts a batch into rows that may be stored and rejects with their reason."""
+        """Sorts a batch into rows that may be stored and rejects with their reason.
+
+        Raises:
+            SourceSchemaError: a column's values cannot be read; the message names column and file.
+        """
         faults = Faults(len(batch.rows))
-        batch = replace(batch, rows=without_invalid_text(batch.rows, faults))
-        ids = self.ids(batch.rows)
-        self._check_scalars(batch.rows, ids, faults)
-        if self.keys is not None:
-            self.keys.check(batch.rows, faults)
-        vectors, present = self._vectors.read(batch.rows, faults)
-        self._vectors.check(vectors, present, faults)
-        companions = self._companions(batch.rows, faults)
+        with _in_file(batch.file):
+            rows = without_invalid_text(self._plain(batch.rows), faults)
+            batch = replace(batch, rows=rows)
+            ids = self.ids(rows)
+            self._check_ids(rows, ids, faults)
+            if self.keys is not None:
+                self.keys.check(rows, faults)
+            vectors, present = self._vectors.read(rows, faults)
+            self._vectors.check(vectors, present, faults)
+            companions = self._companions(rows, faults)
         passed = faults.passed
         kept_vectors = vectors if passed.all() else vectors[passed[present]]
         kept = pa.record_batch({"id": ids, **companions}).filter(pa.array(passed))
         positions = batch.first_row + np.flatnonzero(passed)
         return CheckedBatch(kept, kept_vectors, positions, _rejects(batch, ids, faults))
 
-    def stored(self, rows: pa.RecordBatch) -> tuple[pa.RecordBatch, Float32]:
-        """Rows that passed the check, as they are stored, and their vectors as a matrix of shape (rows, dim)."""
-        vectors = self._vectors.read_again(rows)
-        columns = [
-            self.ids(rows),
-            pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self._config.vector_spec.dim),
-            self._payload(rows),
-            *(rows.column(name).cast(self.stored_schema.field(name).type) for name in self._config.filter_cols),
-            *([self.keys.keys(rows), self.keys.values(rows)] if self.keys else []),
-        ]
+    def stored(self, rows: pa.RecordBatch, file: str = "") -> tuple[pa.RecordBatch, Float32]:
+        """Rows that passed the check, as they are stored, and their vectors as a matrix of shape (rows, dim).
+
+        Args:
+            rows: of the source.
+            file: that they are from.
+
+        Raises:
+            SourceSchemaError: a column's values cannot be stored; the message names column and file.
+        """
+        with _in_file(file):
+            rows = self._plain(rows)
+            vectors = self._vectors.read_again(rows)
+            columns = [
+                self.ids(rows),
+                pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self._config.vector_spec.dim),
+                self._payload(rows),
+                *(rows.column(name) for name in self._config.filter_cols),
+                *([self.keys.keys(rows), self.keys.values(rows)] if self.keys else []),
+            ]
         return pa.record_batch(columns, schema=self.stored_schema), vectors
 
     def routing_rows(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """The columns that decide a row's shard, by the names that the strategy knows them by."""
+        rows = self._plain(rows)
         columns = {
-            name: self.keys.keys(rows)
-            if self.keys and source == self._config.id_col
-            else rows.column(source).cast(plain_type(rows.schema.field(source).type))
+            name: self.keys.keys(rows) if self.keys and source == self._config.id_col else rows.column(source)
             for name, source in self._routed_by.items()
         }
         return pa.record_batch(list(columns.values()), names=list(columns))
+
+    def _plain(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        return plain_rows(rows, bytes_cols=self._bytes_cols)
+
+    def _check_ids(self, rows: pa.RecordBatch, ids: pa.Array, faults: Faults) -> None:
+        name = self._config.id_col
+        given = rows.column(name)
+        large = np.flatnonzero(compute.and_(ids.is_null(), given.is_valid()))
+        texts = [f"{name}: {given[row].as_py()} is above the largest id, 2**63 - 1" for row in large.tolist()]
+        faults.add_each(zip(large.tolist(), texts, strict=True), RejectReason.KEY_OUT_OF_RANGE)
+        missing = np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))
+        faults.add(missing, RejectReason.NULL_ID, f"{name}: no id")
 
     def _companions(self, rows: pa.RecordBatch, faults: Faults) -> dict[str, pa.Array]:
         if self._placer is None:
@@ -189,46 +211,26 @@ class RowContract:
         return {SHARD_COLUMN: pa.array(placed.shards, pa.int32()), **named}
 
     def ids(self, rows: pa.RecordBatch) -> pa.Array:
-        """Ids of the rows, with their stored type."""
+        """Ids of the rows, with their stored type; null where a number is too large for one."""
         if self.keys is not None:
             return self.keys.ids(rows)
-        return rows.column(self._config.id_col).cast(pa.int64() if self.id_type == "int64" else pa.string())
+        column = self._plain(rows).column(self._config.id_col)
+        return as_int64(column) if self.id_type == "int64" else column
 
     def _payload(self, rows: pa.RecordBatch) -> pa.Array:
         names = self._config.payload_cols
         return json_objects(rows, names) if names else pa.nulls(len(rows), pa.string())
 
-    @property
-    def _scalars(self) -> list[pa.Field]:
-        return [self.stored_schema.field(name) for name in ("id", *self._config.filter_cols)]
 
-    def _pandera_schema(self) -> Any:
-        import pandera.polars as pandera
-        import polars as pl
-
-        empty = cast("pl.DataFrame", pl.from_arrow(pa.schema(self._scalars).empty_table()))
-        return pandera.DataFrameSchema(
-            {name: pandera.Column(dtype, nullable=name != "id", required=True) for name, dtype in empty.schema.items()},
-            strict=True,
-        )
-
-    def _check_scalars(self, rows: pa.RecordBatch, ids: pa.Array, faults: Faults) -> None:
-        import polars as pl
-        from pandera.errors import SchemaErrors
-
-        scalars = self._scalars
-        columns = [ids, *(rows.column(field.name).cast(field.type) for field in scalars[1:])]
-        frame = cast("pl.DataFrame", pl.from_arrow(pa.table(columns, schema=pa.schema(scalars))))
-        try:
-            self._scalar_schema.validate(frame, lazy=True)
-        except SchemaErrors as error:
-            cases = error.failure_cases
-            if cases["index"].null_count():
-                raise SourceSchemaError(f"the scalar columns break the contract as a whole: {cases}") from error
-            for index, column, check in cases.select("index", "column", "check").iter_rows():
-                null_id = column == "id" and check == "not_nullable"
-                reason = RejectReason.NULL_ID if null_id else RejectReason.SCALAR
-                faults.add_each([(index, f"{self._config.id_col if column == 'id' else column}: {check}")], reason)
+@contextmanager
+def _in_file(file: str) -> Iterator[None]:
+    """Names the file in errors about its columns."""
+    try:
+        yield
+    except SourceSchemaError as error:
+        if not file:
+            raise
+        raise SourceSchemaError(f"{file}: {error}") from error
 
 
 def _rejects(batch: SourceBatch, ids: pa.Array, faults: Faults) -> pa.RecordBatch:
@@ -254,11 +256,3 @@ def _id_type(field: pa.Field, keys: KeyValueColumns | None) -> IdType:
     if keys is None:
         return id_type_of(field)
     return "int64" if keys.key_type == "int64" else "string"
-
-
-def _filter_test(config: WriteConfig) -> Any:
-    def storable(kind: pa.DataType) -> bool:
-        # SQLite's integers end at int64.
-        return is_scalar(kind) and not (config.vector_spec.backend == "sqlite-vec" and plain_type(kind) == pa.uint64())
-
-    return storable

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import compute
 from sf_pipelines.snapshot.source.hashing import UInt64, hash_column, mix
 
 # Rows that a bucket should have: about what is held in memory at a time.
@@ -54,13 +54,11 @@ class DuplicateFinder:
         return parts.close()
 
     def _repeats_in(self, path: Path) -> pa.Table:
-        import polars as pl
-
         with pa_ipc.open_stream(str(path)) as reader:
             table = reader.read_all()
         path.unlink()
-        frame = cast("pl.DataFrame", pl.from_arrow(table)).sort("row")
-        return frame.filter(~pl.col("id").is_first_distinct()).to_arrow().cast(self._schema)
+        firsts = table.group_by("id").aggregate([("row", "min")]).column("row_min")
+        return table.filter(compute.invert(compute.is_in(table.column("row"), value_set=firsts)))
 
 
 class Buckets:

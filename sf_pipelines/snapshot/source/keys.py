@@ -1,15 +1,16 @@
 """Key and value of each row, in snapshots that serve both."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sf_pipelines.snapshot.arrow import hex_texts, plain_column, plain_type
 from sf_pipelines.snapshot.config import KeyEncoding, KeyValueSpec
 from sf_pipelines.snapshot.errors import SourceSchemaError
-from sf_pipelines.snapshot.source.columns import is_json, json_objects, plain_type, require
+from sf_pipelines.snapshot.source.columns import as_int64, require_json
+from sf_pipelines.snapshot.source.json_text import json_objects
 from sf_pipelines.snapshot.source.rejects import Faults, RejectReason
 
 KeyType = Literal["int64", "string", "bytes"]
@@ -24,11 +25,6 @@ _ENCODINGS: dict[KeyType, tuple[KeyEncoding, ...]] = {
     "bytes": ("raw",),
 }
 _LARGEST: dict[KeyEncoding, int] = {"u64be": 2**63 - 1, "u32be": 2**32 - 1}
-_BINARY: tuple[Callable[[pa.DataType], bool], ...] = (
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_fixed_size_binary,
-)
 
 
 class KeyValueColumns:
@@ -48,30 +44,26 @@ class KeyValueColumns:
         self.key_type: KeyType = _key_type(schema.field(spec.key_col))
         self.encoding: KeyEncoding = _encoding(spec, self.key_type)
         for name in spec.value_cols:
-            require(schema.field(name), "key_value.value_cols", is_json)
+            require_json(schema.field(name), "key_value.value_cols")
         if spec.value_col is not None:
-            require(schema.field(spec.value_col), "key_value.value_col", _is_bytes)
+            _require_bytes(schema.field(spec.value_col))
         self.fields = [pa.field(KEY_COLUMN, _STORED[self.key_type]), pa.field(VALUE_COLUMN, pa.binary())]
 
     def keys(self, rows: pa.RecordBatch) -> pa.Array:
         """The keys, with their stored type."""
-        return rows.column(self._spec.key_col).cast(_STORED[self.key_type])
+        column = plain_column(rows.column(self._spec.key_col), uuids=False)
+        return as_int64(column) if self.key_type == "int64" else column
 
     def ids(self, rows: pa.RecordBatch) -> pa.Array:
         """The keys as ids of vectors: bytes as hex digits."""
         keys = self.keys(rows)
-        if self.key_type != "bytes":
-            return keys
-        import polars as pl
-
-        return pl.Series(pl.from_arrow(keys)).bin.encode("hex").to_arrow().cast(pa.string())
+        return hex_texts(keys) if self.key_type == "bytes" else keys
 
     def values(self, rows: pa.RecordBatch) -> pa.Array:
         """The values as bytes."""
         if self._spec.value_col is None:
             return json_objects(rows, self._spec.value_cols).cast(pa.binary())
-        column = rows.column(self._spec.value_col)
-        return column.cast(plain_type(column.type)).cast(pa.binary())
+        return plain_column(rows.column(self._spec.value_col), uuids=False).cast(pa.binary())
 
     def check(self, rows: pa.RecordBatch, faults: Faults) -> None:
         """Tells ``faults`` which keys and values cannot be stored."""
@@ -87,15 +79,15 @@ class KeyValueColumns:
 
 
 def _key_type(field: pa.Field) -> KeyType:
-    kind = plain_type(field.type)
+    kind = plain_type(field.type, uuids=False)
     if pa.types.is_string(kind):
         return "string"
-    if any(test(kind) for test in _BINARY):
+    if pa.types.is_binary(kind):
         return "bytes"
-    if pa.types.is_integer(kind) and kind != pa.uint64():
+    if pa.types.is_integer(kind):
         return "int64"
     raise SourceSchemaError(
-        f"key_value.key_col {field.name!r} is {field.type}; keys are integers up to int64, strings or bytes: cast it"
+        f"key_value.key_col {field.name!r} is {field.type}; keys are integers, strings or bytes: cast it"
     )
 
 
@@ -111,6 +103,10 @@ def _encoding(spec: KeyValueSpec, key_type: KeyType) -> KeyEncoding:
     return spec.key_encoding
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    plain = plain_type(kind)
-    return pa.types.is_string(plain) or any(test(plain) for test in _BINARY)
+def _require_bytes(field: pa.Field) -> None:
+    kind = plain_type(field.type, uuids=False)
+    if not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+        raise SourceSchemaError(
+            f"key_value.value_col names {field.name!r}, which is {field.type}; a value is bytes or a string, or use "
+            "value_cols"
+        )

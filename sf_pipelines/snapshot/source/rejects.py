@@ -25,7 +25,6 @@ class RejectReason(StrEnum):
 
     INVALID_TEXT = "invalid_text"
     NULL_ID = "null_id"
-    SCALAR = "scalar_contract"
     KEY_OUT_OF_RANGE = "key_out_of_range"
     NULL_VALUE = "null_value"
     NULL_VECTOR = "null_vector"

@@ -12,7 +12,7 @@ def without_invalid_text(rows: pa.RecordBatch, faults: Faults) -> pa.RecordBatch
     """The rows with null in place of values whose text cannot be decoded.
 
     Args:
-        rows: a batch of the source.
+        rows: a batch of plain columns.
         faults: is told of the rows that have such values.
     """
     columns, changed = rows.columns, False
@@ -41,10 +41,7 @@ def _is_valid(column: pa.Array) -> bool:
 
 
 def _has_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _has_text(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _has_text(kind.value_type)
-    if pa.types.is_struct(kind):
+    """Whether a plain type has strings in it."""
+    if isinstance(kind, pa.StructType | pa.MapType | pa.ListType | pa.FixedSizeListType):
         return any(_has_text(kind.field(n).type) for n in range(kind.num_fields))
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind)

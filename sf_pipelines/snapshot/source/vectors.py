@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import is_list, plain_column
 from sf_pipelines.snapshot.config import VectorSpec
 from sf_pipelines.snapshot.errors import ConfigError, VectorFunctionError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, as_float16
@@ -139,11 +140,11 @@ def call_vector_fn(function: Callable[[pa.RecordBatch], Any], rows: pa.RecordBat
         made = function(rows)
     except Exception as error:
         raise VectorFunctionError(f"{name} failed with {type(error).__name__}: {error}") from error
-    column = _as_array(made, name)
+    column = plain_column(_as_array(made, name))
     if len(column) != len(rows):
         raise VectorFunctionError(f"{name} gave {len(column)} vectors for {len(rows)} rows")
-    kind = column.type
-    if not any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+    kind: Any = column.type
+    if not is_list(kind):
         raise VectorFunctionError(f"{name} gave {kind}; it must give lists of {dim} numbers")
     if not pa.types.is_floating(kind.value_type):
         raise VectorFunctionError(f"{name} gave lists of {kind.value_type}; they must be floating-point numbers")

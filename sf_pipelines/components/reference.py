@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import dagster as dg
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
@@ -38,6 +39,7 @@ _NAMES: dict[Any, str] = {
     bool: "true or false",
     SecretStr: "text (secret)",
     bytes: "bytes",
+    dg.ExecutorDefinition: "in Python an `ExecutorDefinition`",
 }
 _LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 

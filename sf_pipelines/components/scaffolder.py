@@ -39,8 +39,7 @@ attributes:
   pointer_sensor: {{}}                  # events on {name}/published_snapshot whenever readers get another snapshot
   # freshness: {{fail_hours: 36, warn_hours: 26}}
   # automation: {{}}                    # declarative conditions in place of schedule and sensor
-  # failure_alert:
-  #   webhook_url: {{env: ALERT_WEBHOOK_URL}}
+  # executor: multiprocess            # a process for each step; default: all in the run's process
   # s3_resource:                      # or the key of an S3Resource of this deployment; without it, AWS_* variables
   #   endpoint_url: {{env: S3_ENDPOINT_URL}}
   #   aws_access_key_id: {{env: S3_ACCESS_KEY_ID}}

@@ -1,19 +1,17 @@
 """One snapshot's Dagster definitions from its configuration, without YAML."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from dagster_aws.s3 import S3Resource
 
-from sf_pipelines.orchestration.alerts import build_failure_sensor
 from sf_pipelines.orchestration.assets import build_assets
 from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.operations import build_cleanup_schedule, build_operation_jobs
-from sf_pipelines.orchestration.options import S3ResourceOptions, SnapshotOptions, sensor_status
+from sf_pipelines.orchestration.options import SnapshotOptions, sensor_status
 from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
 from sf_pipelines.orchestration.resources import snapshot_resource
 from sf_pipelines.orchestration.schedule import build_schedule
@@ -24,12 +22,15 @@ from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.routing import needs_training
 
+if TYPE_CHECKING:
+    from dagster_aws.s3 import S3Resource
+
 
 def build_snapshot_defs(
     config: WriteConfig,
     options: SnapshotOptions | None = None,
     *,
-    s3: S3Resource | None = None,
+    s3: "S3Resource | None" = None,
     execute: Execute = execute_stage,
     **fields: Any,
 ) -> dg.Definitions:
@@ -62,15 +63,13 @@ def build_snapshot_defs(
     upstream = [dg.AssetKey(item.split("/")) for item in chosen.source_assets]
     assets = [*build_assets(graph, upstream), build_shard_indexes(graph)]
     own = [key for asset in assets for key in asset.keys]
-    declared = chosen.s3_resource
-    resource = declared.resource() if isinstance(declared, S3ResourceOptions) else declared
-    snapshot = snapshot_resource(config, s3 or resource, chosen.engine)
+    snapshot = snapshot_resource(config, s3 or chosen.s3_resource, chosen.engine)
     names = graph.names
     return dg.Definitions(
         assets=[*assets, *([build_published_snapshot(graph)] if chosen.pointer_sensor else [])],
         asset_checks=[build_checks(graph)],
         jobs=[
-            _job(names, own, upstream if chosen.refresh_source else []),
+            _job(graph, own, upstream if chosen.refresh_source else []),
             *(build_operation_jobs(graph) if chosen.operations else []),
         ],
         schedules=[
@@ -82,12 +81,14 @@ def build_snapshot_defs(
     )
 
 
-def _job(names: SnapshotNames, own: Sequence[dg.AssetKey], upstream: Sequence[dg.AssetKey]) -> Any:
+def _job(graph: Graph, own: Sequence[dg.AssetKey], upstream: Sequence[dg.AssetKey]) -> Any:
+    names = graph.names
     return dg.define_asset_job(
         names.job,
         selection=dg.AssetSelection.assets(*own, *upstream),
         # With the range of all shards on the run, one run does everything, unpartitioned assets and checks included.
         tags=names.run_tags,
+        executor_def=graph.executor,
         description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",
     )
 
@@ -98,8 +99,6 @@ def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefi
         yield build_source_sensor(graph, options.source_sensor, own)
     if options.pointer_sensor:
         yield build_pointer_sensor(graph, options.pointer_sensor)
-    if options.failure_alert:
-        yield build_failure_sensor(graph, options.failure_alert)
     if options.automation:
         yield dg.AutomationConditionSensorDefinition(
             graph.names.automation_sensor,

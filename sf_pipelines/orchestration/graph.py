@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 import dagster as dg
 
 from sf_pipelines.orchestration.conditions import condition_of
-from sf_pipelines.orchestration.names import OPERATED_TAG, SnapshotNames
-from sf_pipelines.orchestration.options import SnapshotOptions
+from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.options import MultiprocessExecutor, SnapshotOptions
 from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig
 
 CODE_VERSION = str(BUILD_VERSION)
@@ -67,9 +67,22 @@ class Graph:
         own = [*self.names.key_prefix, self.config.name]
         return run.job_name == self.names.job or any(key.path[: len(own)] == own for key in run.asset_selection or ())
 
-    def is_about(self, run: dg.DagsterRun) -> bool:
-        """Whether a run builds this snapshot, or operates on it."""
-        return self.is_built_by(run) or run.tags.get(OPERATED_TAG) == self.config.name
+    @property
+    def executor(self) -> dg.ExecutorDefinition | None:
+        """How the steps of this snapshot's jobs are executed; None where the deployment says it."""
+        chosen = self.options.executor
+        if isinstance(chosen, dg.ExecutorDefinition):
+            return chosen
+        if chosen == "inherit":
+            return None
+        if chosen == "in_process":
+            return dg.in_process_executor
+        # Step processes are forked from one that has imported this, and start in a fraction of a second. What must not
+        # be forked (LanceDB's and scikit-learn's threads) is imported only by the steps themselves.
+        config: dict[str, Any] = {"start_method": {"forkserver": {"preload_modules": ["sf_pipelines.components"]}}}
+        if isinstance(chosen, MultiprocessExecutor) and chosen.max_concurrent is not None:
+            config["max_concurrent"] = chosen.max_concurrent
+        return dg.multiprocess_executor.configured(config, name="multiprocess")
 
     def asset_settings(self, noun: str, kinds: set[str], stage: Callable[..., Any]) -> dict[str, Any]:
         """What all assets share, unpartitioned ones too: a single run can take the whole graph."""

@@ -88,11 +88,6 @@ class SnapshotNames:
         return f"{self.name}_automation_sensor"
 
     @property
-    def failure_sensor(self) -> str:
-        """Tells when a run has failed."""
-        return f"{self.name}_failure_sensor"
-
-    @property
     def resource(self) -> str:
         """Resource key of the snapshot's access object."""
         return f"{self.name}_snapshot"

@@ -367,7 +367,12 @@ def _job(graph: Graph, operation: _Operation) -> dg.JobDefinition:
             config = operation.config(**context.op_config) if operation.config else None
             context.add_output_metadata(operation.work(_Run(context, graph, access), config))
 
-    @dg.job(name=names.operation(operation.noun), description=operation.description, tags=tags)
+    @dg.job(
+        name=names.operation(operation.noun),
+        description=operation.description,
+        tags=tags,
+        executor_def=graph.executor,
+    )
     def job() -> None:
         operate()
 

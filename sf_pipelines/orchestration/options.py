@@ -5,10 +5,11 @@ import zoneinfo
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from dagster_aws.s3 import S3Resource
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from sf_pipelines.engines import EngineSpec, engine_spec
+from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.model import ConfigModel
 
@@ -56,6 +57,16 @@ def text_of(value: str | FromEnvironment) -> str:
     return value.read() if isinstance(value, FromEnvironment) else value
 
 
+# A dagster-aws resource's words for the fields of S3Options.
+_S3_WORDS = {
+    "endpoint_url": "endpoint_url",
+    "region_name": "region",
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+}
+
+
 class S3ResourceOptions(ConfigModel):
     """Fields of a dagster-aws ``S3Resource``; each is a text or ``{env: NAME}``, read when a run or a tick starts.
 
@@ -73,15 +84,14 @@ class S3ResourceOptions(ConfigModel):
     aws_secret_access_key: TextOrEnvironment | None = None
     aws_session_token: TextOrEnvironment | None = None
 
-    def resource(self) -> S3Resource:
-        """The resource."""
-        given = {name: getattr(self, name) for name in type(self).model_fields}
-        fields: dict[str, Any] = {
-            name: dg.EnvVar(value.env) if isinstance(value, FromEnvironment) else value
-            for name, value in given.items()
-            if value is not None
-        }
-        return S3Resource(**fields)
+    def read(self) -> S3Options:
+        """The credentials, with what the environment holds.
+
+        Raises:
+            ConfigError: a variable is not set, or a value is wrong.
+        """
+        given = {name: text_of(value) for name in _S3_WORDS if (value := getattr(self, name)) is not None}
+        return S3Options(**{_S3_WORDS[name]: value for name, value in given.items()})
 
 
 def _key_text(value: Any) -> Any:
@@ -219,31 +229,21 @@ class FreshnessOptions(ConfigModel):
         return self
 
 
-class FailureAlertOptions(ConfigModel):
-    """What happens when a run that builds this snapshot fails: a line in the log, and a call of a webhook.
+class MultiprocessExecutor(ConfigModel):
+    """Each step in a process of its own on the machine of the run, several at a time.
 
     Attributes:
-        webhook_url: address that a JSON object is posted to; as a secret ``{env: NAME}``. None only logs.
-        authorization: value of the header ``Authorization``, as in ``{env: ALERT_TOKEN}``.
-        timeout_seconds: of one try.
-        tries: how often it is tried before the alert counts as lost; server errors and lost connections only.
-        default_status: whether the sensor is on before anybody touches its switch in the UI.
+        type: names the kind.
+        max_concurrent: processes at a time; None is one a core.
     """
 
-    webhook_url: TextOrEnvironment | None = None
-    authorization: TextOrEnvironment | None = None
-    timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 10
-    tries: Annotated[int, Field(ge=1, le=10)] = 3
-    default_status: Status = "stopped"
+    type: Literal["multiprocess"]
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
 
-    @model_validator(mode="after")
-    def _webhook_is_http(self) -> "FailureAlertOptions":
-        url = self.webhook_url
-        if isinstance(url, str) and not url.startswith(("http://", "https://")):
-            raise ValueError("webhook_url must begin with http:// or https://")
-        if url is None and self.authorization is not None:
-            raise ValueError("authorization means nothing without webhook_url; leave it out")
-        return self
+
+def _executor(value: Any) -> Any:
+    # Decided by what it is, so that an error names the field that is wrong.
+    return MultiprocessExecutor(**value) if isinstance(value, dict) else value
 
 
 class SnapshotOptions(ConfigModel):
@@ -264,6 +264,10 @@ class SnapshotOptions(ConfigModel):
         engine: where rows are routed and shards are built, as in ``{type: dask, address: "tcp://scheduler:8786"}``, or
             the key of an ``EngineResource`` that the deployment defines. All shards of a run are then one step; each
             has its own line in the log and its own partition. None builds them in Dagster's steps, one a shard.
+        executor: how the steps of ``build_<name>`` and of the operations' jobs are executed: ``in_process``, all in the
+            run's process; ``multiprocess``, or ``{type: multiprocess, max_concurrent: 2}``; ``inherit``, as the
+            deployment's ``Definitions(executor=...)`` says, for steps on Kubernetes or Celery. In Python also an
+            ``ExecutorDefinition``.
         automation: declarative conditions: each asset is requested when what it builds on is new; the pointer only
             after the blocking checks have passed.
         schedule: rebuilds by the clock.
@@ -271,7 +275,6 @@ class SnapshotOptions(ConfigModel):
         pointer_sensor: an event when the published snapshot changes.
         freshness: how old the published snapshot may get. It counts from the events of ``published_snapshot`` where
             there is a pointer sensor, else from the last run that looked at the source and found it published.
-        failure_alert: what happens when a run fails.
         operations: whether there are the jobs ``rollback_<name>``, ``release_<name>``, ``pin_<name>``,
             ``unpin_<name>``, ``cleanup_<name>``, ``diff_<name>`` and ``verify_<name>``.
         cleanup: cleanups by the clock.
@@ -288,12 +291,17 @@ class SnapshotOptions(ConfigModel):
     pool: _Name | None = None
     s3_resource: Annotated[_Name | S3ResourceOptions | None, BeforeValidator(_s3_options)] = None
     engine: Annotated[_Name | EngineSpec | None, BeforeValidator(_engine_spec)] = None
+    executor: Annotated[
+        Literal["in_process", "multiprocess", "inherit"]
+        | MultiprocessExecutor
+        | SkipJsonSchema[InstanceOf[dg.ExecutorDefinition]],
+        BeforeValidator(_executor),
+    ] = "in_process"
     automation: AutomationOptions | None = None
     schedule: ScheduleOptions | None = None
     source_sensor: SourceSensorOptions | None = None
     pointer_sensor: PointerSensorOptions | None = None
     freshness: FreshnessOptions | None = None
-    failure_alert: FailureAlertOptions | None = None
     operations: bool = True
     cleanup: CleanupScheduleOptions | None = None
 

@@ -1,21 +1,25 @@
 """The snapshot as a Dagster resource: its configuration, with credentials filled in when a run starts."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import dagster as dg
-from dagster_aws.s3 import S3Resource
 
 from sf_pipelines.engines import engine_spec
 from sf_pipelines.engines.opening import DeferredEngine, Spec
+from sf_pipelines.orchestration.options import S3ResourceOptions
 from sf_pipelines.snapshot.build import Build, Progress
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
 from sf_pipelines.snapshot.engine import Engine
 from sf_pipelines.snapshot.errors import ConfigError, ObjectMissingError, SfPipelinesError
 from sf_pipelines.snapshot.store import Store
+
+if TYPE_CHECKING:
+    from dagster_aws.s3 import S3Resource
 
 # Seconds between two progress lines of one stage in Dagster's log.
 _LOG_EVERY = 5.0
@@ -79,14 +83,14 @@ class EngineResource(dg.ConfigurableResource):
 
 
 def snapshot_resource(
-    config: WriteConfig, s3: S3Resource | str | None, engine: Spec | str | None = None
+    config: WriteConfig, s3: "S3Resource | S3ResourceOptions | str | None", engine: Spec | str | None = None
 ) -> dg.ResourceDefinition:
     """A resource that yields a ``SnapshotAccess``.
 
     Args:
         config: the snapshot.
-        s3: credentials for source and store: a resource, or the key of one that the deployment defines; None takes
-            ``config.s3`` or the environment's.
+        s3: credentials for source and store: a resource, the fields of one, or the key of one that the deployment
+            defines; None takes ``config.s3`` or the environment's.
         engine: where rows are routed and shards are built, or the key of an ``EngineResource``.
 
     Raises:
@@ -106,7 +110,9 @@ def snapshot_resource(
         where = _engine(context, config, engine)
         if found is None:
             return SnapshotAccess(config, where)
-        if not isinstance(found, S3Resource):
+        if isinstance(found, S3ResourceOptions):
+            return SnapshotAccess(config.model_copy(update={"s3": found.read()}), where)
+        if not _is_s3_resource(found):
             raise ConfigError(
                 f"snapshot {config.name!r}: resource {s3!r} is a {type(found).__name__}; s3_resource must name a "
                 "dagster_aws.s3.S3Resource"
@@ -114,6 +120,12 @@ def snapshot_resource(
         return SnapshotAccess(config.model_copy(update={"s3": s3_options(found)}), where)
 
     return snapshot
+
+
+def _is_s3_resource(found: Any) -> "TypeGuard[S3Resource]":
+    # Whoever made one has imported its library: an extra, which takes a second to import.
+    library = sys.modules.get("dagster_aws.s3")
+    return library is not None and isinstance(found, library.S3Resource)
 
 
 def _engine(context: dg.InitResourceContext, config: WriteConfig, engine: Spec | str | None) -> Spec | None:
@@ -128,7 +140,7 @@ def _engine(context: dg.InitResourceContext, config: WriteConfig, engine: Spec |
     return found.spec()
 
 
-def s3_options(resource: S3Resource) -> S3Options:
+def s3_options(resource: "S3Resource") -> S3Options:
     """The credentials of a dagster-aws ``S3Resource`` in this package's words.
 
     Raises:

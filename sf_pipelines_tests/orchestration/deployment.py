@@ -48,25 +48,23 @@ def make_project(root: Path, *snapshots: dict[str, Any], step_processes: bool = 
     Args:
         root: a folder that does not exist.
         *snapshots: attributes of each.
-        step_processes: one a step, as the project has it; else a run is one process, which is quicker.
+        step_processes: one a step; else a run is one process.
         pausing: runs can be stopped (see ``pausing``).
     """
     copy_project(root)
     for folder in (root / "sf_pipelines/defs").iterdir():
         if (folder / "defs.yaml").exists():
             shutil.rmtree(folder)
-    if not step_processes:
-        definitions = root / "sf_pipelines/definitions.py"
-        definitions.write_text(re.sub(r"executor = .*", "executor = dg.in_process_executor", definitions.read_text()))
     kind = "sf_pipelines.components.VectorSnapshotComponent"
     if pausing:
         shutil.copy(Path(__file__).with_name("pausing.py"), root)
         kind = "pausing.PausingSnapshot"
     (root / "source").mkdir()
+    executor = {"executor": "multiprocess"} if step_processes else {}
     for attributes in snapshots:
         folder = root / "sf_pipelines/defs" / attributes["name"]
         folder.mkdir()
-        (folder / "defs.yaml").write_text(yaml.safe_dump({"type": kind, "attributes": attributes}))
+        (folder / "defs.yaml").write_text(yaml.safe_dump({"type": kind, "attributes": attributes | executor}))
 
 
 @dataclass(frozen=True)

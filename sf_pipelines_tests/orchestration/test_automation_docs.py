@@ -20,7 +20,7 @@ INSTANCE = [block for kind, block in BLOCKS if kind == "yaml" and block.startswi
 
 
 def test_no_block_is_left_out() -> None:
-    assert len(YAML) + len(PYTHON) + len(INSTANCE) == len(BLOCKS) == 16
+    assert len(YAML) + len(PYTHON) + len(INSTANCE) == len(BLOCKS) == 17
 
 
 @pytest.mark.parametrize("block", YAML)

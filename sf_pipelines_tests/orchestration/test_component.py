@@ -132,7 +132,9 @@ def test_templates_are_filled_in_before_values_are_checked(monkeypatch: pytest.M
         ({"source_sensor": {"settle_seconds": -1}}, "source_sensor.settle_seconds"),
         ({"pointer_sensor": {"every": 3}}, "pointer_sensor.every"),
         ({"freshness": {"fail_hours": 1, "warn_hours": 2}}, "freshness"),
-        ({"failure_alert": {"webhook_url": {"env": "no name"}}}, "failure_alert.webhook_url.env"),
+        ({"s3_resource": {"endpoint_url": {"env": "no name"}}}, "s3_resource.endpoint_url.env"),
+        ({"executor": "celery"}, "executor"),
+        ({"executor": {"type": "multiprocess", "max_concurrent": 0}}, "executor.max_concurrent"),
         ({"s3_resource": {"aws_secret": "x"}}, "s3_resource.aws_secret"),
         ({"s3": {"region": "x"}, "s3_resource": "lake"}, "s3_resource"),
         ({"owners": ["joe"]}, "owners"),
@@ -199,7 +201,6 @@ FULL: dict[str, Any] = {
     "source_sensor": {"interval_seconds": 45, "default_status": "running"},
     "pointer_sensor": {},
     "freshness": {"fail_hours": 36, "warn_hours": 26},
-    "failure_alert": {"webhook_url": {"env": "ALERT_URL"}},
     "s3_resource": {"region_name": "eu-west-1", "aws_secret_access_key": {"env": "LAKE_SECRET"}},
 }
 
@@ -223,7 +224,7 @@ def test_every_option_arrives_in_dagster() -> None:
         node.pool for node in made.resolve_job_def("build_products").all_node_defs if isinstance(node, dg.OpDefinition)
     }
     assert pools == {None, "heavy"}
-    sensors = {f"products_{noun}_sensor" for noun in ("source", "pointer", "automation", "failure")}
+    sensors = {f"products_{noun}_sensor" for noun in ("source", "pointer", "automation")}
     assert {sensor.name for sensor in made.sensors or ()} == sensors
     assert made.resolve_schedule_def("products_schedule").default_status == dg.DefaultScheduleStatus.RUNNING
     source = made.resolve_sensor_def("products_source_sensor")
@@ -360,7 +361,7 @@ def test_what_the_scaffold_has_in_comments_is_right(tmp_path: Path) -> None:
     everything = re.sub(r"^  # (?=[a-z0-9_]+:|  )", "  ", written, flags=re.MULTILINE)
     found = yaml.safe_load(everything)
     assert (found["type"], found["attributes"]["name"]) == ("mine.Snapshot", "_2_movies")
-    assert set(found["attributes"]) >= {"automation", "freshness", "failure_alert", "s3_resource", "key_prefix", "pool"}
+    assert set(found["attributes"]) >= {"automation", "freshness", "executor", "s3_resource", "key_prefix", "pool"}
     VectorSnapshotAttributes(**found["attributes"])
 
 

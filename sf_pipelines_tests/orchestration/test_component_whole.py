@@ -63,8 +63,7 @@ VARIANTS = """\
   source_sensor: {interval_seconds: 9, settle_seconds: 9, default_status: running}
   pointer_sensor: {interval_seconds: 9, default_status: running}
   freshness: {fail_hours: 36, warn_hours: 26}
-  failure_alert: {webhook_url: {env: SOME_VARIABLE}, authorization: {env: SOME_VARIABLE}, timeout_seconds: 9, tries: 2,
-                  default_status: running}
+  executor: {type: multiprocess, max_concurrent: 2}
   s3_resource: {endpoint_url: {env: SOME_VARIABLE}, region_name: r, aws_access_key_id: {env: SOME_VARIABLE},
                 aws_secret_access_key: {env: SOME_VARIABLE}, aws_session_token: {env: SOME_VARIABLE}}
 - vector_spec: {dim: 8, sharding: {strategy: explicit, shard_id_col: fold}}

@@ -1,7 +1,6 @@
 """Sensors and schedule in a running Dagster with its daemon, over a restart of it."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,6 @@ from sf_pipelines import build_snapshot
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines_tests.orchestration.browser import Served, copy_project, serve, wait_for
 from sf_pipelines_tests.orchestration.conftest import ROWS, make_config
-from sf_pipelines_tests.orchestration.test_alerts import Webhook, webhook
-
-__all__ = ["webhook"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -30,15 +26,12 @@ TICKS = """{sensorOrError(sensorSelector: {repositoryLocationName: "sf_pipelines
 
 
 @pytest.fixture
-def project(tmp_path: Path, webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path) -> Path:
     """A copy of the project with one snapshot in place of the demos; sensors on from the start."""
     root = tmp_path / "project"
     copy_project(root)
     for name in ("digits", "digits_kv"):
         shutil.rmtree(root / "sf_pipelines/defs" / name)
-    # A process for each step is what other tests run; here it would only take its time.
-    definitions = root / "sf_pipelines/definitions.py"
-    definitions.write_text(re.sub(r"executor = .*", "executor = dg.in_process_executor", definitions.read_text()))
     (root / "source").mkdir()
     folder = root / "sf_pipelines/defs/tiny"
     folder.mkdir()
@@ -52,11 +45,9 @@ def project(tmp_path: Path, webhook: Webhook, monkeypatch: pytest.MonkeyPatch) -
         "recall_gate": {"k": 5, "min_recall": 0.8, "query_rows": 200},
         "source_sensor": {"interval_seconds": 1, "settle_seconds": 1} | running,
         "pointer_sensor": {"interval_seconds": 1} | running,
-        "failure_alert": {"webhook_url": {"env": "ALERT_URL"}} | running,
     }
     component = {"type": "sf_pipelines.components.VectorSnapshotComponent", "attributes": attributes}
     (folder / "defs.yaml").write_text(yaml.safe_dump(component))
-    monkeypatch.setenv("ALERT_URL", webhook.url)
     return root
 
 
@@ -73,7 +64,7 @@ def soon(done: Callable[[], object], served: Served, what: str) -> None:
     wait_for(done, seconds=400, what=f"{what}; see {served.project}/server.log")
 
 
-def test_files_become_snapshots_and_moves_become_events(project: Path, webhook: Webhook) -> None:
+def test_files_become_snapshots_and_moves_become_events(project: Path) -> None:
     source = project / "source"
     table = digits_table()
     with serve(project) as served:
@@ -84,8 +75,6 @@ def test_files_become_snapshots_and_moves_become_events(project: Path, webhook: 
 
         (source / "bad.parquet").write_bytes(b"PAR1 but damaged")
         soon(lambda: len(served.runs()) == 2 and served.runs()[0]["status"] == "FAILURE", served, "the failed run")
-        soon(lambda: webhook.calls, served, "the alert")
-        assert "bad.parquet" in webhook.calls[0][2]["text"]
         assert len(moves(served)) == 1
     # While nobody looks: the source is repaired, and another hand publishes.
     (source / "bad.parquet").unlink()
@@ -107,7 +96,6 @@ def test_files_become_snapshots_and_moves_become_events(project: Path, webhook: 
         told = [move["run_id"] for move in moves(served)]
         assert len(told) == len(set(told)) == 2, "nothing was told twice"
         assert json.loads((project / "snapshot/_CURRENT").read_bytes())["run_id"] == told[-1]
-        assert len(webhook.calls) == 1
         reasons = {tick["skipReason"] or "" for tick in ticks(served, "tiny_source_sensor")}
         assert any("Nothing has changed" in reason for reason in reasons), reasons
 

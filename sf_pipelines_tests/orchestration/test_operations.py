@@ -22,7 +22,6 @@ from sf_pipelines.orchestration.names import OPERATED_TAG, OPERATION_TAG, SNAPSH
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines_tests.orchestration.conftest import ROWS, make_config
-from sf_pipelines_tests.orchestration.test_alerts import tell
 from sf_pipelines_tests.orchestration.test_component import ATTRIBUTES as PRODUCTS
 from sf_pipelines_tests.orchestration.test_component import ROOT, load
 from sf_pipelines_tests.orchestration.ticks import Sensor, run_request, schedule_tick
@@ -160,7 +159,6 @@ def test_a_damaged_target_is_refused_and_verify_fails(
     description, metadata = refusal(verified)
     assert "1 faults: shard" in description
     assert metadata["faults"] == 1
-    assert tell(config, instance, verified) is None, "the alert is told of it"
     (observed, *_) = instance.fetch_observations(POINTER, limit=1).records
     assert observed.asset_observation is not None
     assert observed.asset_observation.metadata["verified"].value is False

@@ -1,0 +1,40 @@
+"""What an import loads: libraries that are only needed later must not be paid for at the start."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# What each of these may not load, and why it is often loaded by mistake.
+BUILDS = {"lancedb", "sklearn", "scipy", "polars", "pandera", "pandas", "matplotlib", "apsw", "cel_expr_python"}
+ENGINES = {"dask", "distributed", "ray", "pyspark"}
+# dagster_aws imports Dagster's database and boto3, whatever is asked of it.
+DATABASE = {"dagster_aws", "boto3", "botocore", "sqlalchemy", "alembic", "requests"}
+
+# Dagster imports every library of components that is installed; dagster_aws is an extra of ours.
+DEFINITIONS = """
+from dagster.components.core import package_entry
+found = package_entry.get_plugin_entry_points
+package_entry.get_plugin_entry_points = lambda: [e for e in found() if not e.value.startswith("dagster_")]
+from sf_pipelines.definitions import defs
+defs()
+"""
+
+
+def loaded(code: str) -> set[str]:
+    """Modules that are there after a piece of code, in a Python of its own."""
+    program = f"import json, sys\n{code}\nprint('LOADED' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.rsplit("LOADED", 1)[1]))
+
+
+@pytest.mark.parametrize(
+    ("code", "banned"),
+    [
+        (DEFINITIONS, BUILDS | ENGINES | DATABASE),
+    ],
+)
+def test_an_import_loads_nothing_that_is_needed_later(code: str, banned: set[str]) -> None:
+    assert loaded(code) & banned == set()

@@ -5,7 +5,15 @@ import zoneinfo
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    InstanceOf,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from sf_pipelines.engines import EngineSpec, engine_spec
@@ -90,7 +98,9 @@ class S3ResourceOptions(ConfigModel):
         Raises:
             ConfigError: a variable is not set, or a value is wrong.
         """
-        given = {name: text_of(value) for name in _S3_WORDS if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {
+            name: text_of(value) for name in _S3_WORDS if (value := getattr(self, name)) is not None
+        }
         return S3Options(**{_S3_WORDS[name]: value for name, value in given.items()})
 
 

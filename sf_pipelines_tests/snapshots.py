@@ -49,10 +49,10 @@ def clustered(rows: int, dim: int = 8, *, centres: int = 4, seed: int = 0) -> Fl
 def brute_force(
     queries: Float32, rows: Float32, metric: DistanceMetric, k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Positions and float64 distances of the k nearest rows, equal ones by position."""
+    """Positions and float64 scores of the k nearest rows, equal ones by position."""
     distances = exact_distances(queries, rows, metric)
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return order, np.take_along_axis(distances, order, axis=1)
+    return order, np.take_along_axis(distances, order, axis=1) + metric.score_of_zero
 
 
 def table_of(ids: Any, vectors: Float32, payloads: list[Any] | None = None) -> pa.Table:

@@ -23,15 +23,24 @@ def clustered(rows: int, dim: int, *, seed: int = 0, clusters: int = 20) -> NDAr
 def exact_distances(
     queries: NDArray[np.float32], rows: NDArray[np.float32], metric: DistanceMetric
 ) -> NDArray[np.float64]:
-    """The definition, in float64, without any of the package's code: shape (queries, rows)."""
+    """What rows are ranked by, in float64, without any of the package's code: shape (queries, rows)."""
     q, r = queries.astype(np.float64), rows.astype(np.float64)
     if metric is DistanceMetric.L2:
         return np.square(q[:, None, :] - r[None, :, :]).sum(axis=2)
     products = q @ r.T
+    if metric is DistanceMetric.DOT_PRODUCT:
+        return -products
     if metric is DistanceMetric.COSINE:
         lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(r, axis=1)[None, :]
         products = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0)
     return 1.0 - products
+
+
+def exact_scores(
+    queries: NDArray[np.float32], rows: NDArray[np.float32], metric: DistanceMetric
+) -> NDArray[np.float64]:
+    """What readers show for the distances."""
+    return exact_distances(queries, rows, metric) + (metric is DistanceMetric.DOT_PRODUCT)
 
 
 def vector_table(vectors: NDArray[np.float32], ids: Any = None, **columns: Any) -> pa.Table:

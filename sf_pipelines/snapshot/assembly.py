@@ -215,7 +215,9 @@ def measure_curve(
         answered = list(reader.probe_curve(vectors[part], k + 1, homes=None if homes is None else homes[part]))
         # One point over several shards: there is no order among them, all are always asked.
         for probes, answers in enumerate(answered, start=order.shape[1] - len(answered) + 1):
-            recalls = recall_per_query(answers.ids, answers.scores, ids[part], truth.select(np.arange(len(ids))[part]))
+            recalls = recall_per_query(
+                answers.ids, answers.distances, ids[part], truth.select(np.arange(len(ids))[part])
+            )
             found.setdefault(probes, []).append(recalls)
     return {probes: (np.concatenate(parts), float(covered[probes - 1])) for probes, parts in found.items()}
 

@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 from sf_pipelines.snapshot.assembly import judged_record, shard_receipts
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import DigestMismatchError
-from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, halves, id_array, recall_by_id, recall_per_query
+from sf_pipelines.snapshot.evaluation import (
+    ROUNDING,
+    RecallEstimate,
+    Truth,
+    halves,
+    id_array,
+    recall_by_id,
+    recall_per_query,
+)
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest
-from sf_pipelines.snapshot.metric import Float32, pair_distances
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines.snapshot.reader.state import load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
@@ -237,15 +245,14 @@ def _round_trip(judged: Judged) -> Finding:
             continue
         rows = judged.ledger.get_table(shard.witnesses)
         vectors, payloads = vectors_of(rows), rows.column("payload").to_pylist()
-        own = pair_distances(vectors, vectors, metric)
         answers = _search_home(judged, vectors, k, shard.db_id)
         for place, (row_id, answer) in enumerate(zip(rows.column("id").to_pylist(), answers, strict=True)):
             searched += 1
-            fault = _witness_fault(row_id, payloads[place], float(own[place]), answer.results, k, shard.db_id)
+            fault = _witness_fault(metric, row_id, vectors[place], payloads[place], answer.results, k)
             if shard.db_id not in answer.shard_ids:
-                fault = f"row {row_id!r} lies in shard {shard.db_id}, but its vector is routed to {answer.shard_ids}"
+                fault = f"row {row_id!r} lies here, but its vector is routed to {answer.shard_ids}"
             if fault:
-                faults.append(fault)
+                faults.append(f"shard {shard.db_id}: {fault}")
             if place < _SHOWN_SEARCHES:
                 shown.append(_shown_search(row_id, payloads[place], shard.db_id, answer.results))
         faults.extend(_key_faults(judged, rows))
@@ -280,11 +287,12 @@ def _shown_payload(payload: dict[str, Any] | None) -> str:
 def _search_home(judged: Judged, vectors: Float32, k: int, db_id: int) -> list[VectorSearchResponse]:
     """Asks as few shards as the strategy allows: the one that each vector is routed to, the named one, or all."""
     reader, sharding = judged.reader, judged.build.config.sharding
+    named: dict[str, Any] = {"shard_ids": [db_id]}
     if isinstance(reader, UnifiedShardedReader):
-        return reader.batch_search(vectors, top_k=k, shard_ids=None if isinstance(sharding, HashSharding) else [db_id])
-    if isinstance(sharding, ClusterSharding | LshSharding):
-        return reader.batch_search(vectors, top_k=k, num_probes=1)
-    return reader.batch_search(vectors, top_k=k, shard_ids=[db_id])
+        named = {} if isinstance(sharding, HashSharding) else named
+    elif isinstance(sharding, ClusterSharding | LshSharding):
+        named = {"num_probes": 1}
+    return reader.batch_search(vectors, top_k=k, include_vectors=True, **named)
 
 
 def _key_faults(judged: Judged, rows: pa.Table) -> list[str]:
@@ -332,15 +340,24 @@ def _some_of_every_shard(rows: pa.Table) -> pa.Table:
     return rows.take(pa.array(order[np.arange(len(order)) - starts < _CONTEXTS]))
 
 
-def _witness_fault(row_id: object, payload: str | None, own: float, results: list[Any], wanted: int, db_id: int) -> str:
+def _witness_fault(
+    metric: DistanceMetric, row_id: object, vector: Float32, payload: str | None, results: list[Any], wanted: int
+) -> str:
+    """Why the answer to a row's own vector is not as it must be; empty where it is."""
     hit = next((result for result in results if result.id == row_id and type(result.id) is type(row_id)), None)
-    # Equal vectors, and under dot_product longer ones, may fill the answer; none of them is then further away.
-    if hit is None and len(results) == wanted and all(result.score <= own + 1e-9 for result in results):
-        return ""
+    found = np.array([result.vector for result in results if hit is None or result is hit], dtype=np.float32)
+    distances = pair_distances(np.tile(vector, (len(found), 1)), found.reshape(-1, len(vector)), metric)
+    own = float(pair_distances(vector[None], vector[None], metric)[0])
+    rounding = ROUNDING * abs(own)
     if hit is None:
-        return f"row {row_id!r} of shard {db_id} is not found by its own vector"
-    if abs(hit.score - own) > 1e-6 * max(1.0, abs(own)):
-        return f"row {row_id!r} has score {hit.score} to itself, expected {own}"
+        # Equal vectors, and under dot_product longer ones, may fill the answer; none of them is then further away.
+        full = len(results) == wanted and bool((distances <= own + rounding).all())
+        return "" if full else f"row {row_id!r} is not found by its own vector"
+    if not np.array_equal(found[0], vector):
+        return f"row {row_id!r} came back with another vector"
+    score = own + metric.score_of_zero
+    if not abs(hit.score - score) <= rounding:
+        return f"row {row_id!r} has score {hit.score} to itself, expected {score}"
     if hit.payload != (None if payload is None else json.loads(payload)):
         return f"row {row_id!r} came back with another payload: {hit.payload!r}"
     return ""
@@ -352,7 +369,7 @@ def _recall(judged: Judged) -> Finding:
     queries, rows, table = _half(judged)
     truth = Truth.of(table, sampled.query_rows).select(rows)
     answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, homes=judged.build.homes(queries))
-    recalls = recall_per_query(answers.ids, answers.scores, id_array(queries), truth)
+    recalls = recall_per_query(answers.ids, answers.distances, id_array(queries), truth)
     found = judged_record(recalls, receipt.num_probes, census=not sampled.disjoint)
     passed = found.lower >= gate.min_recall
     figures: Figures = {

@@ -19,11 +19,12 @@ CONFIDENCE = 0.95
 NOBODY = ShardHits(
     rows=np.empty((0, 0), dtype=np.int64),
     ids=np.empty((0, 0), dtype=np.int64),
-    scores=np.empty((0, 0)),
+    distances=np.empty((0, 0)),
     counts=np.empty(0, dtype=np.int64),
 )
-# Two exact scores of one pair may differ by rounding of different summation orders.
-_SCORE_TOLERANCE = 1e-9
+# Distances of one pair may differ by the rounding of another order of additions: by so much of the distance, and of
+# what lies between a query's nearest and furthest true neighbour. Both have the data's unit, so it does not matter.
+ROUNDING, _SPREAD = 2.0**-46, 1e-9
 
 
 def truth_table(ids: pa.Array, asked: NDArray[np.int64], nearest: ShardHits) -> pa.Table:
@@ -38,7 +39,7 @@ def truth_table(ids: pa.Array, asked: NDArray[np.int64], nearest: ShardHits) -> 
         Columns ``query``, ``id``, ``distance``.
     """
     query = np.repeat(asked.astype(np.int32), nearest.rows.shape[1])
-    columns = [pa.array(query), ids.take(pa.array(nearest.rows.ravel())), pa.array(nearest.scores.ravel())]
+    columns = [pa.array(query), ids.take(pa.array(nearest.rows.ravel())), pa.array(nearest.distances.ravel())]
     return pa.table(columns, names=list(TRUTH_FIELDS))
 
 
@@ -58,24 +59,29 @@ class Truth:
     """Exact neighbours of the sample queries.
 
     Attributes:
-        distances: distance of the furthest true neighbour of each query, shape (queries,); -inf where it has none.
+        limits: distance up to which a row is as near as the furthest true neighbour of each query, shape (queries,);
+            -inf where it has none.
         counts: true neighbours of each query (k, or fewer in small tables), shape (queries,).
     """
 
-    distances: Float64
+    limits: Float64
     counts: NDArray[np.int64]
 
     @classmethod
     def of(cls, table: pa.Table, queries: int) -> "Truth":
         """From a merged truth table."""
-        query = table.column("query").to_numpy()
-        furthest = np.full(queries, -np.inf)
-        np.maximum.at(furthest, query, table.column("distance").to_numpy())
-        return cls(furthest, np.bincount(query, minlength=queries))
+        query, distances = table.column("query").to_numpy(), table.column("distance").to_numpy()
+        furthest, nearest = np.full(queries, -np.inf), np.full(queries, np.inf)
+        np.maximum.at(furthest, query, distances)
+        np.minimum.at(nearest, query, distances)
+        counts = np.bincount(query, minlength=queries)
+        with np.errstate(invalid="ignore"):  # Of queries without neighbours.
+            limits = furthest + ROUNDING * np.abs(furthest) + _SPREAD * (furthest - nearest)
+        return cls(np.where(counts > 0, limits, -np.inf), counts)
 
     def select(self, rows: NDArray[np.int64]) -> "Truth":
         """Of some of the queries."""
-        return Truth(self.distances[rows], self.counts[rows])
+        return Truth(self.limits[rows], self.counts[rows])
 
 
 def merge_truth(parts: list[pa.Table], query_ids: pa.Array, k: int) -> pa.Table:
@@ -97,7 +103,7 @@ def merge_truth(parts: list[pa.Table], query_ids: pa.Array, k: int) -> pa.Table:
 
 def recall_per_query(
     ids: NDArray[Any],
-    scores: Float64,
+    distances: Float64,
     query_ids: NDArray[Any],
     truth: Truth,
 ) -> Float64:
@@ -107,18 +113,16 @@ def recall_per_query(
     will do (as in Aumüller, Bernhardsson and Faithfull, ANN-Benchmarks, 2018).
 
     Args:
-        ids: answers, shape (n, any); places without a result have a NaN score.
-        scores: their exact distances, same shape.
+        ids: answers, shape (n, any); places without a result have a distance that is NaN.
+        distances: exact ones, same shape.
         query_ids: id of each query's own row, which does not count, shape (n,).
         truth: of the same queries.
 
     Returns:
         Shape (n,); 1.0 for a query without neighbours.
     """
-    size = np.where(truth.counts > 0, np.abs(truth.distances), 0.0)
-    limit = truth.distances + _SCORE_TOLERANCE * np.maximum(1.0, size)
     with np.errstate(invalid="ignore"):
-        hits = ((scores <= limit[:, None]) & (ids != query_ids[:, None])).sum(axis=1)
+        hits = ((distances <= truth.limits[:, None]) & (ids != query_ids[:, None])).sum(axis=1)
     return np.where(truth.counts > 0, np.minimum(hits, truth.counts) / np.maximum(truth.counts, 1), 1.0)
 
 

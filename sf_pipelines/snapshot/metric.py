@@ -1,10 +1,14 @@
 """The distance of a snapshot, in one definition for every index, backend and reader.
 
-A score is a distance, lower is better:
+A score is what people see, lower is better:
 
 * ``cosine``: ``1 - cos(x, y)``, between 0 and 2;
 * ``l2``: squared Euclidean, ``sum((x - y)**2)``;
 * ``dot_product``: ``1 - x·y`` (may be negative).
+
+Rows are ranked and compared by their *distance*: the score before anything is rounded off it. Beside 1 a small product
+vanishes, and 1 less a cosine near 1 has lost what tells nearly parallel vectors apart. So the distance of
+``dot_product`` is ``-x·y``, the score less 1, and that of ``cosine`` comes from the difference of the unit vectors.
 """
 
 from enum import StrEnum
@@ -18,6 +22,9 @@ Float64 = NDArray[np.float64]
 
 # Rounding to float16 changes a normal number by at most 2**-11 of it.
 _FLOAT16_LOSS = 2.0**-10
+# Cosine distance of vectors of one direction whose unit vectors differ by rounding. Those of two float32 vectors of
+# different directions differ by more.
+_PARALLEL = (4 * float(np.finfo(np.float64).eps)) ** 2 / 2
 
 
 class DistanceMetric(StrEnum):
@@ -32,19 +39,29 @@ class DistanceMetric(StrEnum):
         """Whether a vector's length is ignored, so that a zero vector has no direction and is refused."""
         return self is DistanceMetric.COSINE
 
+    @property
+    def score_of_zero(self) -> float:
+        """What is added to a distance to make it a score."""
+        return 1.0 if self is DistanceMetric.DOT_PRODUCT else 0.0
+
 
 def pair_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:
-    """Exact distance of each query to the row beside it, both of shape (n, dim)."""
+    """Exact distance of each query to the row beside it, both of shape (n, dim); see the module for the scores."""
     q, r = queries.astype(np.float64), rows.astype(np.float64)
-    if metric is DistanceMetric.L2:
+    # Zero has no direction, and a stranger's vector may hold infinity: such a row has a distance that is no number.
+    with np.errstate(invalid="ignore"):
+        if metric is DistanceMetric.DOT_PRODUCT:
+            return -np.vecdot(q, r)
+        if metric is DistanceMetric.L2:
+            q -= r
+            return np.vecdot(q, q)
+        squares = np.vecdot(q, q), np.vecdot(r, r)
+        q /= np.sqrt(squares[0])[:, None]
+        r /= np.sqrt(squares[1])[:, None]
         q -= r
-        return np.einsum("ij,ij->i", q, q)
-    products = np.einsum("ij,ij->i", q, r)
-    if metric is DistanceMetric.COSINE:
-        # The root of the product, not the product of the roots: a vector is then at exactly 0 from itself.
-        norms = np.sqrt(np.einsum("ij,ij->i", q, q) * np.einsum("ij,ij->i", r, r))
-        products = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-    return 1.0 - products
+        distances = np.vecdot(q, q) / 2
+    distances[distances <= _PARALLEL] = 0.0
+    return np.where((squares[0] == 0) | (squares[1] == 0), 1.0, distances)
 
 
 def as_float16(vectors: Float32, metric: DistanceMetric) -> tuple[Float32, NDArray[np.bool_]]:

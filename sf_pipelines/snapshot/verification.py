@@ -308,7 +308,7 @@ def _measure(
 ) -> None:
     truth = Truth.of(merge_truth(parts, pa.array(asked.ids, pa.string()), found.k), len(asked.ids))
     answers = reader.search_arrays(asked.vectors, found.k + 1, homes=asked.homes)
-    estimate = RecallEstimate.of(recall_per_query(_as_text(answers.ids), answers.scores, asked.ids, truth))
+    estimate = RecallEstimate.of(recall_per_query(_as_text(answers.ids), answers.distances, asked.ids, truth))
     found.recall, found.recall_lower = estimate.mean, estimate.lower
     # Other queries than those of the gate: only what chance does not explain is a fault.
     if found.min_recall is not None and estimate.upper < found.min_recall:

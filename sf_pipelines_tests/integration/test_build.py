@@ -33,7 +33,7 @@ from sf_pipelines.snapshot.receipts import SampleReceipt, ScanReceipt, ShardRece
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled
-from sf_pipelines_tests.tables import clustered, exact_distances, small_config, vector_table, write_source
+from sf_pipelines_tests.tables import clustered, exact_scores, small_config, vector_table, write_source
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -65,7 +65,7 @@ def test_a_snapshot_end_to_end(tmp_path: Path, place: dict[str, Any]) -> None:
     assert seen == told
     assert all(verdict.passed for verdict in result.verdicts)
     vectors = place["vectors"]
-    truth = exact_distances(vectors[:20], vectors, config.vector_spec.metric)
+    truth = exact_scores(vectors[:20], vectors, config.vector_spec.metric)
     with ShardedVectorReader(config.store, s3=config.s3, cache_dir=place["cache"]) as reader:
         info = reader.snapshot_info()
         assert (info.run_id, info.total_vectors, info.num_probes) == (result.run_id, 600, result.num_probes)
@@ -403,7 +403,7 @@ def test_every_family_and_metric(tmp_path: Path, index_type: str, metric: str) -
     spec = {"dim": 16, "metric": metric, "index_type": index_type}
     config = small_config(tmp_path, vector_spec=spec, recall_gate={"min_recall": 0.9})
     result = build_snapshot(config, cache_dir=tmp_path / "cache")
-    truth = exact_distances(vectors[:30], vectors, config.vector_spec.metric)
+    truth = exact_scores(vectors[:30], vectors, config.vector_spec.metric)
     with ShardedVectorReader(tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
         found = reader.search_arrays(vectors[:30], 10, num_probes=3)
     rows = np.arange(30)[:, None]

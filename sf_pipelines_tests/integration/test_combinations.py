@@ -17,7 +17,7 @@ from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.routing.protocol import VectorRouting
 from sf_pipelines.snapshot.testing.format_checker import assert_format
 from sf_pipelines_tests.combinations import CHOSEN, ILLEGAL, LEGAL, Combination, covering, every_combination
-from sf_pipelines_tests.tables import exact_distances
+from sf_pipelines_tests.tables import exact_scores
 
 DIM = 12
 SIZES = (0, 1, 2, 255, 256, 257)
@@ -160,7 +160,7 @@ def answers_are_those_of_brute_force(
 ) -> None:
     metric = DistanceMetric(one.metric)
     picks = np.random.default_rng(5).choice(ROWS, 60, replace=False)
-    distances = exact_distances(stored[picks], stored, metric)
+    distances = exact_scores(stored[picks], stored, metric)
     position = {row_id: place for place, row_id in enumerate(ids)}
     shard_of = np.array([home[row_id] for row_id in ids])
     own = one.strategy in {"explicit", "cel"}

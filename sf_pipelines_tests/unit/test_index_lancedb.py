@@ -53,10 +53,13 @@ def test_scores_are_those_of_exact_distances(
     k = min(10, size)
     assert hits.counts.tolist() == [k] * 9
     np.testing.assert_allclose(
-        hits.scores[:, :k], np.take_along_axis(truth, hits.ids[:, :k], axis=1), rtol=1e-6, atol=1e-6
+        hits.distances[:, :k],
+        np.take_along_axis(truth, hits.ids[:, :k], axis=1),
+        rtol=1e-6,
+        atol=1e-6,
     )
-    assert (np.diff(hits.scores[:, :k], axis=1) >= 0).all()
-    found = (hits.scores[:, :k] <= np.sort(truth, axis=1)[:, k - 1 : k] + 1e-9).mean()
+    assert (np.diff(hits.distances[:, :k], axis=1) >= 0).all()
+    found = (hits.distances[:, :k] <= np.sort(truth, axis=1)[:, k - 1 : k] + 1e-9).mean()
     # A graph over inner products of vectors of unequal length misses more: the gate is there to notice.
     floor = 0.7 if family in {IndexFamily.HNSW, IndexFamily.HNSW_FLAT} and metric == "dot_product" else 0.9
     assert found == 1.0 if family is IndexFamily.FLAT or size < SIZES[-1] else found > floor
@@ -71,7 +74,7 @@ def test_a_batch_answers_as_single_queries_do(tmp_path: Path, family: IndexFamil
     for at in range(len(queries)):
         one = shard.search(queries[at : at + 1], 7)
         assert one.ids[0].tolist() == batch.ids[at].tolist()
-        assert one.scores[0].tolist() == batch.scores[at].tolist()
+        assert one.distances[0].tolist() == batch.distances[at].tolist()
 
 
 @pytest.mark.parametrize("family", IndexFamily)
@@ -91,7 +94,8 @@ def test_equal_vectors_come_back_full_and_with_the_right_score(
     hits = make(tmp_path, vectors, family=family, metric=metric).search(vectors[:2], 10)
     assert hits.counts.tolist() == [10, 10]
     assert all(len(set(row.tolist())) == 10 for row in hits.ids)
-    np.testing.assert_allclose(hits.scores, exact_distances(vectors[:2], vectors[:10], metric), rtol=1e-6, atol=1e-6)
+    scores = exact_distances(vectors[:2], vectors[:10], metric)
+    np.testing.assert_allclose(hits.distances, scores, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", DistanceMetric)
@@ -102,7 +106,7 @@ def test_a_scan_tells_apart_what_float32_products_cannot(tmp_path: Path, metric:
     truth = np.argsort(exact_distances(queries, vectors, metric), axis=1, kind="stable")[:, :5]
     shard = make(tmp_path, vectors, metric=metric, in_memory=True)
     scores = np.take_along_axis(exact_distances(queries, vectors, metric), truth, axis=1)
-    np.testing.assert_allclose(shard.search(queries, 5).scores, scores, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(shard.search(queries, 5).distances, scores, rtol=1e-9, atol=1e-12)
 
 
 def test_a_scan_breaks_ties_by_id(tmp_path: Path) -> None:
@@ -178,7 +182,7 @@ def test_foreign_shards_are_searched_in_the_declared_metric(tmp_path: Path, stat
     truth = exact_distances(queries, vectors, metric)
     hits = shard.search(queries, 5)
     assert hits.ids.tolist() == np.argsort(truth, axis=1)[:, :5].tolist()
-    np.testing.assert_allclose(hits.scores, np.sort(truth, axis=1)[:, :5], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(hits.distances, np.sort(truth, axis=1)[:, :5], rtol=1e-6, atol=1e-6)
 
 
 def test_rows_that_the_index_leaves_out_are_found_all_the_same(tmp_path: Path) -> None:
@@ -187,8 +191,8 @@ def test_rows_that_the_index_leaves_out_are_found_all_the_same(tmp_path: Path) -
     shard = make(tmp_path, vectors, family=IndexFamily.IVF_FLAT)
     hits = shard.search(vectors[:1], 50)
     assert hits.counts.tolist() == [50]
-    assert set(hits.ids[0][hits.scores[0] < 1].tolist()) <= set(range(40))
-    assert np.isclose(hits.scores[0], 1.0).sum() >= 10
+    assert set(hits.ids[0][hits.distances[0] < 1].tolist()) <= set(range(40))
+    assert np.isclose(hits.distances[0], 1.0).sum() >= 10
 
 
 def test_repeated_foreign_ids_do_not_crowd_out_others(tmp_path: Path) -> None:
@@ -229,7 +233,7 @@ def test_small_shards_and_equal_vectors_are_indexed_in_every_family(
             hits = shard.search(queries, 5)
             assert hits.counts.tolist() == [k] * 4
             found = np.take_along_axis(truth, hits.ids[:, :k], axis=1)
-            np.testing.assert_allclose(hits.scores[:, :k], found, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(hits.distances[:, :k], found, rtol=1e-6, atol=1e-6)
             assert (found <= np.sort(truth, axis=1)[:, k - 1 : k] + 1e-9).mean() > 0.9
             table: Any = lancedb.connect(folder).open_table("vector_index")
             assert table.schema.field("vector").type.value_type == pa.type_for_alias(vector_type)
@@ -284,7 +288,7 @@ def test_raw_search_is_that_of_a_reader_without_options(tmp_path: Path) -> None:
     for at, query in enumerate(queries):
         found = table.search(query).limit(5).to_arrow()
         assert hits.ids[at].tolist() == found["id"].to_pylist()
-        np.testing.assert_allclose(hits.scores[at], found["_distance"].to_numpy())
+        np.testing.assert_allclose(hits.distances[at], found["_distance"].to_numpy())
 
 
 def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -453,7 +457,7 @@ def test_rows_of_strangers_that_are_not_finite_are_in_no_answer(
     assert hits.counts.tolist() == [49] * 4
     assert [sorted(ids) for ids in hits.ids[:, :49].tolist()] == [others.tolist()] * 4
     truth = np.sort(exact_distances(queries, vectors[others], metric), axis=1)
-    np.testing.assert_allclose(hits.scores[:, :49], truth, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(hits.distances[:, :49], truth, rtol=1e-6, atol=1e-6)
     assert shard.payloads(hits.rows[0, :49]) == [{"n": n} for n in hits.ids[0, :49].tolist()]
     np.testing.assert_array_equal(shard.vectors(hits.rows[0, :49]), vectors[hits.ids[0, :49]])
 

@@ -178,7 +178,7 @@ def test_rows_of_strangers_may_lie_in_any_order_with_gaps(tmp_path: Path, in_mem
     hits = shard.search(queries, 12)
     assert shard.rows == kept.sum()
     assert hits.ids.tolist() == rowids[kept][order].tolist()
-    np.testing.assert_allclose(hits.scores, scores, rtol=1e-6)
+    np.testing.assert_allclose(hits.distances, scores, rtol=1e-6)
     np.testing.assert_array_equal(shard.vectors(hits.rows[0]), vectors[kept][order[0]])
 
 
@@ -194,7 +194,7 @@ def test_zero_and_nan_rows_of_strangers_harm_no_answer(tmp_path: Path, metric: D
     hits = shard.search(queries, 40)
     assert hits.counts.tolist() == [38] * 4
     assert hits.ids[:, :38].tolist() == np.flatnonzero(finite)[order].tolist()
-    np.testing.assert_allclose(hits.scores[:, :38], scores, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(hits.distances[:, :38] + metric.score_of_zero, scores, rtol=1e-6, atol=1e-9)
     assert (hits.counts <= 40).all()
     assert not set(shard.search_raw(queries, 40).ids[0].tolist()) & {3, 5} - {0}
 
@@ -213,7 +213,7 @@ def test_blocks_and_memory_agree_over_several_blocks(tmp_path: Path, monkeypatch
     build(tmp_path, table_of([f"x{n}" for n in range(5000)], vectors))
     whole, blocks = opened(tmp_path).search(queries, 25), opened(tmp_path, in_memory=False).search(queries, 25)
     assert whole.ids.tolist() == blocks.ids.tolist()
-    assert whole.scores.tolist() == blocks.scores.tolist()
+    assert whole.distances.tolist() == blocks.distances.tolist()
     assert whole.rows.tolist() == blocks.rows.tolist()
 
 
@@ -223,8 +223,8 @@ def test_raw_scores_are_those_of_the_extension(tmp_path: Path, metric: DistanceM
     build(tmp_path, table_of(list(range(300)), vectors), metric)
     shard = opened(tmp_path, metric)
     exact, raw = shard.search(queries, 10), shard.search_raw(queries, 10)
-    expected = np.sqrt(exact.scores) if metric is DistanceMetric.L2 else exact.scores
-    np.testing.assert_allclose(raw.scores, expected, rtol=1e-4, atol=1e-6)
+    expected = np.sqrt(exact.distances) if metric is DistanceMetric.L2 else exact.distances
+    np.testing.assert_allclose(raw.distances, expected, rtol=1e-4, atol=1e-6)
     assert shard.search(queries, 5000).counts.tolist() == [300] * 5
     with pytest.raises(QueryError, match="top_k 4097 is more than 4096"):
         shard.search_raw(queries, 4097)
@@ -479,7 +479,7 @@ def test_a_scan_is_right_for_numbers_of_any_size(size: float, metric: DistanceMe
     hits = MemoryScan(pa.array(np.arange(60)), np.arange(60), vectors, metric).search(queries, 5)
     order, scores = brute_force(queries, vectors, metric, 5)
     assert hits.ids.tolist() == order.tolist()
-    np.testing.assert_allclose(hits.scores, scores, rtol=1e-9)
+    np.testing.assert_allclose(hits.distances + metric.score_of_zero, scores, rtol=1e-9)
 
 
 def test_mixed_values_are_ranked_numbers_first() -> None:

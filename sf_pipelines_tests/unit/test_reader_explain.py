@@ -17,7 +17,7 @@ from sf_pipelines.snapshot.routing.lsh import LshRouting
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.faces import Face, unified_reader, vector_reader
 from sf_pipelines_tests.snapshots import clustered, publish, publish_by_hand
-from sf_pipelines_tests.tables import exact_distances
+from sf_pipelines_tests.tables import exact_scores
 
 DIM, SHARDS = 8, 5
 VECTORS = clustered(60, DIM)
@@ -60,7 +60,7 @@ def test_clusters_are_as_far_as_their_centroids(tmp_path: Path, face: Face, metr
     write(tmp_path / "store", ClusterRouting(centroids, metric), metric)
     with vector_reader(face, tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
         for query in QUERIES:
-            true = exact_distances(query[None], reader._core.state.routing.matrix, metric)[0]
+            true = exact_scores(query[None], reader._core.state.routing.matrix, metric)[0]
             for probes in (None, 1, 3, 99):
                 explained = reader.explain(query, num_probes=probes)
                 asked = [shard.db_id for shard in explained.shards if shard.asked]

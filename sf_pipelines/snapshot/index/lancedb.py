@@ -26,8 +26,8 @@ from sf_pipelines.snapshot.index.protocol import (
     VectorType,
 )
 from sf_pipelines.snapshot.index.ranking import distinct, first_k, id_ranks, id_values, replaced
-from sf_pipelines.snapshot.index.scan import MemoryScan
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
+from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
 
 if TYPE_CHECKING:
     from lancedb.index import HnswFlat, HnswSq, IvfFlat, IvfSq
@@ -53,6 +53,7 @@ _STORED_COLUMNS = frozenset({"id", "vector", "payload"})
 _SCAN_BYTES = 64 * 1024 * 1024
 # Payloads fetched one by one up to this many: a call that takes several at once costs 20 us.
 _FEW = 16
+_EPS, _TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 # Queries of one call: the library plans and buffers each of them separately, all at once.
 _BATCH = 64
 # Scanning 1,000 rows of 8-bit numbers costs less than telling 1,000 rows apart by more centres, and building an index
@@ -164,38 +165,43 @@ class LanceDBShard:
         return self._memory() if self._scans else None
 
     def search(self, queries: Float32, k: int) -> ShardHits:
-        """Nearest rows with exact scores: by scan where that is cheap or no index helps, else by index."""
+        """Nearest rows with exact distances: by scan where that is cheap or no index helps, else by index."""
         if self._scans or _over_fetch(k) * 2 >= self.rows:
             return self._scan_search(queries, k)
-        hits = self._index_search(queries, k)
+        hits, blurred = self._index_search(queries, k)
         # The library leaves out rows that it cannot rank (zero vectors under cosine), and a stranger's repeated id
         # crowds out others; a scan knows all rows.
-        short = np.flatnonzero(hits.counts < k)
-        return hits if not len(short) else replaced(hits, short, self._scan_search(queries[short], k))
+        doubtful = np.flatnonzero((hits.counts < k) | blurred)
+        return hits if not len(doubtful) else replaced(hits, doubtful, self._scan_search(queries[doubtful], k))
 
     def _scan_search(self, queries: Float32, k: int) -> ShardHits:
         return self._memory().search(queries, k)
 
-    def _index_search(self, queries: Float32, k: int) -> ShardHits:
+    def _index_search(self, queries: Float32, k: int) -> tuple[ShardHits, NDArray[np.bool_]]:
+        """The hits, and for which queries the library could not tell near rows from others, shape (n,)."""
         fetch = _over_fetch(k)
         found = self._query(queries, fetch, ["id", "vector", "_distance"], declared=True)
         query = found["query_index"].to_numpy()
         ids, rows = self._ids(found), found["_rowid"].to_numpy().astype(np.int64)
         ranks = id_ranks(ids)
-        scores = pair_distances(queries[query], _matrix(found["vector"], self._dim), self._metric)
-        kept = distinct(query, scores, ranks)
-        best = first_k(query[kept], scores[kept], ranks[kept], len(queries), k)
+        vectors = _matrix(found["vector"], self._dim)
+        distances = pair_distances(queries[query], vectors, self._metric)
+        kept = distinct(query, distances, ranks)
+        best = first_k(query[kept], distances[kept], ranks[kept], len(queries), k)
         chosen = kept[best.flat]
-        return best.hits(rows[chosen], ids.take(pa.array(chosen)), scores[kept])
+        hits = best.hits(rows[chosen], ids.take(pa.array(chosen)), distances[kept])
+        theirs = found["_distance"].to_numpy().astype(np.float64)
+        error = _library_error(queries, query, vectors, theirs, self._metric)
+        return hits, _blurred(query, theirs, distances, error, len(queries), k)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
         """No options, the library's own distance for a score."""
         found = self._query(queries, k, ["id", "_distance"], declared=False)
         query = found["query_index"].to_numpy()
-        scores = found["_distance"].to_numpy().astype(np.float64)
-        best = first_k(query, scores, np.arange(len(query)), len(queries), k)
+        distances = found["_distance"].to_numpy().astype(np.float64)
+        best = first_k(query, distances, np.arange(len(query)), len(queries), k)
         ids = self._ids(found).take(pa.array(best.flat))
-        return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, scores)
+        return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, distances)
 
     def _query(self, queries: Float32, k: int, columns: list[str], *, declared: bool) -> pa.Table:
         """Candidates of all queries; ``query_index`` says whose each is."""
@@ -343,7 +349,7 @@ def _index_config(
 
 
 def _halved(rows: pa.Table, folder: Path) -> pa.Table:
-    """The rows with their vectors as float16, which they must be already: routing and scores have seen them."""
+    """The rows with their vectors as float16, which they must be already: routing and ranking have seen them."""
     column: Any = rows.column("vector").combine_chunks()
     half = column.cast(pa.list_(pa.float16(), column.type.list_size))
     if not half.cast(column.type).equals(column):
@@ -366,8 +372,55 @@ def _index_filters(table: "Table", rows: pa.Table) -> None:
 
 
 def _over_fetch(k: int) -> int:
-    """Candidates to re-score: coarse scores swap neighbours, twice as many keep the true ones in."""
+    """Candidates to re-score: coarse distances swap neighbours, twice as many keep the true ones in."""
     return max(2 * k, k + 10)
+
+
+def _library_error(
+    queries: Float32, query: NDArray[np.int64], vectors: Float32, theirs: Float64, metric: DistanceMetric
+) -> Float64:
+    """How far the library's float32 distances may usually be off, for each pair; typical, not proven."""
+    dim = vectors.shape[1]
+    size = np.abs(theirs)
+    if metric is not DistanceMetric.L2:
+        size += 1.0
+    if metric is DistanceMetric.DOT_PRODUCT:
+        size += lengths_of(queries)[query] * lengths_of(vectors)
+    return (4 + math.sqrt(dim)) * _EPS * size + dim * _TINY
+
+
+def _blurred(
+    query: NDArray[np.int64], theirs: Float64, exact: Float64, error: Float64, n: int, k: int
+) -> NDArray[np.bool_]:
+    """For which queries the library's k-th candidate is as near as its last one, up to rounding, and in truth is not.
+
+    Rows that it has left out may then be nearer. So it is with nearly parallel vectors, and with vectors so short that
+    float32 has no room for the squares of what lies between them.
+
+    Args:
+        query: of each candidate.
+        theirs: the library's distances.
+        exact: distances.
+        error: of the library's distances.
+        n: number of queries.
+        k: hits wanted.
+    """
+    order = np.lexsort((theirs, query))
+    grouped, theirs, exact, error = query[order], theirs[order], exact[order], error[order]
+    ends = np.searchsorted(grouped, np.arange(n), side="right")
+    counts = np.diff(ends, prepend=0)
+    enough = np.flatnonzero(counts > k)
+    out = np.zeros(n, dtype=np.bool_)
+    last, kth = ends[enough] - 1, ends[enough] - counts[enough] + k - 1
+    # From here on they cannot be told from the last one.
+    limits = np.full(n, np.inf)
+    limits[enough] = theirs[last] - 2 * error[last]
+    close = np.flatnonzero(theirs >= limits[grouped])
+    nearest, furthest = np.full(n, np.inf), np.full(n, -np.inf)
+    np.minimum.at(nearest, grouped[close], exact[close])
+    np.maximum.at(furthest, grouped[close], exact[close])
+    out[enough] = (theirs[kth] >= limits[enough]) & (furthest > nearest)[enough]
+    return out
 
 
 def _probes(rows: int) -> int:

@@ -83,18 +83,18 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class ShardHits:
-    """Nearest rows of one shard for a batch of queries, nearest first, equal scores by id.
+    """Nearest rows of one shard for a batch of queries, nearest first, equal distances by id.
 
     Attributes:
         rows: row references within the shard, int64, shape (n, k), -1 where there is no hit.
         ids: int64 or objects (str; of mixed ids int and str), shape (n, k); 0 or None where there is no hit.
-        scores: float64, shape (n, k), NaN where there is no hit.
+        distances: as ``pair_distances`` gives them, float64, shape (n, k), NaN where there is no hit.
         counts: hits of each query, shape (n,).
     """
 
     rows: NDArray[np.int64]
     ids: IdArray
-    scores: Float64
+    distances: Float64
     counts: NDArray[np.int64]
 
 
@@ -134,7 +134,7 @@ class ShardIndex(Protocol):
         ...
 
     def search(self, queries: Float32, k: int) -> ShardHits:
-        """The nearest rows in the declared metric, with exact scores.
+        """The nearest rows in the declared metric, with exact distances.
 
         Args:
             queries: finite float32, shape (n, dim).

@@ -1,4 +1,4 @@
-"""The exact ranking that every index shares: by score, then by id."""
+"""The exact ranking that every index shares: by distance, then by id."""
 
 from typing import Any
 
@@ -28,36 +28,36 @@ class Selection:
         self._slot = slot
         self._shape = shape
 
-    def hits(self, rows: Int64, ids: Ids, scores: Float64) -> ShardHits:
+    def hits(self, rows: Int64, ids: Ids, distances: Float64) -> ShardHits:
         """Spreads values over (query, slot).
 
         Args:
             rows: row reference of each chosen candidate.
             ids: id of each chosen candidate.
-            scores: score of every candidate.
+            distances: of every candidate.
         """
         at = (self._query, self._slot)
         out_rows = np.full(self._shape, -1, dtype=np.int64)
         out_rows[at] = rows
-        out_scores = np.full(self._shape, np.nan)
-        out_scores[at] = scores[self.flat]
+        out_distances = np.full(self._shape, np.nan)
+        out_distances[at] = distances[self.flat]
         values = id_values(ids)
         out_ids = np.full(self._shape, 0 if values.dtype == np.int64 else None, dtype=values.dtype)
         out_ids[at] = values
-        return ShardHits(out_rows, out_ids, out_scores, np.bincount(self._query, minlength=self._shape[0]))
+        return ShardHits(out_rows, out_ids, out_distances, np.bincount(self._query, minlength=self._shape[0]))
 
 
-def first_k(query: Int64, scores: Float64, ranks: Int64, n: int, k: int) -> Selection:
-    """Chooses the k best candidates of each of n queries: by score, then by id.
+def first_k(query: Int64, distances: Float64, ranks: Int64, n: int, k: int) -> Selection:
+    """Chooses the k best candidates of each of n queries: by distance, then by id.
 
     Args:
         query: query of each candidate.
-        scores: score of each candidate.
+        distances: of each candidate.
         ranks: order of the candidates' ids.
         n: number of queries.
         k: most candidates of a query.
     """
-    order = np.lexsort((ranks, scores, query))
+    order = np.lexsort((ranks, distances, query))
     grouped = query[order]
     starts = np.searchsorted(grouped, np.arange(n))
     slot = np.arange(len(order)) - starts[grouped]
@@ -65,16 +65,16 @@ def first_k(query: Int64, scores: Float64, ranks: Int64, n: int, k: int) -> Sele
     return Selection(order[keep], grouped[keep], slot[keep], (n, k))
 
 
-def distinct(query: Int64, scores: Float64, ranks: Int64) -> Int64:
+def distinct(query: Int64, distances: Float64, ranks: Int64) -> Int64:
     """Positions of the candidates that are at a distance, of those with the same query and id the nearest only.
 
     Args:
         query: query of each candidate.
-        scores: score of each candidate.
+        distances: of each candidate.
         ranks: order of the candidates' ids; equal ids have equal ranks.
     """
-    order = np.lexsort((scores, ranks, query))
-    order = order[np.isfinite(scores[order])]
+    order = np.lexsort((distances, ranks, query))
+    order = order[np.isfinite(distances[order])]
     new = np.ones(len(order), dtype=bool)
     new[1:] = (np.diff(query[order]) != 0) | (np.diff(ranks[order]) != 0)
     return order[new]
@@ -102,7 +102,7 @@ def replaced(hits: ShardHits, which: Int64, others: ShardHits) -> ShardHits:
     return ShardHits(
         merged(hits.rows, others.rows, -1),
         merged(hits.ids, others.ids, 0 if hits.ids.dtype == np.int64 else None),
-        merged(hits.scores, others.scores, np.nan),
+        merged(hits.distances, others.distances, np.nan),
         counts,
     )
 

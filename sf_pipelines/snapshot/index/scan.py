@@ -9,6 +9,7 @@ reading the vectors from memory; in batches of 100 it takes 0.05 ms a query. An 
 query, and 0.5 to 1.1 ms a query in batches.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -34,11 +35,11 @@ _EPS = float(np.finfo(np.float32).eps)
 _EPS64 = float(np.finfo(np.float64).eps)
 # The smallest normal float32: what a product below it loses, if such numbers are taken for 0.
 _TINY = float(np.finfo(np.float32).tiny)
-# Products of longer vectors may not fit into float32: then every pair is decided in float64.
-_LONGEST = 1e18
-# So it is under cosine where a vector is so short that the inverse of its length may not fit.
-_SHORTEST = 1e-30
-# Lengths that differ by less are one length for the rough keys: their bound is wider than that by far.
+# Beyond these lengths float32 has no room for products, or for inverse lengths: every pair is decided in float64.
+_SHORTEST, _LONGEST = 2.0**-96, 2.0**96
+# Queries of vectors with lengths far from 1 are multiplied by a power of 2 to this: so squares fit into float32, too.
+_POWERS = 64
+# Lengths that differ by less than this part are one for the rough keys: their bound is wider than that by far.
 _SAME_LENGTH = 1e-6
 # Numbers of one block of candidates: 4 million float64 are 32 MB.
 _BLOCK = 4_000_000
@@ -58,18 +59,18 @@ class Near:
         scan: that they are from.
         query: query of each candidate, int64, ascending.
         column: position of each candidate in the scan, int64.
-        key: rough key of each candidate, float32; larger is nearer. Keys of one query can be compared between the
-            shards of a snapshot. Infinite where float32 cannot tell.
+        key: rough key of each candidate, float32 or float64; larger is nearer. Keys of one query can be compared
+            between the shards of a snapshot. Infinite where float32 cannot tell.
         bound: most that a key may be off, float64, shape (n,).
-        best: keys of different rows among the best of each query, float32, shape (n, min(k, rows)).
+        best: keys of different rows among the best of each query, of the same type, shape (n, min(k, rows)).
     """
 
     scan: "MemoryScan"
     query: Int64
     column: Int64
-    key: Float32
+    key: Float32 | Float64
     bound: Float64
-    best: Float32
+    best: Float32 | Float64
 
 
 class MemoryScan:
@@ -117,24 +118,26 @@ class MemoryScan:
         if self._spread <= _SAME_LENGTH:
             lengths = lengths[:1]
         positive = np.where(lengths == 0, 1.0, lengths)
-        least = float(positive.min(initial=1.0))
-        self._by_pairs = self._longest > _LONGEST or (self.metric is DistanceMetric.COSINE and least < _SHORTEST)
+        cosine = self.metric is DistanceMetric.COSINE
+        least = float(positive.min(initial=1.0)) if cosine else self._longest or 1.0
+        self._by_pairs = self._longest > _LONGEST or least < _SHORTEST
+        self._power = -_POWERS * round(math.log2(self._longest) / _POWERS) if self._longest else 0
         self._most_inverse = 1.0 / least
-        kept = np.clip(positive, _SHORTEST, _LONGEST)
-        if self.metric is DistanceMetric.COSINE:
-            self._scale = (1.0 / kept).astype(np.float32)
+        if cosine:
+            self._scale = (1.0 / np.clip(positive, _SHORTEST, _LONGEST)).astype(np.float32)
         else:
-            self._scale = (np.square(np.minimum(lengths, _LONGEST)) / 2).astype(np.float32)
+            squares = np.square(np.minimum(lengths, _LONGEST)) / 2
+            self._scale = (squares * 2.0**self._power).astype(np.float32)
 
     def search(self, queries: Float32, k: int) -> ShardHits:
         """The true nearest rows; see ``ShardIndex.search``. Of a repeated id there may be several."""
         if not len(self.rows):
             return no_hits(len(queries), self.ids)
         near = self.near(queries, k)
-        scores = self.scores(queries, near.query, near.column)
-        best = first_k(near.query, scores, self.ranks[near.column], len(queries), near.best.shape[1])
+        distances = self.distances(queries, near.query, near.column)
+        best = first_k(near.query, distances, self.ranks[near.column], len(queries), near.best.shape[1])
         picked = near.column[best.flat]
-        return best.hits(self.rows[picked], take_ids(self.ids, picked), scores)
+        return best.hits(self.rows[picked], take_ids(self.ids, picked), distances)
 
     def near(
         self,
@@ -155,7 +158,7 @@ class MemoryScan:
             k: hits wanted.
             pool: see ``products``.
             lengths: ``lengths_of`` the queries, where they are known.
-            keys: ``products`` of the vectors with these queries, where they are known; they are overwritten.
+            keys: ``products`` of the vectors with these queries ``scaled``, where they are known; they are overwritten.
         """
         rows = len(self.rows)
         wanted = min(k * self.repeats, rows)
@@ -172,14 +175,16 @@ class MemoryScan:
             if by_pairs:
                 query, column, key, best = self._all_pairs(part, wanted)
             else:
-                table = products([(self.vectors, part)], pool)[0] if keys is None else keys
+                table = products([(self.vectors, self.scaled(part))], pool)[0] if keys is None else keys
                 query, column, key, best = self._candidates(part, table, bound[at : at + step], wanted)
             parts.append((query + at if at else query, column, key, best))
         joined = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
         query, column, key, best = joined
+        if self._power:
+            key, best = (np.ldexp(scaled.astype(np.float64), -self._power) for scaled in (key, best))
         return Near(self, query, column, key, bound, best)
 
-    def scores(self, queries: Float32, query: Int64, column: Int64) -> Float64:
+    def distances(self, queries: Float32, query: Int64, column: Int64) -> Float64:
         """The exact distance of each pair of a query and a position; it depends on nothing else."""
         step = max(1, _SCORED // self.vectors.shape[1])
         if len(query) <= step:
@@ -203,32 +208,36 @@ class MemoryScan:
             self.nbytes += ranks.nbytes
         return ranks
 
+    def scaled(self, queries: Float32) -> Float32:
+        """The queries as products with these vectors need them: as they are, unless the vectors are extreme."""
+        return np.ldexp(queries, self._power) if self._power else queries
+
     def too_large(self, lengths: Float64) -> bool:
         """Whether float32 cannot tell the rows apart for queries of these lengths."""
-        return self._by_pairs or float(lengths.max(initial=0.0)) > _LONGEST
+        longest = float(lengths.max(initial=0.0)) * 2.0**self._power
+        return self._by_pairs or longest * max(1.0, self._longest) > _LONGEST
 
     def _bound(self, lengths: Float64) -> Float64:
         """Most that the key of a row may be off, for queries of these lengths.
 
         |fl(x.y) - x.y| <= n eps |x||y| for any order of additions (Higham, Accuracy and Stability, 3.1), and n times
-        the smallest number for what is lost below it.
+        the smallest number for what is lost below it, of the products and of the scaled queries.
         """
         terms = self.vectors.shape[1] + 8
+        lost = terms * _TINY / 2.0**self._power
+        same = self._spread if self._spread <= _SAME_LENGTH else 0.0
         if self.metric is DistanceMetric.COSINE:
-            spread = self._spread if self._spread <= _SAME_LENGTH else 0.0
-            return (terms * _EPS + spread) * lengths + terms * _TINY * self._most_inverse
-        bound = terms * _EPS * self._longest * lengths + terms * _TINY
+            return (terms * _EPS + same) * lengths + lost * (1 + self._most_inverse)
+        bound = terms * _EPS * self._longest * lengths + lost * (1 + self._longest)
         if self.metric is DistanceMetric.L2:
-            same = self._spread if self._spread <= _SAME_LENGTH else 0.0
-            # The last term: scores of a query far away are rounded to the same number, and decided by id.
+            # The last term: distances of a query far away are rounded to the same number, and decided by id.
             return bound + (4 * _EPS + same) * self._longest**2 + terms * _EPS64 * np.square(lengths + self._longest)
-        # Of short vectors, products that differ may give one and the same 1 - x.y: a tie to be broken by id.
-        return bound + _EPS64
+        return bound
 
     def _candidates(
         self, queries: Float32, keys: Float32, bound: Float64, k: int
     ) -> tuple[Int64, Int64, Float32, Float32]:
-        """Query, position and key of each candidate, and the best keys of each query."""
+        """Query, position and key of each candidate, and the best keys of each query; keys are of scaled queries."""
         n, factor, offset = len(queries), np.float32(1), np.float32(0)
         if self.metric is DistanceMetric.COSINE:
             if len(self._scale) == 1:
@@ -242,7 +251,9 @@ class MemoryScan:
                 keys -= self._scale[:, None]
         best = _best_keys(keys, k)
         # In float32, rounded down: a float64 threshold would widen the whole table.
-        least = np.nextafter((best[:, 0] - 2 * bound / factor).astype(np.float32), np.float32(-np.inf))
+        with np.errstate(over="ignore"):
+            threshold = (best[:, 0] - 2 * np.ldexp(bound, self._power) / factor).astype(np.float32)
+        least = np.nextafter(threshold, np.float32(-np.inf))
         # Of a table with one axis numpy finds what is not zero twenty times faster.
         flat = np.flatnonzero(keys >= least)
         if len(flat) > _CROWD * k * n:
@@ -264,8 +275,8 @@ class MemoryScan:
     def _decided(self, queries: Float32, flat: Int64, k: int) -> tuple[Int64, Int64]:
         """Query and position of the k nearest among cells of the table (rows, queries)."""
         column, query = np.divmod(flat, len(queries))
-        scores = self.scores(queries, query, column)
-        best = first_k(query, scores, self.ranks[column], len(queries), k).flat
+        distances = self.distances(queries, query, column)
+        best = first_k(query, distances, self.ranks[column], len(queries), k).flat
         return query[best], column[best]
 
 
@@ -312,7 +323,7 @@ def near_all(
         return [_near_alone(scan, *_of(queries, lengths, which), k, pool) for scan, which in jobs]
     asked = [(scan, *_of(queries, lengths, which)) for scan, which in jobs]
     ready = [place for place, (scan, _, size) in enumerate(asked) if not scan.too_large(size)]
-    tables = products([(asked[place][0].vectors, asked[place][1]) for place in ready], pool)
+    tables = products([(asked[place][0].vectors, asked[place][0].scaled(asked[place][1])) for place in ready], pool)
     keys = dict(zip(ready, tables, strict=True))
     return [
         scan.near(part, k, pool=pool, lengths=size, keys=keys.get(place))
@@ -328,7 +339,7 @@ def _of(queries: Float32, lengths: Float64, which: Int64) -> tuple[Float32, Floa
     return (queries, lengths) if len(which) == len(queries) else (queries[which], lengths[which])
 
 
-def exact_scores(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, Int64]]) -> Float64:
+def exact_distances(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, Int64]]) -> Float64:
     """The exact distances of pairs from several scans of one metric, one after the other.
 
     Args:
@@ -337,8 +348,8 @@ def exact_scores(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, Int6
     """
     pairs = sum(len(query) for _, query, _ in parts)
     if len(parts) < 2 or pairs * queries.shape[1] > _SCORED:
-        scores = [scan.scores(queries, query, column) for scan, query, column in parts]
-        return np.concatenate(scores) if scores else np.empty(0)
+        distances = [scan.distances(queries, query, column) for scan, query, column in parts]
+        return np.concatenate(distances) if distances else np.empty(0)
     # Few pairs, as of a single query: calls cost more than the work.
     vectors = np.concatenate([scan.vectors[column] for scan, _, column in parts])
     query = np.concatenate([query for _, query, _ in parts])

@@ -164,7 +164,7 @@ class SqliteVecShard:
         return self._memory() if self._in_memory else None
 
     def search(self, queries: Float32, k: int) -> ShardHits:
-        """Nearest rows with exact scores, by scan. A stranger's row that is no number is in no answer."""
+        """Nearest rows with exact distances, by scan. A stranger's row that is no number is in no answer."""
         if self.rows == 0:
             with self._lock:
                 self._opened()
@@ -190,7 +190,7 @@ class SqliteVecShard:
         ids = np.full(hit.shape, 0 if values.dtype == np.int64 else None, dtype=values.dtype)
         ids[hit] = values
         best.rows[hit] = self._chunks.rowids[positions]
-        return ShardHits(best.rows, ids, best.scores, best.counts)
+        return ShardHits(best.rows, ids, best.distances, best.counts)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
         """The extension's own search and distance (l2 is not squared); rows without a distance are left out.
@@ -211,10 +211,10 @@ class SqliteVecShard:
             for number, query in enumerate(queries):
                 blob = query.astype("<f4").tobytes()
                 found += [(number, row, score) for row, score in file.query(sql, (blob, k)) if score is not None]
-        query, rows, scores = (np.array(part) for part in zip(*found, strict=True)) if found else [np.empty(0)] * 3
-        best = first_k(query.astype(np.int64), scores.astype(np.float64), np.arange(len(found)), len(queries), k)
+        query, rows, distances = (np.array(part) for part in zip(*found, strict=True)) if found else [np.empty(0)] * 3
+        best = first_k(query.astype(np.int64), distances.astype(np.float64), np.arange(len(found)), len(queries), k)
         rows = rows.astype(np.int64)[best.flat]
-        return best.hits(rows, take_ids(self._ids, self._positions(rows)), scores)
+        return best.hits(rows, take_ids(self._ids, self._positions(rows)), distances)
 
     def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
         """Payload of each row, parsed; text that is no JSON object gives None."""
@@ -384,7 +384,7 @@ def _nearest(one: ShardHits, other: ShardHits, k: int) -> ShardHits:
     rows = np.concatenate([one.rows, other.rows], axis=1)
     hit = rows >= 0
     query = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)[hit]
-    scores = np.concatenate([one.scores, other.scores], axis=1)[hit]
+    distances = np.concatenate([one.distances, other.distances], axis=1)[hit]
     ranks = np.concatenate([one.ids, other.ids], axis=1)[hit]
-    best = first_k(query, scores, ranks, len(rows), k)
-    return best.hits(rows[hit][best.flat], pa.array(ranks[best.flat]), scores)
+    best = first_k(query, distances, ranks, len(rows), k)
+    return best.hits(rows[hit][best.flat], pa.array(ranks[best.flat]), distances)

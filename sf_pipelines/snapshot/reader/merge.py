@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
 from sf_pipelines.snapshot.index.ranking import distinct, first_k, is_numbers, rank_values
-from sf_pipelines.snapshot.index.scan import Near, exact_scores
+from sf_pipelines.snapshot.index.scan import Near, exact_distances
 from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
 
@@ -42,7 +42,7 @@ class Merged:
     """Answers with the places that they come from.
 
     Attributes:
-        arrays: ids, scores, counts.
+        arrays: the answers.
         shards: shard of each hit, shape (n, k), -1 where there is none.
         rows: its row reference within the shard, shape (n, k), -1 where there is none.
     """
@@ -61,11 +61,21 @@ class Candidates:
         places: most shards that a query asked.
         unique: no id is in two shards. Then candidates that others outdo are dropped across shards before they are
             scored, and ids need not be compared.
+        score_of_zero: of the metric; 0 where the shards answered with scores.
     """
 
-    def __init__(self, answers: Sequence[ShardAnswer], queries: Float32, places: int, *, unique: bool = False) -> None:
+    def __init__(
+        self,
+        answers: Sequence[ShardAnswer],
+        queries: Float32,
+        places: int,
+        *,
+        unique: bool = False,
+        score_of_zero: float = 0.0,
+    ) -> None:
         self._queries = queries
         self._places = places
+        self._score_of_zero = score_of_zero
         self._scans = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, Near)]
         self._indexed = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, ShardHits)]
         self._unique = unique and all(near.scan.repeats == 1 for _, near in self._scans)
@@ -114,16 +124,16 @@ class Candidates:
         return out
 
     def _scored(self, least: Float64 | None) -> "_Found":
-        """All hits with their exact scores, but for candidates whose key cannot reach the least of query and place."""
+        """All hits with exact distances, but for candidates whose key cannot reach the least of query and place."""
         parts = [_Part(answer, near, self._kept(answer, near, least)) for answer, near in self._scans]
         pairs = [(near.scan, part.query, part.position) for part, (_, near) in zip(parts, self._scans, strict=True)]
-        scores = [exact_scores(self._queries, pairs)]
+        distances = [exact_distances(self._queries, pairs)]
         for answer, hits in self._indexed:
-            own, slots = np.nonzero(np.isfinite(hits.scores) & (hits.rows >= 0))
+            own, slots = np.nonzero(np.isfinite(hits.distances) & (hits.rows >= 0))
             at = own, slots
             parts.append(_Part(answer, hits, at))
-            scores.append(hits.scores[at])
-        return _Found(parts, np.concatenate(scores), unique=self._unique)
+            distances.append(hits.distances[at])
+        return _Found(parts, np.concatenate(distances), unique=self._unique, score_of_zero=self._score_of_zero)
 
     def _kept(self, answer: ShardAnswer, near: Near, least: Float64 | None) -> tuple[Int64, Int64]:
         if least is None:
@@ -165,13 +175,15 @@ class _Found:
 
     Args:
         parts: of the shards.
-        scores: of all hits, in the order of the parts.
+        distances: of all hits, in the order of the parts.
         unique: no id of a query comes twice.
+        score_of_zero: what makes scores of them.
     """
 
-    def __init__(self, parts: list[_Part], scores: Float64, *, unique: bool) -> None:
+    def __init__(self, parts: list[_Part], distances: Float64, *, unique: bool, score_of_zero: float) -> None:
         none = np.empty(0, dtype=np.int64)
-        self.scores = scores
+        self.distances = distances
+        self._score_of_zero = score_of_zero
         self.query: Int64 = np.concatenate([none, *(part.query for part in parts)])
         self.place: Int64 = np.concatenate([none, *(part.place for part in parts)])
         self._rows: Int64 = np.concatenate([none, *(part.rows for part in parts)])
@@ -186,18 +198,18 @@ class _Found:
         self._ranks: Int64 | None = self._ids if self._numbers else None
 
     def best(self, hits: Int64, k: int) -> Int64:
-        """The k best of each query among these hits, by score, then by id; each id once. Ordered by query.
+        """The k best of each query among these hits, by distance, then by id; each id once. Ordered by query.
 
         Texts are ranked only where an answer depends on it.
         """
-        query, scores = self.query[hits], self.scores[hits]
+        query, distances = self.query[hits], self.distances[hits]
         if not self._unique:
-            hits = hits[distinct(query, scores, self._ranked[hits])]
-            query, scores = self.query[hits], self.scores[hits]
+            hits = hits[distinct(query, distances, self._ranked[hits])]
+            query, distances = self.query[hits], self.distances[hits]
         n = int(query.max(initial=-1)) + 1
-        if self._ranks is None and not _tied(query, scores):
-            return hits[first_k(query, scores, query, n, k).flat]
-        return hits[first_k(query, scores, self._ranked[hits], n, k).flat]
+        if self._ranks is None and not _tied(query, distances):
+            return hits[first_k(query, distances, query, n, k).flat]
+        return hits[first_k(query, distances, self._ranked[hits], n, k).flat]
 
     def table(self, best: Int64, n: int, k: int) -> Merged:
         """The chosen hits as tables of shape (n, k)."""
@@ -207,11 +219,12 @@ class _Found:
         whole = len(best) == n * k
         ids = np.empty((n, k), dtype=self._ids.dtype if whole else object)
         ids[at] = self._ids[best]
-        scores = np.full((n, k), np.nan)
-        scores[at] = self.scores[best]
+        distances = np.full((n, k), np.nan)
+        distances[at] = self.distances[best]
         shards, rows = np.full((n, k), -1, dtype=np.int64), np.full((n, k), -1, dtype=np.int64)
         shards[at], rows[at] = self._shards[best], self._rows[best]
-        return Merged(SearchArrays(ids, scores, counts), shards, rows)
+        scores = distances + self._score_of_zero if self._score_of_zero else distances
+        return Merged(SearchArrays(ids, scores, counts, distances), shards, rows)
 
     @property
     def _ranked(self) -> Int64:
@@ -229,7 +242,7 @@ def _kth(values: Float64, k: int) -> tuple[Float64, Float64]:
     return kept, kept[:, 0]
 
 
-def _tied(query: Int64, scores: Float64) -> bool:
-    """Whether a query has two hits of one score."""
-    order = np.lexsort((scores, query))
-    return bool(((np.diff(query[order]) == 0) & (np.diff(scores[order]) == 0)).any())
+def _tied(query: Int64, distances: Float64) -> bool:
+    """Whether a query has two hits at one distance."""
+    order = np.lexsort((distances, query))
+    return bool(((np.diff(query[order]) == 0) & (np.diff(distances[order]) == 0)).any())

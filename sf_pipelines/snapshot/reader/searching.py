@@ -41,7 +41,7 @@ Ask = Callable[[ShardIndex, Float32, int], ShardHits | Near]
 
 
 def exactly(index: ShardIndex, queries: Float32, k: int) -> ShardHits | Near:
-    """Nearest rows with exact scores; of a shard in memory those that may be, to be scored with those of others."""
+    """Nearest rows with exact distances; of a shard in memory those that may be, to be scored with those of others."""
     scan = index.scan()
     return index.search(queries, k) if scan is None else scan.near(queries, k)
 
@@ -289,7 +289,8 @@ class _Asking:
         return told
 
     def _joined(self, answers: Sequence[ShardAnswer], plan: Plan, queries: Float32) -> Candidates:
-        return Candidates(answers, queries, plan.shards.shape[1], unique=self._state.is_ours)
+        zero = self._state.metric.score_of_zero if self._ask is exactly else 0.0
+        return Candidates(answers, queries, plan.shards.shape[1], unique=self._state.is_ours, score_of_zero=zero)
 
     def _with_payloads(self, merged: Merged, *, include_vectors: bool) -> Steps[list[list[SearchResult]]]:
         """Fetches payloads, for the final hits only, shard by shard."""
@@ -386,11 +387,13 @@ def _parts(plan: Plan, k: int) -> Iterator[tuple[slice, Plan]]:
 
 def _joined(parts: list[SearchArrays], k: int) -> SearchArrays:
     if not parts:
-        return SearchArrays(np.empty((0, k), dtype=object), np.empty((0, k)), np.empty(0, dtype=np.int64))
+        nothing = np.empty((0, k))
+        return SearchArrays(nothing.astype(object), nothing, np.empty(0, dtype=np.int64), nothing)
     return SearchArrays(
         ids=np.concatenate([part.ids for part in parts]),
         scores=np.concatenate([part.scores for part in parts]),
         counts=np.concatenate([part.counts for part in parts]),
+        distances=np.concatenate([part.distances for part in parts]),
     )
 
 

@@ -44,7 +44,7 @@ class VectorSearchResponse:
     """Answer to one query.
 
     Attributes:
-        results: nearest first, equal scores by id.
+        results: nearest first, equal distances by id.
         num_shards_queried: number of ``shard_ids``.
         latency_ms: time from call to answer; of the whole batch in a batch.
         shard_ids: shards that were asked, in the order of the plan; empty shards count.
@@ -129,11 +129,14 @@ class SearchArrays:
             hits, an object array with None.
         scores: float64, shape (n, k), NaN where there is no hit.
         counts: hits of each query, shape (n,).
+        distances: what they are ranked by, of the shape of ``scores``: under dot_product ``-x·y``, of which the score
+            rounds small differences away; else the scores.
     """
 
     ids: NDArray[Any]
     scores: Float64
     counts: NDArray[np.int64]
+    distances: Float64
 
     def __repr__(self) -> str:
         return f"SearchArrays({self.ids.shape[0]} queries, up to {self.ids.shape[1]} hits each)"

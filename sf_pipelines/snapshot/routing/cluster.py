@@ -5,6 +5,7 @@ to each other than that bound, both distances are taken again by the canonical f
 additions), so an answer depends neither on the size of the batch nor on the BLAS at hand.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from sf_pipelines.snapshot.routing.product import (
     canonical_products,
     canonical_squares,
     lengths_of,
+    power_of,
     product_bound,
 )
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
@@ -219,7 +221,9 @@ def train_centroids(
     if len(sample) < num_dbs:
         raise ConfigError(f"num_dbs {num_dbs} is more than the {len(sample)} vectors to train on; use fewer shards")
     unit = metric is not DistanceMetric.L2
-    data = _unit_rows(sample) if unit else sample
+    # A power of two changes no digit, and near 1 float32 has room for the squares that k-means adds up.
+    power = 0 if unit else power_of(sample)
+    data = _unit_rows(sample) if unit else np.ldexp(sample, -power)
     # One thread: with several, the order of additions and with it the centroids would vary from run to run.
     with threadpool_limits(1), warnings.catch_warnings():
         # Fewer distinct vectors than shards is legal; it is reported as `distinct`.
@@ -229,15 +233,16 @@ def train_centroids(
         model: Any = KMeans(num_dbs, init="k-means++", n_init=one, max_iter=max_iter, tol=1e-4, random_state=seed)
         model.fit(data)
     centres = np.asarray(model.cluster_centers_, dtype=np.float32)
-    centroids = _unit_rows(centres) if unit else centres
+    centroids = _unit_rows(centres) if unit else np.ldexp(centres, power)
     return TrainedCentroids(
         centroids=centroids,
-        inertia=float(model.inertia_) / len(sample),
+        inertia=math.ldexp(float(model.inertia_) / len(sample), 2 * power),
         distinct=len(np.unique(centroids, axis=0)),
         rounds=int(model.n_iter_),
     )
 
 
 def _unit_rows(rows: Float32) -> Float32:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    wide = rows.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0).astype(np.float32)

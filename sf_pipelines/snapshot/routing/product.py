@@ -1,5 +1,6 @@
 """Products of vectors with trained rows: quick in float32 with a known error, canonical in float64."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -29,6 +30,11 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
 def lengths_of(vectors: Float32) -> Float32:
     """Euclidean lengths, shape (n,), to about ``dim`` roundings of float32."""
     return np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+
+
+def power_of(vectors: Float32) -> int:
+    """Power of two of the largest number: divided by it, that is below 1 and at least a half."""
+    return math.frexp(float(np.abs(vectors).max(initial=0.0)))[1]
 
 
 def product_bound(vectors: Float32, longest: float) -> Float32:

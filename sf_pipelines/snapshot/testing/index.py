@@ -240,6 +240,8 @@ def _distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float
     if metric is DistanceMetric.L2:
         return np.square(q[:, None, :] - r[None, :, :]).sum(axis=2)
     products = q @ r.T
+    if metric is DistanceMetric.DOT_PRODUCT:
+        return -products
     if metric is DistanceMetric.COSINE:
         products /= np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(r, axis=1)[None, :]
     return 1.0 - products
@@ -250,7 +252,7 @@ def _expect_exact(hits: ShardHits, truth: Float64, what: str) -> None:
     k = min(hits.rows.shape[1], truth.shape[1])
     _expect(hits.counts.tolist() == [k] * len(truth), f"{what}: {hits.counts.tolist()} hits, expected {k}")
     found = np.take_along_axis(truth, hits.ids[:, :k].astype(np.int64), axis=1)
-    np.testing.assert_allclose(hits.scores[:, :k], found, atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)
+    np.testing.assert_allclose(hits.distances[:, :k], found, atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)
     np.testing.assert_allclose(found, np.sort(truth, axis=1)[:, :k], atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)
     _expect(all(len(set(row)) == k for row in hits.ids[:, :k].tolist()), f"{what}: an id comes twice")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -271,11 +272,22 @@ def _read_config(path: Path) -> WriteConfig:
         fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: byte {error.start} is none of it") from None
+    except yaml.YAMLError as error:
+        # The library quotes the file, where the next value may be a secret: not even as the cause.
+        raise ConfigError(f"{path} is no YAML{_place_of(error)}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds no fields; write WriteConfig's fields as YAML, such as name: products")
     return WriteConfig(**{str(name): value for name, value in fields.items()})
+
+
+def _place_of(error: yaml.YAMLError) -> str:
+    """Where in the file and why, without what the file says there."""
+    mark = getattr(error, "problem_mark", None)
+    place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    problem = re.sub(r"'(?!<)[^']{2,}'", "'…'", getattr(error, "problem", None) or "")
+    return f"{place}: {problem}" if problem else place
 
 
 def _read_query(text: str) -> list[float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
-from pydantic import BaseModel, ValidationInfo, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, create_model, field_validator
 
 from sf_pipelines.components.scaffolder import VectorSnapshotScaffolder
 from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs
@@ -30,6 +30,10 @@ class VectorSnapshotAttributes(SnapshotOptions, WriteConfig):
 
 class _OpenModel(dg.Model):
     """A YAML model whose schema is that of ``VectorSnapshotAttributes``, with a template allowed for every value."""
+
+    # Which fields there are, and must be, is told by ``VectorSnapshotAttributes``: Dagster's own errors quote what was
+    # written, and a secret may be in it.
+    model_config = ConfigDict(extra="allow")
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -103,10 +107,7 @@ def _model_of(field: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
 
 def _yaml_model() -> type[BaseModel]:
     """The same fields with open types: a value may be a template, and is checked when that is filled in."""
-    fields: dict[str, Any] = {
-        name: (Any, ... if field.is_required() else None)
-        for name, field in VectorSnapshotAttributes.model_fields.items()
-    }
+    fields: dict[str, Any] = dict.fromkeys(VectorSnapshotAttributes.model_fields, (Any, None))
     return create_model("VectorSnapshotComponentModel", __base__=_OpenModel, **fields)
 
 

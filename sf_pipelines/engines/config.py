@@ -1,13 +1,22 @@
 """What a user says about an engine: the same words in YAML, in Python and as a Dagster resource."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.model import ConfigModel, describe_validation
 
+
+def _without_password(address: str | None) -> str | None:
+    if address is not None and "@" in address:
+        raise ValueError("has a user name or a password in it, which no engine takes")
+    return address
+
+
+# One of Spark Connect may have a token in it.
+Address = Annotated[str | None, AfterValidator(_without_password), Field(repr=False)]
 Workers = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -32,8 +41,10 @@ class DaskEngineSpec(ConfigModel):
         workers: processes of that local cluster; None is one for each core.
     """
 
+    secretive: ClassVar[bool] = True
+
     type: Literal["dask"] = "dask"
-    address: str | None = None
+    address: Address = None
     workers: Workers | None = None
 
     @model_validator(mode="after")
@@ -51,8 +62,10 @@ class RayEngineSpec(ConfigModel):
         task_cpus: cores that one task takes.
     """
 
+    secretive: ClassVar[bool] = True
+
     type: Literal["ray"] = "ray"
-    address: str | None = None
+    address: Address = None
     workers: Workers | None = None
     task_cpus: Annotated[float, Field(gt=0, le=1024)] = 1
 
@@ -71,19 +84,23 @@ class SparkEngineSpec(ConfigModel):
         workers: tasks at a time; None is one for each core that Spark says it has.
     """
 
+    secretive: ClassVar[bool] = True
+
     type: Literal["spark"] = "spark"
-    address: str | None = None
+    address: Address = None
     workers: Workers | None = None
 
 
 def _only_local(spec: Any, address: str | None) -> Any:
     if address is not None and spec.workers is not None:
-        raise ValueError(f"workers is for a cluster on this machine; the one at {address!r} has its own: leave it out")
+        raise ValueError("workers is for a cluster on this machine; the one at address has its own: leave it out")
     return spec
 
 
 EngineSpec = Annotated[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec, Field(discriminator="type")]
-_ADAPTER: TypeAdapter[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec] = TypeAdapter(EngineSpec)
+_ADAPTER: TypeAdapter[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec] = TypeAdapter(
+    EngineSpec, config=ConfigDict(hide_input_in_errors=True)
+)
 
 
 def engine_spec(fields: Mapping[str, Any]) -> LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec:

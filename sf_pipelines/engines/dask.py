@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
 from sf_pipelines.engines.local import THREAD_VARIABLES
+from sf_pipelines.snapshot.addresses import cause_of
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import (
@@ -77,8 +78,8 @@ class DaskEngine:
                 cluster = LocalCluster(n_workers=count, threads_per_worker=1, **local)
         try:
             client = Client(cluster if cluster is not None else address)
-        except (OSError, TimeoutError) as error:
-            raise EngineError(f"no Dask scheduler answers at {address}: {error}") from error
+        except (OSError, TimeoutError, ValueError) as error:
+            raise EngineError(f"no Dask scheduler answers at {address}: {error}") from cause_of(error)
         engine = cls(client)
         engine._owned = [client, *([cluster] if cluster is not None else [])]
         return engine

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pyarrow as pa
 
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
+from sf_pipelines.snapshot.addresses import cause_of
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import (
@@ -71,7 +72,9 @@ class RayEngine:
             try:
                 ray.init(log_to_driver=False, **where)
             except (ConnectionError, OSError, RuntimeError) as error:
-                raise EngineError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from error
+                raise EngineError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from cause_of(
+                    error
+                )
         engine = cls(task_cpus)
         engine._owned = opened
         return engine

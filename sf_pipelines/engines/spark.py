@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import pyarrow as pa
 
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
+from sf_pipelines.snapshot.addresses import cause_of
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
@@ -83,7 +84,7 @@ class SparkEngine:
         except ImportError as error:
             raise MissingExtraError(f"{address} needs pyspark[connect]: pip install 'sf-pipelines[spark]'") from error
         except (PySparkException, OSError, RuntimeError) as error:
-            raise EngineError(f"no Spark at {address or 'this machine'}: {error}") from error
+            raise EngineError(f"no Spark at {address or 'this machine'}: {error}") from cause_of(error)
         engine = cls(session, workers)
         engine._owned = True
         return engine

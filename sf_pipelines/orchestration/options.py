@@ -2,7 +2,7 @@
 
 import os
 import zoneinfo
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import dagster as dg
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from sf_pipelines.engines import EngineSpec, engine_spec
+from sf_pipelines.snapshot.addresses import setting_fault
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.model import ConfigModel
@@ -34,6 +35,9 @@ class FromEnvironment(ConfigModel):
     Attributes:
         env: name of the variable.
     """
+
+    # What is given in place of a name is as likely the secret itself.
+    secretive: ClassVar[bool] = True
 
     env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -58,6 +62,7 @@ def _from_environment(value: Any) -> Any:
 
 
 TextOrEnvironment = Annotated[Annotated[str, Field(min_length=1)] | FromEnvironment, BeforeValidator(_from_environment)]
+_Secret = Annotated[TextOrEnvironment | None, Field(repr=False)]
 
 
 def text_of(value: str | FromEnvironment) -> str:
@@ -86,11 +91,21 @@ class S3ResourceOptions(ConfigModel):
         aws_session_token: for temporary credentials.
     """
 
+    secretive: ClassVar[bool] = True
+
     endpoint_url: TextOrEnvironment | None = None
     region_name: TextOrEnvironment | None = None
-    aws_access_key_id: TextOrEnvironment | None = None
-    aws_secret_access_key: TextOrEnvironment | None = None
-    aws_session_token: TextOrEnvironment | None = None
+    aws_access_key_id: _Secret = None
+    aws_secret_access_key: _Secret = None
+    aws_session_token: _Secret = None
+
+    @field_validator("endpoint_url", "region_name", "aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    @classmethod
+    def _a_client_can_send_it(cls, value: Any, info: ValidationInfo) -> Any:
+        # What the environment has is looked at where it is read.
+        if isinstance(value, str) and (fault := setting_fault(str(info.field_name), value)):
+            raise ValueError(fault)
+        return value
 
     def read(self) -> S3Options:
         """The credentials, with what the environment holds.

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
+from sf_pipelines.snapshot.addresses import location_fault, setting_fault
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.model import ConfigModel
@@ -46,7 +47,7 @@ class S3Options(ConfigModel):
     longer than that altogether, from the first request on.
 
     Attributes:
-        endpoint_url: for servers other than AWS; ``http://`` is allowed when it says so.
+        endpoint_url: for servers other than AWS, as in ``http://127.0.0.1:9000``; without credentials in it.
         region: bucket's region.
         access_key_id: key id.
         secret_access_key: secret.
@@ -55,13 +56,23 @@ class S3Options(ConfigModel):
         retries: how often a request is repeated that failed in a way that may pass.
     """
 
+    secretive: ClassVar[bool] = True
+
     endpoint_url: str | None = None
     region: str | None = None
-    access_key_id: str | None = None
+    access_key_id: Annotated[str | None, Field(repr=False)] = None
     secret_access_key: SecretStr | None = None
     session_token: SecretStr | None = None
     timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
     retries: Annotated[int, Field(ge=0, le=100)] = 4
+
+    @field_validator("endpoint_url", "region", "access_key_id", "secret_access_key", "session_token")
+    @classmethod
+    def _a_client_can_send_it(cls, value: str | SecretStr | None, info: ValidationInfo) -> str | SecretStr | None:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if text is not None and (fault := setting_fault(str(info.field_name), text)):
+            raise ValueError(fault)
+        return value
 
 
 class KeyValueSpec(ConfigModel):
@@ -289,9 +300,13 @@ class WriteConfig(ConfigModel):
     batch_rows: Annotated[int, Field(gt=0, le=1_000_000)] = 8192
     s3: S3Options | None = None
 
-    @field_validator("store")
+    @field_validator("source", "store")
     @classmethod
-    def _store_has_no_trailing_slash(cls, value: str) -> str:
+    def _can_be_opened(cls, value: str, info: ValidationInfo) -> str:
+        if fault := location_fault(value):
+            raise ValueError(fault)
+        if info.field_name == "source":
+            return value
         # A trailing slash would give keys with "//", which object clients refuse.
         stripped = value.rstrip("/")
         if value.startswith("s3://") and "/" not in stripped.removeprefix("s3://"):

@@ -6,12 +6,17 @@ help (``retryable``), and is also the builtin that a Python user would expect (`
 
 from typing import ClassVar
 
+from sf_pipelines.snapshot.addresses import without_secrets
+
 
 class SfPipelinesError(Exception):
-    """Root of everything that this package raises on purpose."""
+    """Root of everything that this package raises on purpose. Its message shows no secrets of addresses in it."""
 
     kind: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 # Fix the configuration.
@@ -95,6 +100,18 @@ class ObjectMissingError(StoreError, FileNotFoundError):
     """An object that must be there is not."""
 
     kind = "store.missing"
+
+
+class BucketMissingError(StoreError, FileNotFoundError):
+    """There is no such bucket."""
+
+    kind = "store.no_bucket"
+
+
+class DiskFullError(StoreError):
+    """A disk of this machine is full: that of scratch files, of copies of shards, or of a local store."""
+
+    kind = "store.disk_full"
 
 
 class ConditionalWritesError(StoreError):
@@ -328,7 +345,7 @@ def error_of_kind(kind: str, message: str) -> SfPipelinesError:
     for found in classes:
         classes.extend(found.__subclasses__())
         # Those with more to say than a message are raised by no task. Builtin bases have an initialiser each.
-        ours = (base for base in found.__mro__ if issubclass(base, SfPipelinesError))
+        ours = set(found.__mro__).intersection(classes) - {SfPipelinesError}
         if found.kind == kind and not any("__init__" in vars(base) for base in ours):
             return found(message)
     return SfPipelinesError(message)

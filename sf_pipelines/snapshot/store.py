@@ -10,25 +10,29 @@ import fcntl
 import hashlib
 import io
 import os
-import re
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
-from urllib.parse import quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote, unquote
 
 import stamina
 from obstore import exceptions as obstore_errors
 from obstore import open_writer
 from obstore.store import LocalStore, MemoryStore, S3Store
 
+from sf_pipelines.snapshot.addresses import cause_of, location_fault, without_secrets
+from sf_pipelines.snapshot.client import Credentials, first_line, s3_client, store_error
 from sf_pipelines.snapshot.errors import (
     ConfigError,
+    IntegrityError,
     ObjectMissingError,
     ReaderForkedError,
+    SfPipelinesError,
     SourceChangedError,
     StoreDeniedError,
     StoreError,
@@ -37,8 +41,10 @@ from sf_pipelines.snapshot.errors import (
 )
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
-    from obstore.store import S3Config
+    from obstore import GetOptions, GetResult
+
+# Of objects that are read whole; those that are small by nature have a limit of their own.
+MAX_WHOLE_BYTES = 256 * 1024 * 1024
 
 _CHUNK = 4 * 1024 * 1024
 _PART = 32 * 1024 * 1024
@@ -48,24 +54,10 @@ _COPIED_AT_ONCE = 5 * 1024**3
 _DELETED_TOGETHER = 1000
 _LOCK_NAME = ".sf_pipelines.lock"
 _QUOTE_SAFE = "/:=@+,~"
-# Of stores that are opened without options; as the defaults of S3Options.
-_TIMEOUT, _RETRIES = 60.0, 4
 
 _memory_stores: dict[str, MemoryStore] = {}
 # The process that first read or wrote by obstore, if one did: its threads are not in processes forked from it.
 _first_users: list[int] = []
-
-
-class Credentials(Protocol):
-    """What a store needs to know of S3 options (see ``config.S3Options``)."""
-
-    endpoint_url: str | None
-    region: str | None
-    access_key_id: str | None
-    secret_access_key: Any
-    session_token: Any
-    timeout: float
-    retries: int
 
 
 @dataclass(frozen=True)
@@ -111,23 +103,25 @@ class Store:
             create: make a local folder that does not exist; S3 needs no folders.
 
         Raises:
-            ConfigError: the location has an unknown scheme or no bucket.
+            ConfigError: the location has an unknown scheme, no bucket or a prefix that cannot be, or the environment
+                has an endpoint, a region or credentials that no client can use.
             ObjectMissingError: a local folder does not exist and ``create`` is off.
             StoreError: a local folder cannot be made.
         """
         text = str(location)
+        shown = repr(without_secrets(text))
+        if fault := location_fault(text):
+            raise ConfigError(f"store {shown} {fault}")
         scheme, rest = text.split("://", 1) if "://" in text else ("file", text)
         if scheme == "s3":
             bucket, _, prefix = rest.partition("/")
-            if not bucket:
-                raise ConfigError(f"store {text!r} has no bucket; write s3://bucket/prefix")
             prefix = prefix.strip("/")
             url = f"s3://{bucket}/{prefix}".rstrip("/")
-            return cls(url, _s3_backend(bucket, prefix, s3))
+            return cls(url, s3_client(bucket, prefix, s3))
         if scheme == "memory":
             return cls(text.rstrip("/"), _memory_stores.setdefault(rest.rstrip("/"), MemoryStore()))
         if scheme != "file":
-            raise ConfigError(f"store {text!r}: unknown scheme {scheme}://; use s3://bucket/prefix or a local path")
+            raise ConfigError(f"store {shown}: unknown scheme {scheme}://; use s3://bucket/prefix or a local path")
         root = Path(unquote(rest) if "://" in text else rest).expanduser().absolute()
         return cls(
             f"file://{quote(str(root), safe=_QUOTE_SAFE)}", LocalStore(prefix=_folder(root, create=create)), root
@@ -141,25 +135,33 @@ class Store:
 
     # Reading.
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *, limit: int = MAX_WHOLE_BYTES) -> bytes:
         """The whole object.
+
+        Args:
+            key: the object.
+            limit: most bytes that it may have; its size is looked at before any is read.
 
         Raises:
             ObjectMissingError: no such key.
+            IntegrityError: it is larger than the limit.
             StoreError: anything else.
         """
-        return self.get_versioned(key).data
+        return self.get_versioned(key, limit=limit).data
 
-    def get_versioned(self, key: str) -> Versioned:
-        """The whole object and its version."""
+    def get_versioned(self, key: str, *, limit: int = MAX_WHOLE_BYTES) -> Versioned:
+        """The whole object and its version; errors as of ``get``."""
         with self._translated("read", key):
-            result = self._backend.get(key)
+            result = self._open(key)
+            size = result.meta["size"]
+            if size > limit:
+                raise IntegrityError(f"{self.url_of(key)} has {size:,} bytes, more than the {limit:,} that are read")
             return Versioned(bytes(result.bytes()), result.meta["e_tag"])
 
-    def find(self, key: str) -> Versioned | None:
+    def find(self, key: str, *, limit: int = MAX_WHOLE_BYTES) -> Versioned | None:
         """The object and its version, or None when it is not there."""
         try:
-            return self.get_versioned(key)
+            return self.get_versioned(key, limit=limit)
         except ObjectMissingError:
             return None
 
@@ -174,6 +176,7 @@ class Store:
     def head(self, key: str) -> ObjectInfo:
         """Size and version without the bytes."""
         with self._translated("look at", key):
+            self._require_file(key)
             return _info(self._backend.head(key))
 
     def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -209,7 +212,7 @@ class Store:
                 options: GetOptions = {"range": (start, end)}
                 if info.etag:
                     options["if_match"] = info.etag
-                return bytes(self._backend.get(info.key, options=options).bytes())
+                return bytes(self._open(info.key, options).bytes())
             except (obstore_errors.PreconditionError, FileNotFoundError) as error:
                 raise SourceChangedError(
                     f"{self.url_of(info.key)} changed while it was read (pinned etag {info.etag}); build again"
@@ -240,7 +243,7 @@ class Store:
 
     def _chunks(self, key: str) -> Iterator[bytes]:
         """The bytes of one version of an object. A request has a time limit: large objects take several requests."""
-        result = self._backend.get(key)
+        result = self._open(key)
         size, etag = result.meta["size"], result.meta["e_tag"]
         if size <= _PART:
             yield from map(bytes, result.stream(min_chunk_size=_CHUNK))
@@ -249,7 +252,23 @@ class Store:
             options: GetOptions = {"range": (start, min(start + _PART, size))}
             if etag:
                 options["if_match"] = etag
-            yield from map(bytes, self._backend.get(key, options=options).stream(min_chunk_size=_CHUNK))
+            yield from map(bytes, self._open(key, options).stream(min_chunk_size=_CHUNK))
+
+    def _open(self, key: str, options: "GetOptions | None" = None) -> "GetResult":
+        self._require_file(key)
+        return self._backend.get(key, options=options)
+
+    def _require_file(self, key: str) -> None:
+        """Refuses what is no regular file on local disk: a read of a pipe or a device may wait, or go on, for ever."""
+        if self.local_root is None:
+            return
+        try:
+            mode = (self.local_root / key).stat().st_mode
+        except FileNotFoundError:
+            # The library knows what else the key may mean.
+            return
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise IntegrityError(f"{self.url_of(key)} is no regular file; remove it")
 
     # Writing.
 
@@ -302,6 +321,7 @@ class Store:
                 # Not closed after an error: closing would give half of the object its name.
                 writer.close()
             else:
+                self._require_file(source)
                 self._backend.copy(source, target)
 
     def delete(self, key: str) -> None:
@@ -363,15 +383,18 @@ class Store:
         path = root / key
         with self._translated("write", key), (root / _LOCK_NAME).open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists() or path.read_bytes() != expected.data:
+            if not path.is_file() or path.stat().st_size != len(expected.data) or path.read_bytes() != expected.data:
                 return False
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            try:
+                # The mode is that of any new file: what the user's umask leaves of it.
+                with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
             return True
 
     # Odds and ends.
@@ -386,16 +409,15 @@ class Store:
         _check_process(where)
         try:
             yield
-        except StoreError:
+        except SfPipelinesError:
             raise
-        except FileNotFoundError as error:
-            raise ObjectMissingError(f"{where}: it does not exist") from error
-        except (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError) as error:
-            raise StoreDeniedError(f"{where}: {_first_line(error)}") from error
-        except (obstore_errors.InvalidPathError, ValueError) as error:
-            raise StoreError(f"{where}: {_first_line(error)}") from error
-        except (obstore_errors.BaseError, OSError) as error:
-            raise StoreUnavailableError(f"{where}: {_first_line(error)}") from error
+        except (obstore_errors.BaseError, OSError, ValueError) as error:
+            raise store_error(where, error) from cause_of(error)
+        except BaseException as error:
+            # What the library makes of a bug of its own is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise StoreError(f"{where}: the client library panicked: {first_line(error)}") from cause_of(error)
 
 
 def _check_process(where: str) -> None:
@@ -455,41 +477,6 @@ class PinnedFile(io.RawIOBase):
         return self.read()
 
 
-def _s3_backend(bucket: str, prefix: str, s3: Credentials | None) -> S3Store:
-    options: dict[str, Any] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if s3 is not None:
-        endpoint = s3.endpoint_url or endpoint
-        secrets = {"secret_access_key": s3.secret_access_key, "session_token": s3.session_token}
-        options = {"region": s3.region, "access_key_id": s3.access_key_id}
-        options |= {name: value.get_secret_value() for name, value in secrets.items() if value is not None}
-    options = {name: value for name, value in options.items() if value is not None}
-    if endpoint:
-        options |= {"endpoint": endpoint, "virtual_hosted_style_request": "false"}
-    if "region" not in options and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-        options["region"] = "us-east-1"
-    timeout = _TIMEOUT if s3 is None else s3.timeout
-    return S3Store(
-        bucket,
-        prefix=prefix or None,
-        config=cast("S3Config", options),
-        client_options={
-            "allow_http": bool(endpoint and urlsplit(endpoint).scheme == "http"),
-            "timeout": timedelta(seconds=timeout),
-            "connect_timeout": timedelta(seconds=min(5.0, timeout)),
-        },
-        retry_config={
-            "max_retries": _RETRIES if s3 is None else s3.retries,
-            "retry_timeout": timedelta(seconds=timeout),
-            "backoff": {
-                "base": 2.0,
-                "init_backoff": timedelta(milliseconds=100),
-                "max_backoff": timedelta(seconds=5),
-            },
-        },
-    )
-
-
 def _folder(root: Path, *, create: bool) -> Path:
     """A local store needs its folder: made here, so that a store that cannot be written fails before any work."""
     if create:
@@ -505,9 +492,3 @@ def _folder(root: Path, *, create: bool) -> Path:
 
 def _info(meta: Any) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"])
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    line = text[0] if text else type(error).__name__
-    return re.sub(r"(?i)(signature|credential|token)=[^&\s]+", r"\1=…", line)[:400]

@@ -133,7 +133,8 @@ def test_wrong_fields_are_named(config: Path) -> None:
     assert code == 1
     flat = " ".join(text.split())
     assert "WriteConfig.num_dbs: should be greater than 0 (got 0)" in flat
-    assert "WriteConfig.colour: unknown field (got 'red')" in flat
+    assert "WriteConfig.colour: unknown field" in flat
+    assert "red" not in flat
 
 
 def test_what_is_stored_is_shown_as_it_is(config: Path, tmp_path: Path) -> None:

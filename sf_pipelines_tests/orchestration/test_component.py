@@ -181,8 +181,30 @@ def test_the_line_of_a_wrong_field_is_that_of_the_file() -> None:
     assert "products/defs.yaml:13: attributes.schedule.timezone: is no time zone" in told
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"s3": {"aws_secret_acces_key": "hush-hush"}}, "s3.aws_secret_acces_key"),
+        ({"s3": {"secret_access_key": ["hush-hush"]}}, "s3.secret_access_key"),
+        ({"s3": {"endpoint_url": "http://key:hush-hush@127.0.0.1"}}, "s3.endpoint_url"),
+        ({"s3": "hush-hush"}, "s3"),
+        ({"s3_resource": {"secret_access_key": "hush-hush"}}, "s3_resource.secret_access_key"),
+        ({"s3_resource": {"aws_secret_access_key": {"env": "hush-hush"}}}, "s3_resource.aws_secret_access_key.env"),
+        ({"secret_access_key": "hush-hush"}, "secret_access_key"),
+    ],
+    ids=str,
+)
+def test_an_error_at_load_shows_no_secret(change: dict[str, Any], field: str) -> None:
+    told = load_error(ATTRIBUTES | change)
+    assert field in told
+    assert "hush" not in told
+
+
 def test_a_missing_field_is_named_at_load() -> None:
-    assert "num_dbs" in load_error({name: value for name, value in ATTRIBUTES.items() if name != "num_dbs"})
+    fields = {"s3": {"session_token": "hush-hush"}, **ATTRIBUTES}
+    told = load_error({name: value for name, value in fields.items() if name != "num_dbs"})
+    assert re.search(r"defs\.yaml:\d+: attributes\.num_dbs: Field required", told)
+    assert "hush" not in told
 
 
 def test_a_variable_that_is_not_set_is_named_at_load() -> None:

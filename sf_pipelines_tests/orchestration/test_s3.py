@@ -82,6 +82,9 @@ def test_sensors_and_job_share_the_resource_of_the_yaml(
     (event,) = pointer.tick().events
     assert event.metadata["dagster/row_count"].value == ROWS
     assert str(event.metadata["dagster/uri"].value).startswith(config.store)
+    events = [event.to_json() for event in instance.all_logs(result.run_id)]
+    assert len(events) > 50
+    assert "hush-hush" not in "".join(events)
     with ShardedVectorReader(config.store, s3=moto_options) as reader:
         assert reader.search(digits_table()["pixels"][3].as_py(), top_k=1).results[0].id == 3
     # The same bytes written again are the same version on S3.

@@ -20,6 +20,7 @@ from sf_pipelines.snapshot.store import PinnedFile, Store
 
 D = decimal.Decimal
 U = uuid.UUID("0c18109c-fe5c-4d7a-bcae-bd2ef4d78d20")
+TIMES = [dt.datetime(1970, 1, 1, 0, 0, second, tzinfo=dt.UTC) for second in range(2)]
 WORDS = pa.dictionary(pa.int8(), pa.string())
 
 
@@ -82,6 +83,14 @@ FITTING = {
         arr(pa.timestamp("us", "UTC"), dt.datetime(2024, 1, 1, 0, 0, 0, 5, tzinfo=dt.UTC)),
         "timestamp[us, tz=UTC]",
         None,
+    ),
+    "zones": (arr(pa.timestamp("s", "Z"), 0), arr(pa.timestamp("s", "+00:00"), 1), None, TIMES),
+    "words inside of a view": (arr(pa.list_view(WORDS), ["a"]), arr(pa.list_(WORDS), ["b"], None), None, None),
+    "bytes in a struct": (
+        arr(pa.struct({"a": pa.binary(16), "v": pa.string_view()}), {"a": U.bytes, "v": "x"}),
+        arr(pa.struct({"a": pa.binary(16)}), {"a": U.bytes}, None),
+        "struct<a: binary, v: string>",
+        [{"a": U.bytes, "v": "x"}, {"a": U.bytes, "v": None}, None],
     ),
     "uuids": (arr(pa.uuid(), U.bytes, None), arr(pa.string(), str(U)), "string", [str(U), None, str(U)]),
     "plain uuids": (arr(pa.uuid(), U.bytes), arr(pa.binary(16), U.bytes, None), "string", [str(U), str(U), None]),

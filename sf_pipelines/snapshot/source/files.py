@@ -34,7 +34,6 @@ from sf_pipelines.snapshot.source.pieces import (
 from sf_pipelines.snapshot.source.schema import (
     fitted,
     index_range,
-    promised_type,
     stored_name,
     stored_names,
     uniform_type,
@@ -303,7 +302,7 @@ def pin(
     nowhere = [name for name in columns if name not in kinds]
     if nowhere:
         raise SourceSchemaError(f"no file of source {source!r} has a column {', '.join(nowhere)}")
-    schema = pa.schema([(name, promised_type(kinds[name][0])) for name in columns])
+    schema = pa.schema([(name, kinds[name][0]) for name in columns])
     return SourceListing(
         root=store.url,
         files=tuple(files),

@@ -8,20 +8,19 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+
+from sf_pipelines.snapshot.arrow import is_bytes, is_list, is_text, plain_column, plain_type
 
 _Test = Callable[[pa.DataType], bool]
 
-_TEXT: tuple[_Test, ...] = (pa.types.is_string, pa.types.is_large_string)
 # Types of one family hold each other's values, or a cast that checks each value says which does not fit.
 _FAMILIES: tuple[tuple[_Test, ...], ...] = (
     (pa.types.is_integer,),
     (pa.types.is_floating,),
     (pa.types.is_decimal,),
-    _TEXT,
-    (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary),
+    (is_text,),
+    (is_bytes,),
     (pa.types.is_date,),
     (pa.types.is_timestamp,),
     (pa.types.is_time,),
@@ -31,40 +30,33 @@ _FAMILIES: tuple[tuple[_Test, ...], ...] = (
 _EXACT_BITS = {16: 11, 32: 24, 64: 53}
 # Of the widest decimal128.
 _DECIMAL_DIGITS = 38
-# Where the dashes of a UUID's text are.
-_UUID_DASHES = (8, 13, 18, 23)
+# The same zone by its names.
+_UTC = frozenset({"UTC", "Z", "z", "+00:00", "Etc/UTC"})
 
 
 def uniform_type(kind: pa.DataType) -> pa.DataType:
     """The type without what writers differ in: layouts of the same values, names and nullability of inner fields."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return kind if kind == pa.uuid() else uniform_type(kind.storage_type)
-    if pa.types.is_run_end_encoded(kind):
-        return uniform_type(kind.value_type)
-    if pa.types.is_fixed_size_list(kind) and _is_odd(kind.value_type):
-        # Where items are laid out anew, lists that are null keep none.
-        return pa.list_(uniform_type(kind.value_type))
-    return _with_parts({pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind), uniform_type)
-
-
-def promised_type(kind: pa.DataType) -> pa.DataType:
-    """The type that batches have, of a uniform type that all files fit: UUIDs are read as text."""
-    return pa.string() if kind == pa.uuid() else _with_parts(kind, promised_type)
-
-
-def _with_parts(kind: pa.DataType, changed: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """The same type of changed parts."""
-    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
-        kind = pa.list_(changed(kind.value_type))
-    elif pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
-        kind = pa.large_list(changed(kind.value_type))
+    if _is_odd(kind):
+        return plain_type(kind, uuids=False)
+    if pa.types.is_list(kind):
+        kind = pa.list_(uniform_type(kind.value_type))
+    elif pa.types.is_large_list(kind):
+        kind = pa.large_list(uniform_type(kind.value_type))
     elif pa.types.is_fixed_size_list(kind):
-        kind = pa.list_(changed(kind.value_type), kind.list_size)
+        kind = pa.list_(uniform_type(kind.value_type), kind.list_size)
     elif pa.types.is_struct(kind):
-        kind = pa.struct([pa.field(field.name, changed(field.type)) for field in kind])
+        kind = pa.struct([pa.field(field.name, uniform_type(field.type)) for field in kind])
     elif pa.types.is_map(kind):
-        kind = pa.map_(changed(kind.key_type), changed(kind.item_type))
+        kind = pa.map_(uniform_type(kind.key_type), uniform_type(kind.item_type))
     return kind
+
+
+def _is_odd(kind: pa.DataType) -> bool:
+    """Whether a type has parts that Arrow's casts do not take, or, as list views, take wrongly."""
+    tests = (pa.types.is_run_end_encoded, pa.types.is_list_view, pa.types.is_large_list_view, pa.types.is_string_view)
+    if isinstance(kind, pa.BaseExtensionType) or pa.types.is_binary_view(kind) or any(test(kind) for test in tests):
+        return True
+    return any(_is_odd(kind.field(n).type) for n in range(kind.num_fields))
 
 
 def wider_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
@@ -79,7 +71,7 @@ def wider_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         wider = other
     elif pa.types.is_dictionary(one) or pa.types.is_dictionary(other):
         wider = wider_type(*(kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other)))
-    elif _is_list(one) and _is_list(other):
+    elif is_list(one) and is_list(other):
         wider = _wider_list(one, other)
     elif pa.types.is_struct(one) and pa.types.is_struct(other):
         wider = _wider_struct(one, other)
@@ -92,9 +84,8 @@ def wider_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def _wider_value(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    if pa.uuid() in (one, other):
-        beside = other if one == pa.uuid() else one
-        return pa.uuid() if beside == pa.binary(16) or any(test(beside) for test in _TEXT) else None
+    if isinstance(one, pa.TimestampType) and isinstance(other, pa.TimestampType) and {one.tz, other.tz} <= _UTC:
+        one, other = (pa.timestamp(kind.unit, "UTC") for kind in (one, other))
     for whole, real in ((one, other), (other, one)):
         if pa.types.is_integer(whole) and pa.types.is_floating(real):
             found = _promoted(whole, real)
@@ -103,6 +94,9 @@ def _wider_value(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
             # Arrow's own promotion forgets a digit.
             digits = max(real.precision - real.scale, len(str(2**whole.bit_width))) + real.scale
             return pa.decimal128(digits, real.scale) if digits <= _DECIMAL_DIGITS else None
+        if is_text(whole) and real == pa.binary(16):
+            # UUIDs, as some write them.
+            return whole
     for family in _FAMILIES:
         if all(any(test(kind) for test in family) for kind in (one, other)):
             return _promoted(one, other)
@@ -144,7 +138,7 @@ def _wider_struct(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def fitted(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """The values as a type that ``promised_type`` gave.
+    """The values as a type that ``wider_type`` gave.
 
     Raises:
         pa.ArrowInvalid: a value does not fit.
@@ -152,73 +146,11 @@ def fitted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if array.type == kind:
         return array
     if _is_odd(array.type):
-        array = _laid_out(array)
-    if array.type == pa.binary(16) and any(test(kind) for test in _TEXT):
-        array = uuid_text(array)
+        array = plain_column(array, uuids=False)
+    elif is_text(kind) and array.type == pa.binary(16):
+        array = plain_column(array)
     # A cast of inner nullability copies nothing.
     return array if array.type == kind else array.cast(kind)
-
-
-def uuid_text(array: pa.Array) -> pa.Array:
-    """UUIDs of 16 bytes each as text, ``0c18109c-fe5c-4d7a-bcae-bd2ef4d78d20``."""
-    raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint8)[16 * array.offset : 16 * (array.offset + len(array))]
-    digits = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
-    text = np.full((len(array), 36), ord("-"), dtype=np.uint8)
-    text[:, [place for place in range(36) if place not in _UUID_DASHES]] = digits[
-        np.stack([raw >> 4, raw & 15], axis=1).reshape(len(array), 32)
-    ]
-    offsets = np.arange(len(array) + 1, dtype=np.int32) * 36
-    made = pa.StringArray.from_buffers(len(array), pa.py_buffer(offsets), pa.py_buffer(text))
-    return pc.call_function("if_else", [array.is_valid(), made, pa.scalar(None, pa.string())])
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
-def _is_odd(kind: pa.DataType) -> bool:
-    """Whether a type has parts that Arrow's casts do not take, or, as list views, take wrongly."""
-    if isinstance(kind, pa.BaseExtensionType) or pa.types.is_run_end_encoded(kind):
-        return True
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return True
-    return any(_is_odd(kind.field(n).type) for n in range(kind.num_fields))
-
-
-def _laid_out(array: pa.Array) -> pa.Array:
-    """The same values without odd parts, at any depth."""
-    kind, parts = array.type, cast("Any", array)
-    if not _is_odd(kind):
-        made = array
-    elif isinstance(kind, pa.BaseExtensionType):
-        made = uuid_text(parts.storage) if kind == pa.uuid() else _laid_out(parts.storage)
-    elif pa.types.is_run_end_encoded(kind):
-        made = _laid_out(pc.call_function("run_end_decode", [array]))
-    elif pa.types.is_struct(kind):
-        columns = [_laid_out(parts.field(n)) for n in range(kind.num_fields)]
-        fields = [kind.field(n).with_type(column.type) for n, column in enumerate(columns)]
-        made = pa.StructArray.from_arrays(columns, fields=fields, mask=array.is_null())
-    else:
-        made = _lists_laid_out(array)
-    return made
-
-
-def _lists_laid_out(array: pa.Array) -> pa.Array:
-    """Lists of any layout, or maps, as lists or maps whose offsets go up."""
-    kind, parts, missing = array.type, cast("Any", array), array.is_null()
-    if pa.types.is_map(kind):
-        start, end = parts.offsets[0].as_py(), parts.offsets[-1].as_py()
-        keys, items = (_laid_out(part[start:end]) for part in (parts.keys, parts.items))
-        return pa.MapArray.from_arrays(
-            pc.call_function("subtract", [parts.offsets, parts.offsets[0]]), keys, items, mask=missing
-        )
-    large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
-    lengths = cast("Any", pc.fill_null(pc.call_function("list_value_length", [array]), 0))
-    offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False))])
-    made = pa.LargeListArray if large else pa.ListArray
-    return made.from_arrays(
-        pa.array(offsets, pa.int64() if large else pa.int32()), _laid_out(parts.flatten()), mask=missing
-    )
 
 
 def stored_name(schema: pa.Schema, name: str) -> str | None:

@@ -10,7 +10,15 @@ import pyarrow as pa
 from sf_pipelines.snapshot.build import Build, Stopwatch
 from sf_pipelines.snapshot.config import RecallGate, WriteConfig
 from sf_pipelines.snapshot.errors import ReceiptMissingError
-from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, halves, id_array, merge_truth, recall_per_query
+from sf_pipelines.snapshot.evaluation import (
+    RecallEstimate,
+    Truth,
+    halves,
+    id_array,
+    merge_truth,
+    recall_per_query,
+    row_numbers,
+)
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest, ShardingRecord, ShardRow, SnapshotExtras
@@ -47,7 +55,7 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
     watch, ledger, created_at = Stopwatch(), build.ledger(run_id), datetime.now(UTC)
     queries = ledger.get_table(sampled.queries)
     parts = [ledger.get_table(shard.truth) for shard in shards if shard.truth is not None]
-    merged = merge_truth(parts, queries.column("id").combine_chunks(), build.config.recall_gate.k)
+    merged = merge_truth(parts, row_numbers(queries.column("id")), build.config.recall_gate.k)
     truth = Truth.of(merged, queries.num_rows)
     build.report("assemble", 1, _STEPS, "steps")
 

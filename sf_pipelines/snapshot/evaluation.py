@@ -9,9 +9,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import ShardHits
+from sf_pipelines.snapshot.index.ranking import Ids
 from sf_pipelines.snapshot.metric import Float64
+from sf_pipelines.snapshot.source.hashing import hash_column
 
-TRUTH_FIELDS = ("query", "id", "distance")
+TRUTH_FIELDS = ("query", "row", "distance")
 
 # One-sided confidence of every bound.
 CONFIDENCE = 0.95
@@ -27,19 +29,32 @@ NOBODY = ShardHits(
 ROUNDING, _SPREAD = 2.0**-46, 1e-9
 
 
-def truth_table(ids: pa.Array, asked: NDArray[np.int64], nearest: ShardHits) -> pa.Table:
+def row_numbers(ids: Ids) -> NDArray[np.int64]:
+    """A number of each row: the hash of its id.
+
+    An id may be a long text, and a truth names a row once for every query and shard.
+
+    Args:
+        ids: Arrow array of int64 or string; or numpy, int64 or objects with None where there is no hit.
+    """
+    if isinstance(ids, np.ndarray):
+        return row_numbers(pa.array(ids, from_pandas=True))
+    column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    return hash_column(cast("pa.Array", column)).view(np.int64)
+
+
+def truth_table(asked: NDArray[np.int64], nearest: ShardHits) -> pa.Table:
     """Neighbours of each query within one shard.
 
     Args:
-        ids: of the shard's rows; a hit's ``rows`` are positions in it.
         asked: number of each query, shape (n,).
-        nearest: the true neighbours, every query with equally many.
+        nearest: the true neighbours, by ``row_numbers`` in place of ids, every query with equally many.
 
     Returns:
-        Columns ``query``, ``id``, ``distance``.
+        Columns ``query``, ``row``, ``distance``.
     """
-    query = np.repeat(asked.astype(np.int32), nearest.rows.shape[1])
-    columns = [pa.array(query), ids.take(pa.array(nearest.rows.ravel())), pa.array(nearest.distances.ravel())]
+    query = np.repeat(asked.astype(np.int32), nearest.ids.shape[1])
+    columns = [pa.array(query), pa.array(nearest.ids.ravel()), pa.array(nearest.distances.ravel())]
     return pa.table(columns, names=list(TRUTH_FIELDS))
 
 
@@ -84,21 +99,34 @@ class Truth:
         return Truth(self.limits[rows], self.counts[rows])
 
 
-def merge_truth(parts: list[pa.Table], query_ids: pa.Array, k: int) -> pa.Table:
-    """The ``k`` nearest of all shards' exact neighbours, each query's own row left out; ties by id."""
+def merge_truth(parts: list[pa.Table], own: NDArray[np.int64], k: int) -> pa.Table:
+    """The ``k`` nearest of all shards' exact neighbours.
+
+    Args:
+        parts: truth tables of the shards.
+        own: number of each query's own row, which is left out, shape (queries,).
+        k: most neighbours of a query.
+    """
     import polars as pl
 
-    merged = cast("pl.DataFrame", pl.from_arrow(pa.concat_tables(parts)))
-    own = pl.DataFrame({"query": np.arange(len(query_ids), dtype=np.int32), "own": pl.from_arrow(query_ids)})
+    numbered = pa.concat_tables([_numbered(part) for part in parts])
+    merged = cast("pl.DataFrame", pl.from_arrow(numbered))
     best = (
-        merged.join(own, on="query")
-        .filter(pl.col("id") != pl.col("own"))
-        .sort("query", "distance", "id")
+        merged.filter(pl.col("row") != pl.Series(own[numbered.column("query").to_numpy()]))
+        .sort("query", "distance", "row")
         .group_by("query", maintain_order=True)
         .head(k)
         .select(TRUTH_FIELDS)
     )
-    return best.to_arrow().cast(parts[0].schema)
+    return best.to_arrow().cast(numbered.schema)
+
+
+def _numbered(table: pa.Table) -> pa.Table:
+    """A truth table of a build that was begun when rows were named by their ids, as one of numbers."""
+    if "id" not in table.column_names:
+        return table
+    rows = pa.array(row_numbers(table.column("id")))
+    return pa.table([table.column("query"), rows, table.column("distance")], names=list(TRUTH_FIELDS))
 
 
 def recall_per_query(
@@ -134,15 +162,15 @@ def recall_by_id(ids: NDArray[Any], query_rows: NDArray[np.int64], truth: pa.Tab
         query_rows: number of each query in the truth table, shape (n,).
         truth: merged truth table.
     """
-    neighbours: dict[int, set[Any]] = {row: set() for row in query_rows.tolist()}
-    for query, row_id in zip(truth.column("query").to_pylist(), truth.column("id").to_pylist(), strict=True):
-        if query in neighbours:
-            neighbours[query].add(row_id)
-    found = [
-        len(neighbours[row].intersection(answer)) / len(neighbours[row]) if neighbours[row] else 1.0
-        for row, answer in zip(query_rows.tolist(), ids.tolist(), strict=True)
-    ]
-    return np.array(found)
+    rows = _numbered(truth)
+    query, row = rows.column("query").to_numpy(), rows.column("row").to_numpy()
+    answers = row_numbers(ids.ravel()).reshape(ids.shape)
+    shares = np.ones(len(query_rows))
+    for place, number in enumerate(query_rows.tolist()):
+        neighbours = row[query == number]
+        if len(neighbours):
+            shares[place] = np.isin(neighbours, answers[place]).mean()
+    return shares
 
 
 def quantile(degrees: int) -> float:

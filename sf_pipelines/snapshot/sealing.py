@@ -19,7 +19,7 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
     VectorFunctionError,
 )
-from sf_pipelines.snapshot.evaluation import NOBODY, truth_table
+from sf_pipelines.snapshot.evaluation import NOBODY, row_numbers, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
 from sf_pipelines.snapshot.index.protocol import BuildReport, IndexFamily
@@ -267,9 +267,9 @@ def _truth(build: Build, ledger: Ledger, run: RunReceipts, rows: pa.Table, db_id
     ids = _one(rows, "id")
     _check_sampled(build, queries, ids, rows)
     if not len(asked):
-        return truth_table(ids, asked, NOBODY)
-    scan = MemoryScan(ids, np.arange(len(ids)), vectors_of(rows), build.config.vector_spec.metric)
-    return truth_table(ids, asked, scan.search(vectors_of(queries)[asked], k))
+        return truth_table(asked, NOBODY)
+    scan = MemoryScan(row_numbers(ids), np.arange(len(ids)), vectors_of(rows), build.config.vector_spec.metric)
+    return truth_table(asked, scan.search(vectors_of(queries)[asked], k))
 
 
 def _check_sampled(build: Build, queries: pa.Table, ids: pa.Array, rows: pa.Table) -> None:

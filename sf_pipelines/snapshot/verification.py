@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from sf_pipelines.snapshot.build import Progress, silent
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.evaluation import RecallEstimate, Truth, merge_truth, recall_per_query, truth_table
+from sf_pipelines.snapshot.evaluation import (
+    RecallEstimate,
+    Truth,
+    merge_truth,
+    recall_per_query,
+    row_numbers,
+    truth_table,
+)
 from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
 from sf_pipelines.snapshot.index.protocol import IdArray
@@ -296,9 +303,8 @@ def _neighbours(
             if folder is not None and len(mine):
                 with closing(open_index(state, folder)) as index:
                     ids, vectors = index.sample(index.rows)
-                texts = pa.array(_as_text(ids), pa.string())
-                scan = MemoryScan(texts, np.arange(len(ids)), vectors, state.metric)
-                parts.append(truth_table(texts, mine, scan.search(asked.vectors[mine], k + 1)))
+                scan = MemoryScan(row_numbers(_as_text(ids)), np.arange(len(ids)), vectors, state.metric)
+                parts.append(truth_table(mine, scan.search(asked.vectors[mine], k + 1)))
         report("verify", len(state.shards) + number, 2 * len(state.shards), "shards")
     return parts
 
@@ -306,7 +312,7 @@ def _neighbours(
 def _measure(
     found: Verification, reader: ShardedVectorReader | UnifiedShardedReader, asked: _Asked, parts: list[pa.Table]
 ) -> None:
-    truth = Truth.of(merge_truth(parts, pa.array(asked.ids, pa.string()), found.k), len(asked.ids))
+    truth = Truth.of(merge_truth(parts, row_numbers(asked.ids), found.k), len(asked.ids))
     answers = reader.search_arrays(asked.vectors, found.k + 1, homes=asked.homes)
     estimate = RecallEstimate.of(recall_per_query(_as_text(answers.ids), answers.distances, asked.ids, truth))
     found.recall, found.recall_lower = estimate.mean, estimate.lower

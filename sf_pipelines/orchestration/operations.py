@@ -23,7 +23,7 @@ from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.operations.cleanup import CleanupResult, cleanup
 from sf_pipelines.snapshot.operations.diff import SnapshotDiff, diff
 from sf_pipelines.snapshot.operations.pins import pin, unpin
-from sf_pipelines.snapshot.operations.rollback import RollbackResult, open_root, release, rollback
+from sf_pipelines.snapshot.operations.rollback import RollbackResult, open_published, release, rollback
 from sf_pipelines.snapshot.verification import verify_snapshot
 
 _TABLE_ROWS = 100
@@ -165,7 +165,7 @@ def _rollback(run: _Run, config: RollbackConfig) -> Metadata:
 
 def _digest_served(run: _Run, done: RollbackResult) -> str | None:
     """What a build gives the pointer's asset as its data version; nothing where the pointer has moved on already."""
-    pointer = read_pointer(open_root(run.root, run.access.config.s3)).pointer
+    pointer = read_pointer(open_published(run.root, run.access.config.s3)).pointer
     return pointer.manifest_digest if pointer and pointer.seq == done.seq else None
 
 

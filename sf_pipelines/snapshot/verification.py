@@ -30,6 +30,7 @@ from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
+from sf_pipelines.snapshot.reader.core import open_root
 from sf_pipelines.snapshot.reader.handles import open_index
 from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
@@ -133,7 +134,7 @@ def verify_snapshot(
         SnapshotNotFoundError: nothing is published there.
         ManifestError: the manifest cannot be understood.
     """
-    store = Store.open(root, s3)
+    store = open_root(root, s3)
     state = load_current(store) if manifest_key is None else load_state(store, manifest_key)
     found = Verification(state.manifest.run_id, state.manifest_key, _default_probes(state))
     found.judged = judged_recall(store, state.manifest, state.manifest_digest)

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from sf_pipelines import S3Options, ShardedVectorReader, WriteConfig, build_snapshot
-from sf_pipelines.snapshot.errors import OperationError, RunNotFoundError, SnapshotKindError
+from sf_pipelines.snapshot.errors import OperationError, RunNotFoundError, SnapshotKindError, SnapshotNotFoundError
 from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.publish import history
@@ -189,7 +189,7 @@ def _dim(store: Store) -> int:
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store", create=True)
-    with pytest.raises(OperationError, match="nothing is current"):
+    with pytest.raises(SnapshotNotFoundError, match="nothing has been published"):
         diff(store)
     manifest = sample_manifest("kv", store.url, created_at=CREATED).model_copy(update={"custom": {}})
     name = f"manifests/{CREATED:%Y-%m-%dT%H:%M:%S.%f}Z_run_id=kv/manifest"

@@ -17,7 +17,7 @@ from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE
 from sf_pipelines.snapshot.operations.cleanup_plan import CleanupGroup, CleanupPlan, plan_cleanup
 from sf_pipelines.snapshot.operations.layout import recognise
 from sf_pipelines.snapshot.operations.protection import CleanupRules, Guard, Protection
-from sf_pipelines.snapshot.operations.rollback import open_root
+from sf_pipelines.snapshot.reader.core import open_root
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 STALE_AFTER = timedelta(days=7)

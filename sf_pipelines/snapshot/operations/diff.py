@@ -15,7 +15,7 @@ from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
-from sf_pipelines.snapshot.operations.rollback import open_root
+from sf_pipelines.snapshot.operations.rollback import open_published
 from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
@@ -126,13 +126,14 @@ def diff(
         progress: told how many shards have been read.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         RunNotFoundError: no such snapshot is published.
         OperationError: nothing is current, or nothing was served before, and no run was named.
         SnapshotKindError: one has no vectors.
         IntegrityError: a manifest or a shard is damaged.
         StoreError: the store did not do what was asked.
     """
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     old, new = _two(store, before, after)
     notes: list[str] = []
     sizes = [_sizes(store, state) for state in (old, new)]

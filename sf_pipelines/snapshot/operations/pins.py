@@ -15,7 +15,7 @@ from sf_pipelines.snapshot.manifest.pointer import plain_run_id
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.manifest.wire import dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.model import describe_validation
-from sf_pipelines.snapshot.operations.rollback import open_root
+from sf_pipelines.snapshot.operations.rollback import open_published
 from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.store import Store
 
@@ -69,12 +69,13 @@ def pin(root: str | Path | Store, run_id: str, reason: str, *, s3: S3Options | N
         s3: credentials.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         RunNotFoundError: no such snapshot is published, or a cleanup removed it at the same time.
         OperationError: the reason is empty or too long.
     """
     if not reason.strip() or len(reason) > _MAX_REASON:
         raise OperationError(f"reason must be 1 to {_MAX_REASON} characters (got {len(reason.strip())}): say why")
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     entry = Trail.of(read_pointer(store).pointer, history(store, limit=None)).find(run_id, store)
     made = Pin(run_id=run_id, reason=reason.strip(), pinned_at=datetime.now(UTC), write_id=uuid.uuid4().hex)
     key = _key(run_id)
@@ -95,9 +96,10 @@ def unpin(root: str | Path | Store, run_id: str, *, s3: S3Options | None = None)
         s3: credentials.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         RunNotFoundError: it is not pinned.
     """
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     key = _key(run_id)
     found = store.find(key)
     if found is None:
@@ -114,9 +116,10 @@ def pins(root: str | Path | Store, *, s3: S3Options | None = None) -> list[Pin]:
         s3: credentials.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         IntegrityError: one cannot be understood.
     """
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     found: list[Pin] = []
     for run_id in pinned_runs(store):
         try:

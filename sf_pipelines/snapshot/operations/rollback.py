@@ -17,7 +17,8 @@ from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, MAX_REMEMBERED, Hold, Pointer, manifest_key
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, PointerView, history, move, read_pointer, successor
 from sf_pipelines.snapshot.operations.trail import Trail
-from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
+from sf_pipelines.snapshot.reader.core import open_root
+from sf_pipelines.snapshot.reader.state import SnapshotState, load_state, read_current
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines.snapshot.verification import Wholeness, check_whole, verify_snapshot
 
@@ -66,9 +67,16 @@ class ReleaseResult:
     seq: int | None
 
 
-def open_root(root: str | Path | Store, s3: S3Options | None) -> Store:
-    """A store on a root; one that is open already is taken as it is."""
-    return root if isinstance(root, Store) else Store.open(root, s3)
+def open_published(root: str | Path | Store, s3: S3Options | None) -> Store:
+    """A store on a root that something was published under; one that is open already is taken as it is.
+
+    Raises:
+        SnapshotNotFoundError: nothing was; a pointer that is gone from a history says nothing of that.
+    """
+    store = open_root(root, s3)
+    if not store.exists(CURRENT) and not history(store, limit=1):
+        read_current(store)
+    return store
 
 
 def rollback(
@@ -99,6 +107,7 @@ def rollback(
         progress: told how many shards of such a snapshot have been read.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         RunNotFoundError: no such snapshot is published.
         OperationError: it is current already, or ``back`` is no number of snapshots.
         SnapshotDamagedError: objects of the target are gone or changed; names them.
@@ -107,7 +116,7 @@ def rollback(
         ConditionalWritesError: the store ignores conditions on writes, so that two operators could both win.
         StoreError: the store did not do what was asked.
     """
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     view = _present(store, replace=to is not None)
     trail = Trail.of(view.pointer, history(store, limit=None))
     target = trail.back(back, store) if to is None else trail.find(to, store)
@@ -139,10 +148,11 @@ def release(root: str | Path | Store, *, s3: S3Options | None = None) -> Release
         s3: credentials.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         OperationError: nothing is current.
         PublishConflictError: somebody else moved the pointer at the same time; names who.
     """
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     view = read_pointer(store)
     found = view.pointer
     if found is None:

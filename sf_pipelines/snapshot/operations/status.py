@@ -8,7 +8,7 @@ from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import ManifestError
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.pins import pins
-from sf_pipelines.snapshot.operations.rollback import keys_in, open_root
+from sf_pipelines.snapshot.operations.rollback import keys_in, open_published
 from sf_pipelines.snapshot.store import Store
 
 
@@ -44,10 +44,11 @@ def snapshots(root: str | Path | Store, *, limit: int | None = 10, s3: S3Options
         s3: credentials.
 
     Raises:
+        SnapshotNotFoundError: nothing was published.
         StoreError: the store cannot be read.
         IntegrityError: a pin cannot be understood.
     """
-    store = open_root(root, s3)
+    store = open_published(root, s3)
     try:
         pointer = read_pointer(store).pointer
     except ManifestError:

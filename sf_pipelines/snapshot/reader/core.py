@@ -323,12 +323,14 @@ class ReaderCore:
         self.events.emit(name, {**about, **facts})
 
 
-def open_root(root: str | Path, s3: S3Options | None) -> Store:
-    """The store below a root that something should have been published under.
+def open_root(root: str | Path | Store, s3: S3Options | None) -> Store:
+    """The store below a root that something should have been published under; one that is open is taken as it is.
 
     Raises:
         SnapshotNotFoundError: there is no such folder.
     """
+    if isinstance(root, Store):
+        return root
     try:
         return Store.open(root, s3)
     except ObjectMissingError as error:

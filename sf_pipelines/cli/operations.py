@@ -1,17 +1,28 @@
 """Commands on published snapshots: history, rollback, release, pins, cleanup, diff."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from sf_pipelines.cli.console import AsJson, Endpoint, Store, print_facts, progress, s3_options, safe, typed_errors
+from sf_pipelines.cli.console import (
+    FAILED,
+    AsJson,
+    Endpoint,
+    Store,
+    print_facts,
+    print_json,
+    progress,
+    s3_options,
+    safe,
+    size,
+    typed_errors,
+)
 from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.manifest.pointer import Hold
 
@@ -20,15 +31,14 @@ if TYPE_CHECKING:
     from sf_pipelines.snapshot.operations.diff import SnapshotDiff, SnapshotSide
     from sf_pipelines.snapshot.operations.status import SnapshotStatus
 
-operations = typer.Typer()
+commands = typer.Typer()
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run id, as history shows it.", show_default=False)]
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_BINARY = 1024
 
 
-@operations.command()
+@commands.command()
 def history(
     store: Store,
     limit: Annotated[int, typer.Option(help="Most snapshots to list.", min=1)] = 10,
@@ -67,7 +77,7 @@ def _state_of(entry: "SnapshotStatus") -> str:
     return ", ".join(word for word, holds in words if holds)
 
 
-@operations.command()
+@commands.command()
 def rollback(
     store: Store,
     to: Annotated[str | None, typer.Option("--to", help="Run id to go to; default: --back.")] = None,
@@ -85,7 +95,7 @@ def rollback(
     with typed_errors(), progress() as watch:
         result = roll_back(store, to, back=back, s3=s3_options(endpoint_url), deep=deep, progress=watch)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     out = Console()
     out.print(f"{safe(result.run_id)} is current now (seq {result.seq})", highlight=False, soft_wrap=True)
@@ -107,7 +117,7 @@ def _held(holds: Sequence[Hold], until: str = "") -> str:
     return f"build key {shown}{until}" if shown else ""
 
 
-@operations.command()
+@commands.command()
 def release(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
     """Lift the hold of a rollback: the next build of that source and config may publish again."""
     from sf_pipelines.snapshot.operations.rollback import release as lift
@@ -115,13 +125,13 @@ def release(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False
     with typed_errors():
         result = lift(store, s3=s3_options(endpoint_url))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     said = f"released {_held(result.released)}" if result.released else "nothing was held"
     Console().print(f"{said}; {safe(result.run_id)} stays current", highlight=False, soft_wrap=True)
 
 
-@operations.command()
+@commands.command()
 def pin(
     store: Store,
     run: Run,
@@ -140,7 +150,7 @@ def pin(
     Console().print(f"pinned {safe(made.run_id)}: {safe(made.reason)}", highlight=False, soft_wrap=True)
 
 
-@operations.command()
+@commands.command()
 def unpin(store: Store, run: Run, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
     """Let cleanups remove a snapshot again."""
     from sf_pipelines.snapshot.operations.pins import unpin as unpin_run
@@ -153,7 +163,7 @@ def unpin(store: Store, run: Run, endpoint_url: Endpoint = None, as_json: AsJson
     Console().print(f"unpinned {safe(run)}; it was pinned for: {safe(result.pin.reason)}", highlight=False)
 
 
-@operations.command()
+@commands.command()
 def pins(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
     """List the snapshots that no cleanup removes."""
     from sf_pipelines.snapshot.operations.pins import pins as list_pins
@@ -169,7 +179,7 @@ def pins(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -
     Console().print(table if found else "nothing is pinned", highlight=False)
 
 
-@operations.command()
+@commands.command()
 def cleanup(
     store: Store,
     keep: Annotated[int, typer.Option("--keep", help="Published snapshots to keep, the current one included.", min=1)],
@@ -199,11 +209,11 @@ def cleanup(
             s3=s3_options(endpoint_url),
         )
     if as_json:
-        _print_json(result, objects=result.plan.objects, bytes=result.plan.bytes)
+        print_json(result, objects=result.plan.objects, bytes=result.plan.bytes)
     else:
         _show_cleanup(Console(), result)
     if any(outcome.refused for outcome in result.outcomes):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _show_cleanup(out: Console, result: "CleanupResult") -> None:
@@ -213,23 +223,23 @@ def _show_cleanup(out: Console, result: "CleanupResult") -> None:
     for group in plan.groups:
         stays = refused.get(id(group))
         why = safe(group.why) if stays is None else f"[yellow]stays[/] {safe(stays)}"
-        table.add_row(group.rule, safe(group.run_id or ""), f"{group.objects:,}", _size(group.bytes), why)
+        table.add_row(group.rule, safe(group.run_id or ""), f"{group.objects:,}", size(group.bytes), why)
     out.print(table if plan.groups else "nothing to remove", highlight=False)
     for kept in plan.kept:
         out.print(f"  keeps {safe(kept.run_id)}: {safe(kept.why)}", highlight=False, soft_wrap=True)
     for left in plan.left_alone:
-        said = f"{safe(left.what)} ({left.objects} objects, {_size(left.bytes)}): {safe(left.why)}"
+        said = f"{safe(left.what)} ({left.objects} objects, {size(left.bytes)}): {safe(left.why)}"
         out.print(f"  leaves alone {said}", highlight=False, soft_wrap=True)
     if not plan.groups:
         return
     if result.applied:
-        out.print(f"removed {_size(result.bytes_freed)} of {_size(plan.bytes)}", highlight=False)
+        out.print(f"removed {size(result.bytes_freed)} of {size(plan.bytes)}", highlight=False)
     else:
-        said = f"would remove {plan.objects:,} objects, {_size(plan.bytes)}; nothing was changed: --apply does it"
+        said = f"would remove {plan.objects:,} objects, {size(plan.bytes)}; nothing was changed: --apply does it"
         out.print(said, highlight=False)
 
 
-@operations.command()
+@commands.command()
 def diff(
     store: Store,
     before: Annotated[str | None, typer.Option("--before", help="Run id; default: what was served before.")] = None,
@@ -245,7 +255,7 @@ def diff(
     with typed_errors(), progress() as watch:
         found = compare(store, before, after, s3=s3_options(endpoint_url), ids=ids, answers=answers, progress=watch)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     _show_diff(Console(), found)
 
@@ -257,7 +267,7 @@ def _show_diff(out: Console, found: "SnapshotDiff") -> None:
     table.add_row("built", *(f"{side.created_at:%Y-%m-%d %H:%M:%S}Z" for side in sides))
     table.add_row("rows", *(f"{side.rows:,}" for side in sides))
     table.add_row("shards", *(str(side.shards) for side in sides))
-    table.add_row("size", *(_size(side.bytes) for side in sides))
+    table.add_row("size", *(size(side.bytes) for side in sides))
     table.add_row("recall", *(_recall(side) for side in sides))
     for change in found.config:
         table.add_row(change.name, safe(str(change.before)), safe(str(change.after)))
@@ -298,25 +308,3 @@ def _duration(text: str, option: str) -> timedelta:
     if match is None:
         raise OperationError(f"{option} {text!r} is no duration; write a number and a unit: 90m, 12h, 30d, 4w")
     return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
-
-
-def _size(count: int) -> str:
-    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= _BINARY and len(units) > 1:
-        value /= _BINARY
-        units.pop(0)
-    return f"{count} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
-
-
-def _print_json(result: Any, **more: int) -> None:
-    typer.echo(json.dumps({**dataclasses.asdict(result), **more}, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, Hold):
-        return value.model_dump(mode="json", exclude_none=True)
-    raise TypeError(f"{type(value).__name__} has no JSON form")

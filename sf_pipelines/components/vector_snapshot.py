@@ -164,10 +164,7 @@ class VectorSnapshotComponent(dg.Component, dg.Resolvable):
     def config(self, project_root: Path) -> WriteConfig:
         """The snapshot's configuration with absolute paths."""
         fields = {name: getattr(self.attributes, name) for name in WriteConfig.model_fields}
-        for name in ("source", "store"):
-            if "://" not in fields[name]:
-                fields[name] = str(project_root / Path(fields[name]).expanduser())
-        return WriteConfig(**fields)
+        return WriteConfig(**fields).below(project_root)
 
     @property
     def options(self) -> SnapshotOptions:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
@@ -420,6 +421,13 @@ class WriteConfig(ConfigModel):
                 raise ValueError(
                     f"{where}.num_hash_bits {bits} gives {2**bits} cells, too few for num_dbs {self.num_dbs} shards"
                 )
+
+    def below(self, folder: Path) -> Self:
+        """The same with relative paths of source and store taken from a folder, in place of the process's own."""
+        paths = {name: getattr(self, name) for name in ("source", "store") if "://" not in getattr(self, name)}
+        return self.model_copy(
+            update={name: str(folder.absolute() / Path(path).expanduser()) for name, path in paths.items()}
+        )
 
     @property
     def sharding(self) -> ClusterSharding | LshSharding | ExplicitSharding | CelSharding | HashSharding:

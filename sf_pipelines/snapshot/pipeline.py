@@ -90,6 +90,7 @@ def run_build(
     with Build(config, progress=progress, cache_dir=cache_dir) as build:
         durations: dict[str, float] = {}
         watch = Stopwatch()
+        build.report("scan", 0, None, "")
         scanned = stages.scan(build, force=force, parts=None if frame is None else frame.keys)
         durations["scan"] = watch.seconds
         try:
@@ -111,6 +112,8 @@ def _run(
 
     def timed(name: str, work: Callable[[], _Done]) -> _Done:
         watch = Stopwatch()
+        # Named before it says how far it is: a stage may have libraries to load, or one long piece of work.
+        build.report(name, 0, None, "")
         done = work()
         durations[name] = watch.seconds
         return done

@@ -23,6 +23,7 @@ from sf_pipelines.snapshot.errors import (
     OperationError,
     RunNotFoundError,
     SnapshotDamagedError,
+    SnapshotNotFoundError,
     StoreUnavailableError,
 )
 from sf_pipelines.snapshot.ledger import Ledger
@@ -579,5 +580,5 @@ def test_a_record_that_cannot_be_understood_protects_its_run(world: World, tmp_p
 def test_a_root_with_nothing_in_it(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "empty", create=True)
     assert cleanup(store, keep=1).plan.groups == ()
-    with pytest.raises(ObjectMissingError):
+    with pytest.raises(SnapshotNotFoundError, match="nothing has been published under"):
         cleanup(tmp_path / "nowhere", keep=1)

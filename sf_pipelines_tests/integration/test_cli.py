@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -14,7 +15,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import sf_pipelines
 from sf_pipelines.cli import app
+from sf_pipelines.cli.build import DAGSTER_FIELDS
+from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.hash import HashRouting
@@ -87,7 +91,11 @@ def test_verify_exits_with_1_and_names_the_object(config: Path, tmp_path: Path) 
     code, text = run("verify", str(tmp_path / "store"))
     assert code == 1
     assert victim.name in text
-    assert "1 faults" in text
+    assert "1 fault" in text
+    code, text = run("verify", str(tmp_path / "store"), "--json")
+    found = json.loads(text.splitlines()[-1])
+    assert (code, found["passed"], found["recall"]) == (1, False, None)
+    assert victim.name in found["faults"][0]
 
 
 def test_a_gate_that_cannot_be_met_exits_with_1_on_one_line(config: Path, tmp_path: Path) -> None:
@@ -111,8 +119,6 @@ def test_a_gate_that_cannot_be_met_exits_with_1_on_one_line(config: Path, tmp_pa
     ("arguments", "message"),
     [
         (["build", "nowhere.yaml"], "error [config]: nowhere.yaml cannot be read"),
-        (["search", "{tmp}", "[1, 2]"], "nothing has been published under"),
-        (["info", "{tmp}/nowhere"], "nothing has been published under"),
         (["search", "{tmp}", "what"], "the query is no JSON list of numbers"),
         (["search", "{tmp}", "@{tmp}/nowhere"], "cannot be read"),
         (["search", "{tmp}", "[" * 100_000], "the query is no JSON list of numbers"),
@@ -125,6 +131,157 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: st
     assert code == 1
     assert message in " ".join(text.split())
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("root", ["{tmp}", "{tmp}/nowhere"])
+@pytest.mark.parametrize(
+    "command",
+    ["info", "search [1,2]", "get 1", "verify", "history", "pins", "pin x --reason y", "unpin x", "diff", "release",
+     "rollback", "rollback --to x"],
+)  # fmt: skip
+def test_a_root_with_nothing_in_it_is_told_alike(tmp_path: Path, root: str, command: str) -> None:
+    name, *rest = command.split()
+    code, text = run(name, root.format(tmp=tmp_path), *rest)
+    assert code == 3
+    (line,) = [line for line in text.splitlines() if line.strip()]
+    assert line.startswith("error [reader.no_snapshot]: nothing has been published under")
+
+
+def test_version_and_short_help() -> None:
+    assert run("--version") == (0, f"sf-pipelines {sf_pipelines.__version__}\n")
+    assert run("-h")[1] == run("--help")[1]
+    assert "Exit codes: 0 done" in run("-h")[1]
+    assert "--force" in run("build", "-h")[1]
+
+
+def test_every_phase_of_a_build_is_named_as_it_begins(config: Path) -> None:
+    """No phase may hide in the time of another: a person must see what goes on, libraries that are loaded included."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sf_pipelines.cli", "build", str(config), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [re.split(r"  +", line.strip()) for line in done.stderr.splitlines()]
+    assert [line[0] for line in lines] == [
+        "load libraries", "look at the source", "validate and sample", "train routing", "route rows to shards",
+        "build shards", "measure recall", "run checks", "publish",
+    ]  # fmt: skip
+    assert lines[2][2] == "600 rows"
+    shown = sum(float(line[1].removesuffix(" s")) for line in lines[1:])
+    built = json.loads(done.stdout)
+    assert shown == pytest.approx(sum(built["durations"].values()), abs=0.06 * len(lines))
+    assert (built["published"], built["rows"], built["k"], built["min_recall"]) == (True, 600, 10, 0.95)
+    assert built["recall"] >= built["recall_lower"] >= 0.95
+    assert sum(shard["rows"] for shard in built["shards"]) == 600
+    assert sum(shard["bytes"] for shard in built["shards"]) == built["bytes"] > 0
+    assert {verdict["name"]: verdict["passed"] for verdict in built["verdicts"]}["recall"]
+
+
+def test_verify_as_json(config: Path, tmp_path: Path) -> None:
+    run("build", str(config))
+    code, text = run("verify", str(tmp_path / "store"), "--json")
+    found = json.loads(text.splitlines()[-1])
+    assert (code, found["passed"], found["rows"], found["faults"]) == (0, True, 600, [])
+    text = " ".join(run("verify", str(tmp_path / "store"))[1].split())
+    assert f"recall@10 now {found['recall']:.4f}, at least {found['recall_lower']:.4f}" in text
+    assert "other queries than those that judged the snapshot" in text
+
+
+def test_relative_paths_are_taken_from_the_yaml(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = yaml.safe_load(config.read_text()) | {"source": "source.parquet", "store": "published/small"}
+    config.write_text(yaml.safe_dump(fields))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("build", "../small.yaml")[0] == 0
+    assert (tmp_path / "published" / "small" / "_CURRENT").is_file()
+
+
+def a_component(tmp_path: Path, config: Path, **more: Any) -> Path:
+    """A component's file as it lies in a Dagster project."""
+    fields = yaml.safe_load(config.read_text()) | {"source": "source.parquet", "store": "store"} | more
+    (tmp_path / "pyproject.toml").write_text("[tool.dg.project]\nroot_module = 'mine'\n")
+    folder = tmp_path / "mine" / "defs" / "small"
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"type": "sf_pipelines.components.VectorSnapshotComponent", "attributes": fields}
+    (folder / "defs.yaml").write_text(yaml.safe_dump(document))
+    return folder / "defs.yaml"
+
+
+def test_a_component_s_file_is_built_without_dagster(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDS", "2")
+    monkeypatch.delenv("TITLE", raising=False)
+    path = a_component(
+        tmp_path, config, num_dbs="{{ env.SHARDS }}", payload_cols=["{{ env('TITLE', 'title') }}"],
+        schedule={"cron": "0 3 * * *"}, engine={"type": "dask"}, tags={"by": "{{ context.who }}"},
+    )  # fmt: skip
+    script = (
+        "import sys; from sf_pipelines.cli import app\n"
+        "try: app()\n"
+        "finally: assert 'dagster' not in sys.modules, 'Dagster was loaded'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "build", str(path), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "only in Dagster: engine, schedule, tags; --engine says where it is built here" in done.stderr
+    assert len(json.loads(done.stdout)["shards"]) == 2
+    assert (tmp_path / "store" / "_CURRENT").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"num_dsb": 3}, "WriteConfig.num_dsb: unknown field"),
+        ({"num_dbs": "{{ env.NO_SUCH_VARIABLE }}"}, "attributes.num_dbs: environment variable NO_SUCH_VARIABLE is not"),
+        ({"s3_resource": {"region_name": {"env": "NO_SUCH_VARIABLE"}}}, "attributes.s3_resource.region_name: environ"),
+        (
+            {"name": "{{ context.project_root }}"},
+            "attributes.name: only Dagster can fill in {{ context.project_root }}",
+        ),
+    ],
+)
+def test_a_component_s_file_that_is_wrong(config: Path, tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    code, text = run("build", str(a_component(tmp_path, config, **more)))
+    assert code == 1
+    assert message in " ".join(text.split())
+
+
+def test_the_fields_that_are_dagster_s_alone() -> None:
+    from sf_pipelines.orchestration.options import SnapshotOptions
+
+    assert set(SnapshotOptions.model_fields) == DAGSTER_FIELDS
+
+
+def test_an_endpoint_for_a_build(
+    config: Path, tmp_path: Path, moto_options: S3Options, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = moto_options.endpoint_url or ""
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    upload = Store.open(f"s3://{bucket}/lake", moto_options, create=True)
+    upload.put("source.parquet", (tmp_path / "source.parquet").read_bytes())
+    named = {"source": f"s3://{bucket}/lake/*.parquet", "store": f"s3://{bucket}/small"}
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | named))
+    code, text = run("build", str(config), "--endpoint-url", endpoint)
+    assert code == 0, text
+    facts = json.loads(run("info", named["store"], "--endpoint-url", endpoint, "--json")[1])
+    assert facts["total_vectors"] == 600
+    # The same from a component's file, where the resource of Dagster says it.
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION"):
+        monkeypatch.delenv(f"AWS_{name}")
+    monkeypatch.setenv("MY_SECRET", "test")
+    resource = {
+        "endpoint_url": endpoint,
+        "region_name": "us-east-1",
+        "aws_access_key_id": "test",
+        "aws_secret_access_key": {"env": "MY_SECRET"},
+    }
+    named = {"source": named["source"], "store": f"s3://{bucket}/again", "s3_resource": resource}
+    code, text = run("build", str(a_component(tmp_path, config, **named)))
+    assert code == 0, text
 
 
 def test_wrong_fields_are_named(config: Path) -> None:
@@ -229,7 +386,7 @@ def test_values_by_key(store: Store) -> None:
     code, text = run("get", root, "7", "39", "--json")
     assert (code, json.loads(text)) == (0, {"7": "value 7", "39": "0xff00"})
     code, text = run("get", root, "7", "400")
-    assert code == 1
+    assert code == 3
     assert "value 7" in text
     assert "(not there)" in text
     assert json.loads(run("get", root, "400", "--json")[1]) == {"400": None}

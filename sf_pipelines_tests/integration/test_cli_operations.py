@@ -146,7 +146,7 @@ def test_pins_and_cleanup(store: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
     assert run("unpin", store, second)[0] == 0
     assert said(run("unpin", store, first, "--json")[1])["run_id"] == first
-    assert run("unpin", store, first)[0] == 1
+    assert run("unpin", store, first)[0] == 3
     code, text = run("cleanup", store, "--keep", "2", "--apply")
     assert code == 0
     assert "removed" in text
@@ -176,5 +176,5 @@ def test_diff(store: str) -> None:
     assert "rows by id" not in text
     assert "overlap" not in text
     code, text = run("diff", store, "--before", "nobody")
-    assert code == 1
+    assert code == 3
     assert "no snapshot of run 'nobody'" in flat(text)

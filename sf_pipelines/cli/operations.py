@@ -1,5 +1,6 @@
 """Commands on published snapshots: history, rollback, release, pins, cleanup, diff."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from sf_pipelines.cli.console import (
     print_facts,
     print_json,
     progress,
+    recall_text,
     s3_options,
     safe,
     size,
@@ -27,8 +29,9 @@ from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.manifest.pointer import Hold
 
 if TYPE_CHECKING:
+    from sf_pipelines.snapshot.gate import RecallFigures
     from sf_pipelines.snapshot.operations.cleanup import CleanupResult
-    from sf_pipelines.snapshot.operations.diff import SnapshotDiff, SnapshotSide
+    from sf_pipelines.snapshot.operations.diff import SnapshotDiff
     from sf_pipelines.snapshot.operations.status import SnapshotStatus
 
 commands = typer.Typer()
@@ -49,7 +52,7 @@ def history(
     from sf_pipelines.snapshot.operations.status import snapshots
 
     with typed_errors():
-        found = snapshots(store, limit=limit, s3=s3_options(endpoint_url))
+        found = snapshots(store, limit=limit, s3=s3_options(endpoint_url), figures=True)
     if as_json:
         rows = [
             {
@@ -60,16 +63,27 @@ def history(
                 "withdrawn": entry.is_withdrawn,
                 "held": entry.is_held,
                 "pinned": entry.pinned,
+                **({} if entry.figures is None else dataclasses.asdict(entry.figures)),
             }
             for entry in found
         ]
         typer.echo(json.dumps(rows))
         return
-    table = Table("", "built", "run", "pinned")
+    table = Table("", "built", "run", "recall", "rows", "size", "shards", "index", "pinned")
     for entry in found:
-        built = f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z"
-        table.add_row(_state_of(entry), built, safe(entry.run_id), safe(entry.pinned or ""))
-    Console().print(table if found else "nothing was published yet", highlight=False)
+        figures, built = entry.figures, f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z"
+        cells = ("manifest cannot be read", "", "", "", "")
+        if figures is not None:
+            stored = "" if figures.bytes is None else size(figures.bytes)
+            cells = (
+                _recall(figures.recall),
+                f"{figures.rows:,}",
+                stored,
+                str(figures.shards),
+                safe(figures.index_type),
+            )
+        table.add_row(_state_of(entry), built, safe(entry.run_id), *cells, safe(entry.pinned or ""))
+    Console().print(table, highlight=False)
 
 
 def _state_of(entry: "SnapshotStatus") -> str:
@@ -268,7 +282,7 @@ def _show_diff(out: Console, found: "SnapshotDiff") -> None:
     table.add_row("rows", *(f"{side.rows:,}" for side in sides))
     table.add_row("shards", *(str(side.shards) for side in sides))
     table.add_row("size", *(size(side.bytes) for side in sides))
-    table.add_row("recall", *(_recall(side) for side in sides))
+    table.add_row("recall", *(_recall(side.recall) for side in sides))
     for change in found.config:
         table.add_row(change.name, safe(str(change.before)), safe(str(change.after)))
     out.print(table, highlight=False)
@@ -296,11 +310,12 @@ def _show_diff(out: Console, found: "SnapshotDiff") -> None:
     print_facts(out, facts)
 
 
-def _recall(side: "SnapshotSide") -> str:
-    figures = side.recall
+def _recall(figures: "RecallFigures | None") -> str:
+    """The judged recall in a cell."""
     if figures is None:
         return "(not recorded)"
-    return f"{figures.recall:.4f}@{figures.k}, at least {figures.lower:.4f}, {figures.num_probes} probes"
+    asked = f"{figures.num_probes} probe{'' if figures.num_probes == 1 else 's'}"
+    return f"{recall_text(figures.recall, figures.lower)} (@{figures.k}, {asked})"
 
 
 def _duration(text: str, option: str) -> timedelta:

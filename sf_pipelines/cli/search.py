@@ -1,9 +1,9 @@
 """The commands that ask a snapshot: ``search``, ``get``, ``info``."""
 
+import dataclasses
 import json
 import os
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +11,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sf_pipelines.cli.console import NOT_THERE, AsJson, Endpoint, Store, print_facts, s3_options, safe, typed_errors
+from sf_pipelines.cli.console import (
+    NOT_THERE,
+    AsJson,
+    Endpoint,
+    Store,
+    print_facts,
+    print_json,
+    recall_text,
+    s3_options,
+    safe,
+    size,
+    typed_errors,
+)
 from sf_pipelines.snapshot.errors import QueryError
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.types import ShardDetail, SnapshotInfo
 
 commands = typer.Typer()
 
@@ -31,8 +44,15 @@ Context = Annotated[
 def search(
     store: Store,
     query: Annotated[
-        str, typer.Argument(help="A JSON list of numbers, or @file with one; - reads it from standard input.")
-    ],
+        str | None,
+        typer.Argument(
+            help="A JSON list of numbers, or @file with one; - reads it from standard input.", show_default=False
+        ),
+    ] = None,
+    *,
+    like: Annotated[
+        str | None, typer.Option("--like", help="Id of a row, in place of a query: more like this, without the row.")
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", help="Neighbours wanted.")] = 10,
     num_probes: Annotated[int | None, typer.Option(help="Shards to ask; default: as the snapshot was tuned.")] = None,
     shard: Annotated[list[int] | None, typer.Option(help="Ask this shard; may be said several times.")] = None,
@@ -40,25 +60,50 @@ def search(
     endpoint_url: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the nearest rows of a vector."""
+    """Find the nearest rows of a vector, or with --like of a row. Exit code 3 when there is no such row."""
+    if (query is None) == (like is None):
+        raise typer.BadParameter("give either a query or --like", param_hint="QUERY")
     with typed_errors():
-        vector = _read_query(query)
+        vector = None if query is None else _read_query(query)
         with _reader(store, endpoint_url) as reader:
             given: dict[str, Any] = {"shard_ids": shard or None, "routing_context": _context(reader, context)}
             # A snapshot with keys is not sharded by vector: its reader has no such option.
             if num_probes is not None:
                 _check_probes(reader)
                 given["num_probes"] = num_probes
-            answer = reader.search(vector, top_k, **given)
+            if like is None:
+                answer = reader.search(vector or [], top_k, **given)
+                hits = answer.results
+            else:
+                row = _id_of(reader, like)
+                stored = reader.get_vectors([row], shard_ids=shard or None)[row]
+                if stored is None:
+                    typer.secho(f"no row of {safe(reader.snapshot_info().run_id)} has id {like!r}", err=True)
+                    raise typer.Exit(NOT_THERE)
+                answer = reader.search(stored, top_k + 1, **given)
+                hits = [hit for hit in answer.results if hit.id != row][:top_k]
     if as_json:
-        rows = [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in answer.results]
+        rows = [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in hits]
         typer.echo(json.dumps(rows))
         return
     table = Table("rank", "id", "score", "payload")
-    for rank, hit in enumerate(answer.results, start=1):
+    for rank, hit in enumerate(hits, start=1):
         payload = "" if hit.payload is None else json.dumps(hit.payload, ensure_ascii=False)
         table.add_row(str(rank), safe(str(hit.id)), f"{hit.score:.6f}", safe(payload))
     Console().print(table, f"{answer.num_shards_queried} shards, {answer.latency_ms:.1f} ms", highlight=False)
+
+
+def _id_of(reader: "ShardedVectorReader | UnifiedShardedReader", text: str) -> int | str:
+    """An id with the type that the snapshot's ids have; where it does not say, a number is taken for one."""
+    kind = reader.snapshot_info().id_type
+    if kind == "string":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        if kind is None:
+            return text
+        raise QueryError(f"--like {text!r} is no whole number, which the ids of this snapshot are") from error
 
 
 @commands.command()
@@ -97,17 +142,45 @@ def info(store: Store, endpoint_url: Endpoint = None, as_json: AsJson = False) -
     """Show the current snapshot and its shards."""
     with typed_errors(), _reader(store, endpoint_url) as reader:
         facts, shards = reader.snapshot_info(), reader.shard_details()
-    values = {name: getattr(facts, name) for name in facts.__dataclass_fields__}
     if as_json:
-        dates = {name: value.isoformat() for name, value in values.items() if isinstance(value, datetime)}
-        rows = [{name: getattr(shard, name) for name in shard.__dataclass_fields__} for shard in shards]
-        typer.echo(json.dumps({**values, **dates, "shards": rows}))
-        return
-    out = Console()
-    print_facts(out, {name: str(value) for name, value in values.items() if value is not None and value != {}})
-    table = Table("shard", "vectors", "address")
+        print_json(facts, shards=[dataclasses.asdict(shard) for shard in shards])
+    else:
+        _show_info(Console(), facts, shards)
+
+
+def _show_info(out: Console, facts: "SnapshotInfo", shards: "list[ShardDetail]") -> None:
+    filled = sum(shard.db_url is not None for shard in shards)
+    stored = "" if facts.total_bytes is None else f", {size(facts.total_bytes)}"
+    recall = recall_text(facts.recall, facts.recall_lower)
+    if facts.recall is not None:
+        recall += (
+            f" (95 % confidence), judged before it was published, asking {facts.num_probes} of {facts.num_dbs} shards"
+        )
+    index = ", ".join(part for part in (facts.index_type, facts.quantization, facts.backend) if part)
+    columns = {
+        "id": facts.id_type or "type not recorded",
+        "payload": "not recorded" if facts.payload_columns is None else ", ".join(facts.payload_columns) or "none",
+        "filter": ", ".join(f"{name}: {kind}" for name, kind in facts.filter_columns.items()) or "none",
+        "context": ", ".join(f"{name}: {kind}" for name, kind in facts.cel_columns.items()),
+    }
+    shown = {
+        "run": facts.run_id,
+        "built": f"{facts.created_at:%Y-%m-%d %H:%M:%S}Z",
+        "published": "" if facts.published_at is None else f"{facts.published_at:%Y-%m-%d %H:%M:%S}Z",
+        "kind": facts.kind + (f", keys as {facts.key_encoding}" if facts.key_encoding else ""),
+        f"recall@{facts.recall_k}" if facts.recall_k else "recall": recall,
+        "rows": f"{facts.total_vectors:,} in {filled} of {facts.num_dbs} shards{stored}",
+        "vectors": f"{facts.dim} numbers, {facts.metric}",
+        "index": index,
+        "sharding": f"{facts.sharding}, asking {facts.num_probes} of {facts.num_dbs} shards",
+        **{f"columns: {name}": text for name, text in columns.items() if text},
+        "manifest": facts.manifest_ref,
+    }
+    print_facts(out, {name: text for name, text in shown.items() if text})
+    table = Table("shard", "rows", "size", "address")
     for shard in shards:
-        table.add_row(str(shard.db_id), str(shard.vector_count), safe(shard.db_url or "(empty)"))
+        cells = (str(shard.db_id), f"{shard.vector_count:,}", "" if shard.bytes is None else size(shard.bytes))
+        table.add_row(*cells, safe(shard.db_url or "(empty)"))
     out.print(table, highlight=False)
 
 

@@ -107,6 +107,7 @@ def _manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt], create
         id_type=scanned.id_type,
         backend=config.vector_spec.backend,
         vector_type=config.vector_spec.vector_type,
+        payload_columns=config.payload_cols,
         filter_columns=scanned.filter_columns,
         key_type=scanned.key_type,
         value_format=None if config.key_value is None else config.key_value.value_format,

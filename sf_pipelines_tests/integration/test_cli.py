@@ -133,6 +133,49 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: st
     assert "Traceback" not in text
 
 
+def test_info_and_history_show_the_judged_recall(config: Path, tmp_path: Path) -> None:
+    """One figure everywhere: that of the queries that judged the snapshot."""
+    built = json.loads(run("build", str(config), "--json")[1].splitlines()[-1])
+    store, recall = str(tmp_path / "store"), f"{built['recall']:.4f}, at least {built['recall_lower']:.4f}"
+    text = " ".join(run("info", store)[1].split())
+    assert f"recall@10 {recall} (95 % confidence), judged before it was published" in text
+    for fact in ("rows 600 in 3 of 3 shards, ", "index flat, lancedb", "columns: payload title", "columns: id int64"):
+        assert fact in text
+    facts = json.loads(run("info", store, "--json")[1])
+    assert (facts["recall"], facts["recall_lower"], facts["recall_k"]) == (built["recall"], built["recall_lower"], 10)
+    assert (facts["payload_columns"], facts["id_type"], facts["index_type"]) == (["title"], "int64", "flat")
+    assert facts["total_bytes"] == sum(shard["bytes"] for shard in facts["shards"]) == built["bytes"]
+    (entry,) = json.loads(run("history", store, "--json")[1])
+    assert (entry["rows"], entry["bytes"], entry["index_type"], entry["shards"]) == (600, built["bytes"], "flat", 3)
+    assert (entry["recall"]["recall"], entry["recall"]["lower"]) == (built["recall"], built["recall_lower"])
+    done = RUNNER.invoke(app, ["history", store], env={"COLUMNS": "220"})
+    assert recall in done.output
+    # The pointer names another one by now, and this one's manifest is damaged: it is listed all the same.
+    run("build", str(config), "--force")
+    (tmp_path / "store" / entry["manifest"]).write_bytes(b"no manifest")
+    code, text = run("history", store, "--json")
+    assert code == 0
+    assert [("rows" in entry) for entry in json.loads(text)] == [True, False]
+
+
+def test_search_like_a_row(config: Path, tmp_path: Path) -> None:
+    run("build", str(config))
+    store = str(tmp_path / "store")
+    vector = pq.read_table(tmp_path / "source.parquet")["vector"][7].as_py()
+    by_vector = json.loads(run("search", store, json.dumps(vector), "-k", "4", "--json")[1])
+    assert by_vector[0]["id"] == 7
+    assert json.loads(run("search", store, "--like", "7", "-k", "3", "--json")[1]) == by_vector[1:]
+    for arguments, exit_code, message in (
+        (["--like", "9999"], 3, "has id '9999'"),
+        (["--like", "seven"], 1, "--like 'seven' is no whole number, which the ids of this snapshot are"),
+        (["--like", "7", "[1]"], 2, "give either a query or --like"),
+        ([], 2, "give either a query or --like"),
+    ):
+        code, text = run("search", store, *arguments)
+        assert code == exit_code
+        assert message in " ".join(text.split())
+
+
 @pytest.mark.parametrize("root", ["{tmp}", "{tmp}/nowhere"])
 @pytest.mark.parametrize(
     "command",
@@ -338,7 +381,7 @@ def test_a_context_or_shards_name_where_to_search(store: Store) -> None:
     assert (facts["dim"], facts["key_encoding"], facts["shards"][1]["vector_count"]) == (4, None, 10)
     assert datetime.fromisoformat(facts["created_at"]).tzinfo is not None
     assert code == 0
-    for fact in ("kind", "vector", "sharding", "cel", "'tier': 'int'"):
+    for fact in ("kind", "vector", "sharding", "cel", "tier: int"):
         assert fact in text
     for arguments, message in (
         ([], "give routing_context"),

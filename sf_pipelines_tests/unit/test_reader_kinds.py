@@ -20,6 +20,7 @@ from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.lsh import LshRouting
 from sf_pipelines.snapshot.routing.protocol import Routing
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines_tests.faces import Face, vector_reader
 from sf_pipelines_tests.snapshots import brute_force, clustered, publish, publish_by_hand
 
 DIM, SHARDS = 8, 4
@@ -313,3 +314,22 @@ def test_only_shards_that_are_asked_are_opened(store: Store, tmp_path: Path, mon
         for _ in range(3):
             reader.search(QUERIES[0], routing_context={"region": "eu"})
         assert len(opens) == 1
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_vectors_by_id(store: Store, tmp_path: Path, backend: str, ours: bool, face: Face) -> None:
+    write(store, "explicit", backend=backend, ours=ours)
+    assert store.local_root is not None
+    with vector_reader(face, store.local_root, cache_dir=tmp_path / "cache") as reader:
+        found = reader.get_vectors([5, 17, 5, 4711])
+        assert list(found) == [5, 17, 4711]
+        np.testing.assert_array_equal(np.stack([found[5], found[17]]), VECTORS[[5, 17]])
+        assert found[4711] is None
+        assert reader.get_vectors([5], shard_ids=[int(HOMES[6])]) == {5: None}
+        assert reader.get_vectors([]) == {}
+        wrongs: list[Any] = [[True], [2**63], ["\ud800"], 5, "5", [1.0], [None]] + ([["5"]] if ours else [])
+        for wrong in wrongs:
+            with pytest.raises(QueryError, match="id"):
+                reader.get_vectors(wrong)
+        with pytest.raises(QueryError, match="shard_ids"):
+            reader.get_vectors([5], shard_ids=[9])

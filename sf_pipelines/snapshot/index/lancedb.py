@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from sf_pipelines.snapshot.index.protocol import (
     ShardHits,
     VectorType,
 )
-from sf_pipelines.snapshot.index.ranking import distinct, first_k, id_ranks, id_values, replaced
+from sf_pipelines.snapshot.index.ranking import distinct, find_ids, first_k, id_ranks, id_values, replaced
 from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
 
@@ -245,9 +245,10 @@ class LanceDBShard:
             return scan.vectors[np.searchsorted(scan.rows, rows)]
         return _matrix(self._take(rows, "vector"), self._dim)
 
-    def ids(self) -> pa.Array:
-        """Id of every row."""
-        return self._ids(self._column("id"))
+    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
+        """Row references by id."""
+        found = self._column("id")
+        return find_ids(ids, self._ids(found), found["_rowid"].to_numpy().astype(np.int64))
 
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Evenly spaced rows."""

@@ -1,5 +1,6 @@
 """What the build and the readers ask of an index library."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -158,8 +159,8 @@ class ShardIndex(Protocol):
         """Stored vector of each row reference, in their order, shape (n, dim)."""
         ...
 
-    def ids(self) -> pa.Array | IdArray:
-        """Id of every row: Arrow array of int64 or string, or objects (int and str) where the shard mixes both."""
+    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
+        """Row reference of each id, shape (n,); -1 where the shard does not have it. Scans the column of ids."""
         ...
 
     def sample(self, n: int) -> tuple[IdArray, Float32]:

@@ -1,5 +1,6 @@
 """The exact ranking that every index shares: by distance, then by id."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,25 @@ def id_values(ids: Ids) -> IdArray:
 def is_numbers(ids: Ids) -> bool:
     """Whether all ids are numbers by their type."""
     return ids.dtype == np.int64 if isinstance(ids, np.ndarray) else pa.types.is_integer(ids.type)
+
+
+def find_ids(wanted: Sequence[int | str], ids: Ids, rows: Int64) -> Int64:
+    """Row reference of each wanted id, the first where there are several; -1 where there is none.
+
+    Args:
+        wanted: ids; one of another type than the stored ones is not found.
+        ids: of all rows.
+        rows: reference of each row.
+    """
+    kind = (int, str) if isinstance(ids, np.ndarray) else int if is_numbers(ids) else str
+    asked = [value for value in wanted if isinstance(value, kind)]
+    if isinstance(ids, np.ndarray):
+        hit = np.flatnonzero([value in asked for value in ids.tolist()])
+    else:
+        among = pc.SetLookupOptions(value_set=pa.array(asked, ids.type))
+        hit = np.flatnonzero(pc.call_function("is_in", [ids], among).to_numpy(zero_copy_only=False))
+    found = dict(zip(id_values(take_ids(ids, hit[::-1])).tolist(), rows[hit[::-1]].tolist(), strict=True))
+    return np.array([found.get(value, -1) for value in wanted], dtype=np.int64)
 
 
 def most_repeats(ids: Ids) -> int:

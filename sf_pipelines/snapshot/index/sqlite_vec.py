@@ -24,7 +24,7 @@ from sf_pipelines.snapshot.index.protocol import (
     ShardHits,
     VectorType,
 )
-from sf_pipelines.snapshot.index.ranking import Ids, first_k, id_ranks, id_values, no_hits, take_ids
+from sf_pipelines.snapshot.index.ranking import Ids, find_ids, first_k, id_ranks, id_values, no_hits, take_ids
 from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
 from sf_pipelines.snapshot.index.sqlite import CREATE_KV, FILE, SqliteFile, reading, writing
 from sf_pipelines.snapshot.index.vec_file import EMBEDDING, VectorChunks, read_ids
@@ -232,11 +232,11 @@ class SqliteVecShard:
             self._opened()
             return self._chunks.vectors(positions)
 
-    def ids(self) -> pa.Array | IdArray:
-        """Id of every row."""
+    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
+        """Row references by id."""
         with self._lock:
             self._opened()
-            return self._ids
+            return find_ids(ids, self._ids, self._chunks.rowids)
 
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Evenly spaced rows."""

@@ -267,6 +267,7 @@ class SnapshotExtras(WireModel):
         id_type: ``int64`` or ``string``.
         backend: index library of the shards.
         vector_type: how vectors are stored; under ``float16`` they are routed as rounded to it.
+        payload_columns: columns of a hit's payload; None in snapshots published before it was recorded.
         filter_columns: columns beside the vector with their Arrow types.
         key_type: type of the keys (unified snapshots).
         value_format: ``json`` object of columns or ``bytes`` as given (unified snapshots).
@@ -285,6 +286,7 @@ class SnapshotExtras(WireModel):
     id_type: Literal["int64", "string"]
     backend: Literal["lancedb", "sqlite-vec"] = "lancedb"
     vector_type: Literal["float32", "float16"] = "float32"
+    payload_columns: Annotated[tuple[Name, ...], Field(strict=False)] | None = None
     filter_columns: dict[str, str] = Field(default_factory=dict)
     key_type: Literal["int64", "string", "bytes"] | None = None
     value_format: Literal["json", "bytes"] | None = None

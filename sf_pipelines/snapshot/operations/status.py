@@ -1,15 +1,37 @@
 """The history as an operator wants to see it: what is current, withdrawn, held, pinned."""
 
+import hashlib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.errors import ManifestError
+from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, ObjectMissingError
+from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
+from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.pins import pins
 from sf_pipelines.snapshot.operations.rollback import keys_in, open_published
 from sf_pipelines.snapshot.store import Store
+
+
+@dataclass(frozen=True)
+class SnapshotFigures:
+    """What a manifest tells of its snapshot.
+
+    Attributes:
+        rows: of all shards.
+        shards: shards that are not empty.
+        bytes: size of all shards; None where the writer recorded none.
+        index_type: kind of index, as the writer called it.
+        recall: as its gate judged it; None where nobody knows.
+    """
+
+    rows: int
+    shards: int
+    bytes: int | None
+    index_type: str
+    recall: RecallFigures | None
 
 
 @dataclass(frozen=True)
@@ -24,6 +46,7 @@ class SnapshotStatus:
         is_withdrawn: whether a rollback withdrew it.
         is_held: whether a rollback keeps its source and config from being published again.
         pinned: why no cleanup removes it; None where it is not pinned.
+        figures: what its manifest tells; None where it cannot be read, or was not asked for.
     """
 
     run_id: str
@@ -33,15 +56,19 @@ class SnapshotStatus:
     is_withdrawn: bool
     is_held: bool
     pinned: str | None
+    figures: SnapshotFigures | None = None
 
 
-def snapshots(root: str | Path | Store, *, limit: int | None = 10, s3: S3Options | None = None) -> list[SnapshotStatus]:
+def snapshots(
+    root: str | Path | Store, *, limit: int | None = 10, s3: S3Options | None = None, figures: bool = False
+) -> list[SnapshotStatus]:
     """Published snapshots, newest first. A pointer that cannot be understood says nothing about any of them.
 
     Args:
         root: the snapshot's root.
         limit: most of them; None for all.
         s3: credentials.
+        figures: read each manifest, too.
 
     Raises:
         SnapshotNotFoundError: nothing was published.
@@ -64,6 +91,26 @@ def snapshots(root: str | Path | Store, *, limit: int | None = 10, s3: S3Options
             is_withdrawn=entry.run_id in withdrawn,
             is_held=pointer is not None and entry.run_id in withdrawn and pointer.is_held(*keys_in(store, entry)),
             pinned=pinned.get(entry.run_id),
+            figures=_figures(store, entry.manifest_key) if figures else None,
         )
         for entry in history(store, limit)
     ]
+
+
+def _figures(store: Store, key: str) -> SnapshotFigures | None:
+    """A list is there to find a way out of trouble: a manifest that cannot be read is listed without figures."""
+    try:
+        data = store.get(key)
+        manifest = decode_manifest(data, where=store.url_of(key))
+        recall = judged_recall(store, manifest, hashlib.sha256(data).hexdigest())
+        index_type = manifest.vector.index_type
+    except (IntegrityError, ObjectMissingError):
+        return None
+    sizes = [None if shard.objects is None else sum(item.size for item in shard.objects) for shard in manifest.shards]
+    return SnapshotFigures(
+        rows=manifest.row_count,
+        shards=sum(shard.db_url is not None for shard in manifest.shards),
+        bytes=None if None in sizes else sum(size or 0 for size in sizes),
+        index_type=index_type,
+        recall=recall,
+    )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 from numpy.typing import ArrayLike
 
 from sf_pipelines.snapshot.index.key_value import Key
+from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader import lookup, searching
 from sf_pipelines.snapshot.reader.calls import Terms
 from sf_pipelines.snapshot.reader.core import ReaderCore
@@ -93,6 +94,16 @@ class AsyncReader(Facing):
         wanted, terms = Wanted(num_probes, shard_ids, routing_context), Terms(timeout, partial)
         call = searching.search(self._core, queries, top_k, wanted, terms, include_vectors=include_vectors)
         return await self._core.run_async(call)
+
+    async def get_vectors(
+        self,
+        ids: Iterable[int | str],
+        *,
+        shard_ids: Sequence[int] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as of search
+    ) -> dict[int | str, Float32 | None]:
+        """The stored vector of each id; None for an id that no row has. See ``ShardedVectorReader.get_vectors``."""
+        return await self._core.run_async(lookup.get_vectors(self._core, ids, shard_ids, Terms(timeout)))
 
     async def refresh(self) -> RefreshOutcome:
         """Serves what the pointer names now; see ``ShardedVectorReader.refresh``.

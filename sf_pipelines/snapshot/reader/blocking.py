@@ -2,13 +2,14 @@
 
 from __future__ import annotations  # help() shows types by the names that are written here
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Self, Unpack
 
 from numpy.typing import ArrayLike
 
-from sf_pipelines.snapshot.reader import searching
+from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.reader import lookup, searching
 from sf_pipelines.snapshot.reader.calls import Terms
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.facing import Facing
@@ -103,6 +104,34 @@ class BlockingReader(Facing):
         wanted, terms = Wanted(num_probes, shard_ids, routing_context), Terms(timeout, partial)
         call = searching.search(self._core, queries, top_k, wanted, terms, include_vectors=include_vectors)
         return self._core.run(call)
+
+    def get_vectors(
+        self, ids: Iterable[int | str], *, shard_ids: Sequence[int] | None = None, timeout: float | None = None
+    ) -> dict[int | str, Float32 | None]:
+        """The stored vector of each id; None for an id that no row has.
+
+        For "more like this": search with the vector of a row. Where the id is the key that rows are sharded by, the
+        shard of each is asked; in other snapshots nothing says which shard has an id, so the ids of every shard are
+        scanned, each shard being opened for it.
+
+        Args:
+            ids: as searches return them.
+            shard_ids: look only there.
+            timeout: seconds until the answer must be there; None waits.
+
+        Raises:
+            QueryError: an id is of the wrong type, or a shard is unknown.
+            ReaderClosedError: the reader was closed.
+            StoreError: a shard cannot be fetched.
+            IntegrityError: a shard is damaged.
+            DeadlineError: a shard did not answer in time.
+            RateLimitError: the rate limiter would have taken longer than ``timeout``.
+
+        Example:
+            >>> vector = reader.get_vectors([17])[17]
+            >>> reader.search(vector, top_k=11).results[1:]
+        """
+        return self._core.run(lookup.get_vectors(self._core, ids, shard_ids, Terms(timeout)))
 
     # Measuring.
 

@@ -63,7 +63,8 @@ def snapshot_info(core: ReaderCore) -> SnapshotInfo:
     with core.serving() as serving:
         state = serving.state
         unified = state.kind == "unified"
-        recall = state.manifest.extras.recall if state.manifest.extras else None
+        extras, sizes = state.manifest.extras, [shard.bytes for shard in state.shards]
+        recall = extras.recall if extras else None
         judged = recall.judged if recall else None
         return SnapshotInfo(
             run_id=state.manifest.run_id,
@@ -79,8 +80,14 @@ def snapshot_info(core: ReaderCore) -> SnapshotInfo:
             recall=judged.recall if judged else None,
             recall_lower=judged.lower if judged else None,
             recall_k=recall.k if recall and judged else None,
+            index_type=state.vector.index_type,
+            quantization=state.vector.quantization,
+            id_type=extras.id_type if extras else None,
+            payload_columns=None if extras is None or extras.payload_columns is None else [*extras.payload_columns],
+            filter_columns=dict(extras.filter_columns) if extras else {},
             manifest_ref=core.store.url_of(state.manifest_key),
             total_vectors=state.manifest.row_count,
+            total_bytes=None if any(size is None for size in sizes) else sum(size or 0 for size in sizes),
             created_at=state.manifest.created_at,
             published_at=state.published_at,
         )
@@ -98,6 +105,7 @@ def shard_details(core: ReaderCore) -> list[ShardDetail]:
                 db_id=shard.db_id,
                 db_url=None if shard.key is None else core.store.url_of(shard.key),
                 vector_count=shard.rows,
+                bytes=shard.bytes,
                 checkpoint_id=shard.checkpoint_id,
             )
             for shard in serving.state.shards

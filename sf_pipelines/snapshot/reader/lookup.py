@@ -1,6 +1,6 @@
-"""Values by key, for all readers of unified snapshots."""
+"""What rows hold: values by key (unified snapshots), and stored vectors by id, for all readers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,12 @@ import pyarrow as pa
 from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import NoShardError, QueryError
 from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
+from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, Terms, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.events import EventField, EventName
 from sf_pipelines.snapshot.reader.handles import OpenShard
-from sf_pipelines.snapshot.reader.plan import Context
+from sf_pipelines.snapshot.reader.plan import Context, named_shards
 from sf_pipelines.snapshot.reader.state import SnapshotState
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.hash import HashRouting, hash_keys
@@ -113,6 +114,106 @@ def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> in
     if shard < 0:
         raise NoShardError(f"the expression that this snapshot is sharded by gives no shard for key {key!r}")
     return shard
+
+
+def get_vectors(
+    core: ReaderCore, ids: Iterable[int | str], shard_ids: Sequence[int] | None, terms: Terms
+) -> Call[dict[int | str, Float32 | None]]:
+    """The stored vector of each id, None for an id that is not there; each shard is asked once.
+
+    Args:
+        core: of the reader.
+        ids: as searches return them.
+        shard_ids: look only there; None is wherever the ids may be.
+        terms: deadline.
+
+    Raises:
+        QueryError: an id is of the wrong type, or a shard is unknown; further errors as of ``get_many``.
+    """
+    return Call(None, terms, _vectors(core, ids, shard_ids, terms))
+
+
+def _vectors(
+    core: ReaderCore, ids: Iterable[int | str], shard_ids: Sequence[int] | None, terms: Terms
+) -> Steps[dict[int | str, Float32 | None]]:
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise QueryError(f"ids must be several ids, such as [17], not one {type(ids).__name__}")
+    given = list(ids)
+    _check_ids(core.state, given)
+    yield from core.admitted(len(given))
+    found: dict[int | str, Float32 | None] = dict.fromkeys(given)
+    with core.serving() as serving:
+        state = serving.state
+        if shard_ids is not None:
+            shards = named_shards(shard_ids, state.manifest.num_dbs, 1).shards[0].tolist()
+            wanted = dict.fromkeys(shards, given)
+        else:
+            wanted = _where_ids_may_be(state, given)
+
+        def fetch_of(asked: list[int | str]) -> Callable[[OpenShard], list[tuple[int | str, Float32]]]:
+            def fetch(opened: OpenShard) -> list[tuple[int | str, Float32]]:
+                rows = opened.index.find(asked)
+                there = np.flatnonzero(rows >= 0)
+                if not len(there):
+                    return []
+                return list(zip([asked[at] for at in there], opened.index.vectors(rows[there]), strict=True))
+
+            return fetch
+
+        jobs = [Job(shard, fetch_of(asked)) for shard, asked in wanted.items() if state.shards[shard].key is not None]
+        answers = yield from each_shard(serving.handles, jobs, terms, _has_nothing_quick)
+        for _, answer in sorted(answers.items(), reverse=True):
+            found.update((row_id, vector.copy()) for row_id, vector in answer)
+    return found
+
+
+def _has_nothing_quick(opened: OpenShard) -> bool:
+    """A scan of all ids takes milliseconds."""
+    del opened
+    return False
+
+
+def _check_ids(state: SnapshotState, ids: list[Any]) -> None:
+    """Refuses what cannot be an id, where the manifest says what ids are."""
+    extras = state.manifest.extras
+    kinds: Any = (int, str) if extras is None else {"int64": int, "string": str}[extras.id_type]
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not _can_be_stored(value):
+            names = "int or str" if extras is None else kinds.__name__
+            raise QueryError(
+                f"id {value!r} cannot be one of this snapshot's: they are {names}, as searches return them"
+            )
+
+
+def _can_be_stored(value: int | str) -> bool:
+    if isinstance(value, int):
+        return -_BEYOND <= value < _BEYOND
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _where_ids_may_be(state: SnapshotState, ids: list[int | str]) -> dict[int, list[int | str]]:
+    """The ids to look for in each shard: where a row's key says its shard, there; else everywhere."""
+    routing, everywhere = state.routing, dict.fromkeys(range(state.manifest.num_dbs), ids)
+    by_key = isinstance(routing, HashRouting) or (isinstance(routing, CelRouting) and set(routing.columns) == {_KEY})
+    if state.kind != "unified" or not state.is_ours or not by_key or not ids:
+        return everywhere
+    keys: list[Any] = ids
+    if state.manifest.extras is not None and state.manifest.extras.key_type == "bytes":
+        try:
+            keys = [bytes.fromhex(str(row_id)) for row_id in ids]
+        except ValueError:
+            # No hexadecimal digits: no row can have it, and the others are found all the same.
+            return everywhere
+    shards = _shards_of(state, keys, _encoded(keys, state.key_encoding), None).tolist()
+    wanted: dict[int, list[int | str]] = {}
+    for row_id, shard in zip(ids, shards, strict=True):
+        if shard >= 0:
+            wanted.setdefault(shard, []).append(row_id)
+    return wanted
 
 
 def _encoded(keys: list[Key], encoding: KeyEncoding) -> list[bytes]:

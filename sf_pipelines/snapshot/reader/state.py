@@ -46,6 +46,13 @@ class ShardEntry:
     checkpoint_id: str | None
     objects: tuple[ShardObject, ...] | None
 
+    @property
+    def bytes(self) -> int | None:
+        """Size of its objects; None where the writer recorded none."""
+        if self.key is None:
+            return 0
+        return None if self.objects is None else sum(item.size for item in self.objects)
+
 
 @dataclass(frozen=True)
 class SnapshotState:

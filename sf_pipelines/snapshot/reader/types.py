@@ -161,8 +161,14 @@ class SnapshotInfo:
             before manifests told it.
         recall_lower: its lower confidence bound.
         recall_k: neighbours that it was measured for.
+        index_type: kind of index, as the writer called it.
+        quantization: of the index, as the writer called it.
+        id_type: ``int64`` or ``string``; None where the manifest does not say.
+        payload_columns: what a hit's payload is made of; None where the manifest does not say.
+        filter_columns: columns that are stored beside the vector, with their Arrow types.
         manifest_ref: address of its manifest under the reader's root.
         total_vectors: rows of all shards.
+        total_bytes: size of all shards; None where the writer recorded none.
         created_at: when it was built.
         published_at: when the pointer was moved to it; None for a pinned manifest.
     """
@@ -180,8 +186,14 @@ class SnapshotInfo:
     recall: float | None
     recall_lower: float | None
     recall_k: int | None
+    index_type: str
+    quantization: str | None
+    id_type: str | None
+    payload_columns: list[str] | None
+    filter_columns: dict[str, str]
     manifest_ref: str
     total_vectors: int
+    total_bytes: int | None
     created_at: datetime
     published_at: datetime | None
 
@@ -217,12 +229,14 @@ class ShardDetail:
         db_id: its number.
         db_url: address of its directory under the reader's root; None for an empty shard.
         vector_count: its rows as the manifest counts them.
+        bytes: its size; None where the writer recorded none.
         checkpoint_id: opaque id of its bytes.
     """
 
     db_id: int
     db_url: str | None
     vector_count: int
+    bytes: int | None
     checkpoint_id: str | None
 
 

@@ -99,8 +99,11 @@ class IndexConformance:
                 _expect(shard.payloads(rows) == [expected[n] for n in ids], "payloads are another row's")
                 _expect(shard.payloads(again) == [expected[ids[n]] for n in (1, 1, 0)], "repeats are lost")
                 np.testing.assert_array_equal(shard.vectors(rows), vectors[ids])
-            every = shard.ids()
-            _expect(sorted(every.tolist()) == sorted(shard.sample(shard.rows)[0].tolist()), "ids are missing")
+            every = shard.sample(shard.rows)[0].tolist()
+            _expect(sorted(every) == list(range(1300)), "ids are missing")
+            found = shard.find([1250, -1, 5, 1300, "5", 5])
+            _expect((found < 0).tolist() == [False, True, False, True, True, False], "other ids are found")
+            np.testing.assert_array_equal(shard.vectors(found[[0, 2, 5]]), vectors[[1250, 5, 5]])
             ids, sampled = shard.sample(11)
             _expect(len(ids) == 11 and ids.tolist() == shard.sample(11)[0].tolist(), "the sample changes")
             np.testing.assert_array_equal(sampled, vectors[ids])
@@ -187,7 +190,7 @@ class IndexConformance:
             lambda: shard.payloads(rows),
             lambda: shard.vectors(rows),
             lambda: shard.sample(2),
-            shard.ids,
+            lambda: shard.find([1]),
         )
         for number, call in enumerate(calls):
             _refused(ReaderClosedError, call, f"call {number} on a closed shard")

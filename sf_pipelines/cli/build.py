@@ -24,6 +24,7 @@ from sf_pipelines.cli.console import (
     safe,
     size,
     typed_errors,
+    unwinding,
 )
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
@@ -95,7 +96,7 @@ def build(
     if address is not None and engine is None:
         raise typer.BadParameter("--address is that of an --engine; say which", param_hint="--address")
     with typed_errors():
-        with progress() as watch:
+        with unwinding(), progress() as watch:
             watch("load", 0, None, "")
             from sf_pipelines.api import build_snapshot
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import signal
+import sys
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -107,6 +109,16 @@ def typed_errors() -> Iterator[None]:
         typer.secho(f"error [{error.kind}]: {line}", fg=typer.colors.RED, err=True)
         missing = isinstance(error, SnapshotNotFoundError | RunNotFoundError)
         raise typer.Exit(NOT_THERE if missing else FAILED) from error
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: what a build holds is given back. Of the main thread."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from sf_pipelines.orchestration.metadata import verdict_metadata
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.errors import GateFailedError
 from sf_pipelines.snapshot.gate import CHECKS, required_checks
 
 _DESCRIPTIONS = {
@@ -42,6 +43,7 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
     )
     def gate(context: dg.AssetCheckExecutionContext, manifest: Reference) -> Iterator[dg.AssetCheckResult]:
         access: SnapshotAccess = getattr(context.resources, names.resource)
+        failed: list[str] = []
         selected = {key.name for key in context.selected_asset_check_keys}
         with surfaced(), access.build(context.log) as build:
             for name in (name for name in CHECKS if name in selected):
@@ -49,6 +51,8 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
                 # A warning shows in the run's log as well as on the check.
                 told = context.log.info if verdict.passed else context.log.warning
                 told("%s: %s", name, verdict.reason or verdict.message)
+                if verdict.severity == "ERROR" and not verdict.passed:
+                    failed.append(f"{name}: {verdict.message}")
                 yield dg.AssetCheckResult(
                     passed=verdict.passed,
                     asset_key=names.asset("manifest"),
@@ -57,5 +61,8 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
                     metadata=verdict_metadata(verdict),
                     description=verdict.message,
                 )
+            if failed:
+                # The pointer waits for these checks, so nothing comes after them that could say it.
+                build.give_up(GateFailedError("; ".join(failed)))
 
     return gate

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 import pyarrow as pa
 
+from sf_pipelines.snapshot.client import first_line, is_disk_full
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
-from sf_pipelines.snapshot.errors import ConfigError, IntegrityError, StoreError
+from sf_pipelines.snapshot.errors import ConfigError, DiskFullError, IntegrityError, SfPipelinesError, StoreError
 from sf_pipelines.snapshot.ledger import Ledger, get_verified
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
@@ -71,6 +72,7 @@ class Build:
         self._progress: Progress = progress or silent
         self.cache_dir = cache_dir
         self._renewed: dict[str, float] = {}
+        self._leases: set[str] = set()
         self._reader: tuple[str, ShardedVectorReader | UnifiedShardedReader] | None = None
 
     @cached_property
@@ -109,8 +111,25 @@ class Build:
         """Whether a rollback keeps what this build makes, or has made, from being published; force does not help."""
         return pointer is not None and pointer.is_held(scanned.build_key, self.config.gate_key())
 
+    def start_record(self, run_id: str) -> str:
+        """Says that a build begins; the key of its record."""
+        key = record.start_record(self.store, run_id)
+        self._leases.add(key)
+        return key
+
+    def give_up(self, error: BaseException) -> None:
+        """Says that the builds that were worked on have ended, and gives back their leases: nothing waits for them."""
+        for key in sorted(self._leases):
+            try:
+                record.finish(self.store, key, "failed", error=error)
+            except (StoreError, IntegrityError) as second:
+                # What stopped the build matters more than that it could not be written down.
+                error.add_note(f"the build record {key} could not be updated: {second}")
+        self._leases.clear()
+
     def renew(self, scanned: ScanReceipt) -> None:
         """Says that a build goes on; cheap enough to call for every batch."""
+        self._leases.add(scanned.record_key)
         now = time.monotonic()
         if now - self._renewed.get(scanned.record_key, -_RENEW_SECONDS) >= _RENEW_SECONDS:
             record.renew(self.store, scanned.record_key)
@@ -224,8 +243,13 @@ class Build:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Closes it; where it ends by an error or is interrupted, the build has failed."""
+        try:
+            if error is not None:
+                self.give_up(error)
+        finally:
+            self.close()
 
 
 @contextmanager
@@ -234,8 +258,18 @@ def scratch() -> Iterator[Path]:
 
     What comes next is another library with its own allocator: without this, their leftovers add up.
     """
-    with tempfile.TemporaryDirectory(prefix="sf_pipelines-build-") as folder:
-        yield Path(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sf_pipelines-build-") as folder:
+            yield Path(folder)
+    except (SfPipelinesError, GeneratorExit):
+        raise
+    except Exception as error:
+        # Every library has an error of its own for it.
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"the disk of scratch files is full: {first_line(error)}; free it, or name a larger one in TMPDIR"
+        ) from error
     pa.default_memory_pool().release_unused()
 
 

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
@@ -147,7 +148,8 @@ def run_task(config: WriteConfig, task: Task) -> Outcome:
     watch = Stopwatch()
     receipt, fault = None, None
     try:
-        with Build(config) as build:
+        # The driver decides what an error means for the build: the task may be tried again.
+        with closing(Build(config)) as build:
             receipt = perform(build, task)
     except SfPipelinesError as error:
         fault = Fault(kind=error.kind, message=str(error))

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import DigestMismatchError
 from sf_pipelines.snapshot.ledger import STAGING, ReceiptType
-from sf_pipelines.snapshot.manifest import publish, record
+from sf_pipelines.snapshot.manifest import publish
 from sf_pipelines.snapshot.receipts import (
     PromoteReceipt,
     Receipt,
@@ -53,7 +53,7 @@ def fork_run(
         base_fingerprint=view.fingerprint,
         base_run_id=view.pointer.run_id if view.pointer else None,
         base_seq=view.seq,
-        record_key=record.start_record(build.store, fork.run_id),
+        record_key=build.start_record(fork.run_id),
         published=False,
         held=False,
         forced=False,

@@ -162,7 +162,10 @@ def get_verified(store: Store, ref: Ref) -> bytes:
     Raises:
         DigestMismatchError: they differ.
     """
-    data = store.get(ref.key)
+    try:
+        data = store.get(ref.key, limit=ref.size)
+    except IntegrityError as error:
+        raise DigestMismatchError(f"{error}; {ref.size:,} were recorded") from error
     found = hashlib.sha256(data).hexdigest()
     if found != ref.sha256:
         raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")

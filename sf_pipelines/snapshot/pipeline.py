@@ -9,9 +9,7 @@ from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build, Progress, Stopwatch
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Engine
-from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError, StoreError
 from sf_pipelines.snapshot.gate import Verdict
-from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.shuffling import Shuffle, StagedFrame
@@ -93,12 +91,7 @@ def run_build(
         build.report("scan", 0, None, "")
         scanned = stages.scan(build, force=force, parts=None if frame is None else frame.keys)
         durations["scan"] = watch.seconds
-        try:
-            return _run(build, scanned, durations, engine, None if frame is None else frame.shuffle)
-        except SfPipelinesError as error:
-            if not scanned.published:
-                _record_failure(build, scanned, error)
-            raise
+        return _run(build, scanned, durations, engine, None if frame is None else frame.shuffle)
 
 
 def _run(
@@ -128,14 +121,6 @@ def _run(
     verdicts = timed("gate", lambda: stages.gate(build, manifest.run_id))
     promoted = timed("promote", lambda: stages.promote(build, manifest.run_id))
     return _result(scanned, sampled.rejected, shards, manifest, verdicts, promoted, durations)
-
-
-def _record_failure(build: Build, scanned: ScanReceipt, error: SfPipelinesError) -> None:
-    try:
-        record.finish(build.store, scanned.record_key, "failed", error=error)
-    except (StoreError, IntegrityError) as second:
-        # What stopped the build matters more than that it could not be written down.
-        error.add_note(f"the build record {scanned.record_key} could not be updated: {second}")
 
 
 def _result(

@@ -5,6 +5,7 @@ number. An engine so needs to understand two columns only, whatever the types of
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +60,7 @@ def route_pieces(config: WriteConfig, run_id: str, place: int) -> Iterator[pa.Re
     Raises:
         SourceChangedError: a staged part changed since the scan.
     """
-    with Build(config) as build:
+    with closing(Build(config)) as build:
         ledger = build.ledger(run_id)
         scanned, sampled, trained = build.scanned(run_id), ledger.need(SampleReceipt), build.trained(run_id)
         contract, routing = build.contract(scanned.listing.arrow_schema), build.routing(trained)
@@ -100,7 +101,7 @@ def write_pieces(config: WriteConfig, run_id: str, batches: Iterable[pa.RecordBa
         Key of the range receipt; None where there was no piece.
     """
     watch = Stopwatch()
-    with Build(config) as build, scratch() as folder:
+    with closing(Build(config)) as build, scratch() as folder:
         ledger = build.ledger(run_id)
         scanned, sampled, trained = build.scanned(run_id), ledger.need(SampleReceipt), build.trained(run_id)
         writer = RoutedWriter(folder / "routed.arrow", build.contract(scanned.listing.arrow_schema).stored_schema)

@@ -130,13 +130,13 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
             key_type=contract.keys.key_type if contract.keys else None,
             key_encoding=contract.keys.encoding if contract.keys else None,
             filter_columns=contract.filter_columns,
-            record_key=record.start_record(build.store, run_id),
+            record_key=build.start_record(run_id),
             forced=force,
             **base,
         )
         return build.ledger(run_id).commit(receipt, number=0)
     if not build.store.exists(unfinished.record_key):
-        base["record_key"] = record.start_record(build.store, unfinished.run_id)
+        base["record_key"] = build.start_record(unfinished.run_id)
     reason = f"goes on with the unfinished build {unfinished.run_id}"
     if any(getattr(unfinished, name) != value for name, value in base.items()):
         # A run that is taken up again goes out from the pointer as it is now.

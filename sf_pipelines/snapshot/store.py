@@ -226,7 +226,7 @@ class Store:
         """
         digest, size = hashlib.sha256(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._translated("read", key), path.open("wb") as file:
+        with path.open("wb") as file, self._translated("read", key):
             for data in self._chunks(key):
                 file.write(data)
                 digest.update(data)
@@ -385,7 +385,7 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file() or path.stat().st_size != len(expected.data) or path.read_bytes() != expected.data:
                 return False
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
             try:
                 # The mode is that of any new file: what the user's umask leaves of it.
                 with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:

@@ -17,7 +17,9 @@ from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import IndexBuildError
 from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines.snapshot.manifest.record import read_record
 from sf_pipelines.snapshot.receipts import ShardReceipt
+from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures, launch, make_config, run_job
 
 NOUNS = (
@@ -382,3 +384,13 @@ def test_code_references_lead_to_the_stages(config: WriteConfig) -> None:
         (place,) = found[noun]
         line = Path(place.file_path).read_text(encoding="utf-8").splitlines()[place.line_number - 1]
         assert line.startswith(f"def {name}("), noun
+
+
+def test_a_failed_gate_gives_the_lease_back(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    strict = config.model_copy(update={"max_shard_skew": 1.0})
+    assert not run_job(strict, instance).success
+    store = Store.open(config.store)
+    (found,) = [read_record(store, info.key) for info in store.objects("runs")]
+    assert (found.status, found.error_type) == ("failed", "GateFailedError")
+    assert "shard_balance" in str(found.error_message)
+    assert not found.alive(found.updated_at)

@@ -6,10 +6,11 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
-from sf_pipelines.snapshot.errors import ManifestError
+from sf_pipelines.snapshot.errors import IntegrityError, ManifestError
 from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE, WireModel, tail_of
 from sf_pipelines.snapshot.manifest.wire import dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.model import describe_validation
+from sf_pipelines.snapshot.store import Store, Versioned
 
 CURRENT = "_CURRENT"
 MANIFESTS = "manifests"
@@ -152,6 +153,20 @@ class Pointer(WireModel):
             return cls.model_validate(found)
         except ValidationError as error:
             raise ManifestError(describe_validation(f"pointer {where}", error)) from error
+
+
+def find_pointer(store: Store) -> tuple[Pointer, Versioned] | None:
+    """The pointer under a root, and its bytes; None where there is none.
+
+    Raises:
+        ManifestError: it is too large or no regular file, or cannot be understood.
+        StoreError: it cannot be read.
+    """
+    try:
+        found = store.find(CURRENT, limit=MAX_POINTER_BYTES)
+    except IntegrityError as error:
+        raise ManifestError(f"pointer {error}; remove it, then roll back to what is to be served") from error
+    return None if found is None else (Pointer.decode(found.data, store.url_of(CURRENT)), found)
 
 
 class ManifestName(NamedTuple):

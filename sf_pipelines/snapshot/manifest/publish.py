@@ -21,6 +21,7 @@ from sf_pipelines.snapshot.manifest.pointer import (
     POINTER_CONTENT_TYPE,
     Pointer,
     PreviousPointer,
+    find_pointer,
     manifest_key,
     manifest_name,
     parse_manifest_key,
@@ -87,10 +88,7 @@ def read_pointer(store: Store) -> PointerView:
         ManifestError: it cannot be understood.
         StoreError: it cannot be read.
     """
-    version = store.find(CURRENT)
-    if version is None:
-        return PointerView(None, None)
-    return PointerView(Pointer.decode(version.data, store.url_of(CURRENT)), version)
+    return PointerView(*(find_pointer(store) or (None, None)))
 
 
 def publish(

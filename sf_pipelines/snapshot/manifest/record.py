@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BeforeValidator, ConfigDict, ValidationError
 
+from sf_pipelines.snapshot.addresses import without_secrets
 from sf_pipelines.snapshot.errors import IntegrityError, WriteUncertainError
 from sf_pipelines.snapshot.manifest.models import DB_PATH_TEMPLATE, SHARD_PREFIX, WireModel
 from sf_pipelines.snapshot.manifest.pointer import plain_run_id
@@ -18,8 +19,8 @@ RUNS = "runs"
 RECORD_CONTENT_TYPE = "application/x-yaml"
 LEASE = timedelta(minutes=10)
 RENEW_AFTER = timedelta(minutes=1)
+MAX_RECORD_BYTES = 64 * 1024
 
-_MAX_RECORD_BYTES = 64 * 1024
 _MAX_MESSAGE = 2000
 _SWAP_TRIES = 8
 
@@ -78,8 +79,8 @@ class BuildRecord(WireModel):
         Raises:
             IntegrityError: it cannot be understood.
         """
-        if len(data) > _MAX_RECORD_BYTES:
-            raise IntegrityError(f"build record {where} has {len(data)} bytes, more than {_MAX_RECORD_BYTES}")
+        if len(data) > MAX_RECORD_BYTES:
+            raise IntegrityError(f"build record {where} has {len(data)} bytes, more than {MAX_RECORD_BYTES}")
         try:
             return cls.model_validate(yaml.safe_load(data))
         except ValidationError as error:
@@ -122,7 +123,7 @@ def read_record(store: Store, record_key: str) -> BuildRecord:
         ObjectMissingError: there is none.
         IntegrityError: it cannot be understood.
     """
-    return BuildRecord.decode(store.get(record_key), store.url_of(record_key))
+    return BuildRecord.decode(store.get(record_key, limit=MAX_RECORD_BYTES), store.url_of(record_key))
 
 
 def renew(store: Store, record_key: str, *, force: bool = False, now: datetime | None = None) -> BuildRecord:
@@ -140,7 +141,7 @@ def renew(store: Store, record_key: str, *, force: bool = False, now: datetime |
         The record as it is now.
     """
     moment = now or datetime.now(UTC)
-    found = store.get_versioned(record_key)
+    found = store.get_versioned(record_key, limit=MAX_RECORD_BYTES)
     record = BuildRecord.decode(found.data, store.url_of(record_key))
     recent = record.status == "running" and moment - record.updated_at < RENEW_AFTER
     if record.status == "succeeded" or (recent and not force):
@@ -169,7 +170,7 @@ def finish(
     *,
     now: datetime | None = None,
 ) -> BuildRecord:
-    """Says how a build ended, and gives up its lease.
+    """Says how a build ended, and gives up its lease. What has succeeded stays so.
 
     Args:
         store: the snapshot's root.
@@ -187,8 +188,10 @@ def finish(
     """
     for _ in range(_SWAP_TRIES):
         moment = now or datetime.now(UTC)
-        found = store.get_versioned(record_key)
+        found = store.get_versioned(record_key, limit=MAX_RECORD_BYTES)
         record = BuildRecord.decode(found.data, store.url_of(record_key))
+        if status == "failed" and record.status == "succeeded":
+            return record
         ended = record.model_copy(
             update={
                 "status": status,
@@ -196,7 +199,7 @@ def finish(
                 "lease_expires_at": moment,
                 "manifest_ref": manifest_ref,
                 "error_type": None if error is None else type(error).__name__,
-                "error_message": None if error is None else str(error)[:_MAX_MESSAGE],
+                "error_message": None if error is None else without_secrets(str(error))[:_MAX_MESSAGE],
             }
         )
         if store.swap(record_key, ended.encode(), found, content_type=RECORD_CONTENT_TYPE):

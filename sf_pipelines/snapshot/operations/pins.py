@@ -22,6 +22,7 @@ from sf_pipelines.snapshot.store import Store
 PINS = "pins"
 _SUFFIX = ".json"
 _MAX_REASON = 1000
+_MAX_BYTES = 64 * 1024
 
 
 class Pin(WireModel):
@@ -101,7 +102,7 @@ def unpin(root: str | Path | Store, run_id: str, *, s3: S3Options | None = None)
     """
     store = open_published(root, s3)
     key = _key(run_id)
-    found = store.find(key)
+    found = store.find(key, limit=_MAX_BYTES)
     if found is None:
         raise RunNotFoundError(f"run {run_id!r} is not pinned under {store.url}; see the list of pins")
     store.delete(key)
@@ -123,7 +124,7 @@ def pins(root: str | Path | Store, *, s3: S3Options | None = None) -> list[Pin]:
     found: list[Pin] = []
     for run_id in pinned_runs(store):
         try:
-            found.append(_decode(store.get(_key(run_id)), store.url_of(_key(run_id))))
+            found.append(_decode(store.get(_key(run_id), limit=_MAX_BYTES), store.url_of(_key(run_id))))
         except ObjectMissingError:
             # Unpinned since it was listed.
             continue

@@ -12,7 +12,7 @@ from sf_pipelines.snapshot.ledger import STAGING
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, history, read_pointer
-from sf_pipelines.snapshot.manifest.record import RUNS, BuildRecord
+from sf_pipelines.snapshot.manifest.record import RUNS, BuildRecord, read_record
 from sf_pipelines.snapshot.operations.layout import Kind, recognise
 from sf_pipelines.snapshot.operations.pins import pinned_runs
 from sf_pipelines.snapshot.operations.trail import Trail
@@ -117,7 +117,7 @@ class Guard:
             deep = run_id in whole or run_id in live or run_id in alone
             referred |= self._referred(run_id, [e for e in trail.entries if e.run_id == run_id], deep=deep)
         digests = {
-            run_id: frozenset(self._digests[e.manifest_key] for e in trail.entries if e.run_id == run_id)
+            run_id: frozenset(self._digests.get(e.manifest_key, "") for e in trail.entries if e.run_id == run_id)
             for run_id in kept
         }
         return Protection(whole, kept, removable, alone, live, ended, digests, frozenset(referred))
@@ -284,7 +284,7 @@ class Guard:
                 self._digests[key] = hashlib.sha256(data).hexdigest()
                 found: Manifest | str = decode_manifest(data, where=self._store.url_of(key))
                 _ = _shard_folders(found), _routing_keys(found)
-            except ManifestError as error:
+            except IntegrityError as error:
                 found = str(error)
             except ObjectMissingError as error:
                 # Removed since it was listed.
@@ -297,7 +297,7 @@ class Guard:
         version = (info.key, info.etag)
         if version not in self._records:
             try:
-                record = BuildRecord.decode(self._store.get(info.key), self._store.url_of(info.key))
+                record = read_record(self._store, info.key)
             except (IntegrityError, ObjectMissingError):
                 record = None
             self._records[version] = record

@@ -14,7 +14,14 @@ from sf_pipelines.snapshot.errors import (
     SnapshotDamagedError,
 )
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
-from sf_pipelines.snapshot.manifest.pointer import CURRENT, MAX_REMEMBERED, Hold, Pointer, manifest_key
+from sf_pipelines.snapshot.manifest.pointer import (
+    CURRENT,
+    MAX_POINTER_BYTES,
+    MAX_REMEMBERED,
+    Hold,
+    Pointer,
+    manifest_key,
+)
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, PointerView, history, move, read_pointer, successor
 from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.reader.core import open_root
@@ -171,10 +178,14 @@ def _present(store: Store, *, replace: bool) -> PointerView:
         view = read_pointer(store)
         if view.pointer is not None:
             manifest_key(view.pointer)
-    except ManifestError:
+    except ManifestError as error:
         if not replace:
             raise
-        return PointerView(None, store.find(CURRENT))
+        try:
+            return PointerView(None, store.find(CURRENT, limit=MAX_POINTER_BYTES))
+        except IntegrityError:
+            # Too large to be compared with what is there when it is replaced.
+            raise error from None
     return view
 
 

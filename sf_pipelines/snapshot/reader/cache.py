@@ -28,8 +28,10 @@ from pathlib import Path, PurePosixPath
 
 from cachetools import LRUCache
 
+from sf_pipelines.snapshot.client import is_disk_full
 from sf_pipelines.snapshot.errors import (
     DigestMismatchError,
+    DiskFullError,
     IntegrityError,
     ObjectMissingError,
     StoreDeniedError,
@@ -113,10 +115,18 @@ class ShardCache:
                 with locked(entry.fill_lock, fcntl.LOCK_EX):
                     # Somebody else may have filled it while this one waited.
                     if not entry.is_right():
-                        entry.fill()
+                        try:
+                            entry.fill()
+                        except StoreError:
+                            raise
+                        except FileNotFoundError:
+                            # Somebody emptied the cache at the same time.
+                            _private_folder(self.root)
+                            entry.fill()
                 if _growth.is_due(self.root, sum(sizes.values())):
                     self.evict()
-            entry.lock.touch()
+            with suppress(FileNotFoundError):
+                entry.lock.touch()
             yield entry.folder
 
     def distrust(self, folder: Path) -> None:
@@ -125,7 +135,7 @@ class ShardCache:
 
     def evict(self) -> None:
         """Drops entries that nobody uses, longest unused first, until the rest fits into ``max_bytes``."""
-        sizes = {path.name: _size_of(path) for path in self.root.iterdir() if path.is_dir()}
+        sizes = {path.name: _size_of(path) for path in self.root.glob("*") if path.is_dir()}
         total = sum(sizes.values())
         by_age = sorted(self.root.glob("*.lock"), key=_last_use) if total > self.max_bytes else []
         for lock in by_age:
@@ -267,9 +277,11 @@ class _Entry:
             with ThreadPoolExecutor(min(_DOWNLOADS, max(1, len(self._sizes)))) as pool:
                 fetched = dict(pool.map(lambda name: self._fetch(name, temporary / "new"), self._sizes))
             self._put_in_place(temporary, fetched)
+        except (StoreError, FileNotFoundError):
+            raise
         except OSError as error:
-            if isinstance(error, StoreError):
-                raise
+            if is_disk_full(error):
+                raise DiskFullError(f"the disk of copies of shards, at {self.folder.parent}, is full") from error
             where = self._store.url_of(self._prefix)
             raise StoreError(f"cannot keep a copy of {where} in {self.folder.parent}: {error}") from error
         finally:

@@ -176,6 +176,14 @@ class OpenShard:
         return "keys" if wrong else None
 
 
+def _is_gone(shard: OpenShard) -> bool:
+    """Whether files of a shard's local copy were removed: another process emptied the cache, whatever it locks."""
+    objects = shard.entry.objects
+    if objects is None:
+        return not shard.folder.is_dir() or not any(shard.folder.iterdir())
+    return not all((shard.folder / item.path).exists() for item in objects)
+
+
 class Handle:
     """An opened shard and the hold on its local copy. Its counts belong to ``ShardHandles``.
 
@@ -301,9 +309,21 @@ class ShardHandles:
             future.add_done_callback(self._unwanted)
 
     def using(self, handle: Handle, work: Callable[[OpenShard], AnswerT]) -> AnswerT:
-        """Works on an opened shard and gives it back."""
-        with self._until_given_back(handle):
-            return work(handle.shard)
+        """Works on an opened shard and gives it back; once more on a fresh copy where somebody emptied the cache."""
+        try:
+            with self._until_given_back(handle):
+                return work(handle.shard)
+        except (IntegrityError, OSError):
+            if not _is_gone(handle.shard):
+                raise
+        entry = handle.shard.entry
+        fresh = self._open(entry)
+        fresh.users = 1
+        with self._lock:
+            # One too many is closed when it is given back.
+            fresh.damaged = self._handles.setdefault(entry.db_id, fresh) is not fresh
+        with self._until_given_back(fresh):
+            return work(fresh.shard)
 
     @contextmanager
     def borrow(self, db_id: int) -> Iterator[OpenShard]:
@@ -361,7 +381,7 @@ class ShardHandles:
     def _until_given_back(self, handle: Handle) -> Iterator[None]:
         try:
             yield
-        except IntegrityError:
+        except (IntegrityError, OSError):
             handle.damaged = True
             if handle.shard.entry.objects is None:
                 # Nobody recorded what the copy should be: it is as likely wrong as what is stored.

@@ -15,7 +15,7 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.index.protocol import VectorType
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, VectorMeta
-from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_key
+from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, find_pointer, manifest_key
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.reader.stored_routing import load_routing
 from sf_pipelines.snapshot.routing.protocol import Routing
@@ -107,12 +107,12 @@ def read_current(store: Store) -> Pointer:
         SnapshotNotFoundError: there is none.
         ManifestError: it cannot be understood.
     """
-    found = store.find(CURRENT)
+    found = find_pointer(store)
     if found is None:
         raise SnapshotNotFoundError(
             f"nothing has been published under {store.url}: it has no {CURRENT}; publish a snapshot or check the root"
         )
-    return Pointer.decode(found.data, store.url_of(CURRENT))
+    return found[0]
 
 
 def load_current(store: Store) -> SnapshotState:

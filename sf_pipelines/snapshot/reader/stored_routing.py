@@ -22,6 +22,7 @@ from sf_pipelines.snapshot.store import Store
 
 # The header is a Python literal: text that is none fails in its tokenizer, its parser or its evaluation.
 _HEADER_ERRORS = (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError, TokenError)
+_MOST_HEADER = 64 * 1024
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -58,7 +59,7 @@ def load_routing(store: Store, manifest: Manifest, vector: VectorMeta) -> Routin
 
 
 def _cluster(store: Store, manifest: Manifest, vector: VectorMeta) -> ClusterRouting:
-    data, field = _artifact(store, manifest, "centroids_ref", vector.centroids_ref)
+    data, field = _artifact(store, manifest, "centroids_ref", vector.centroids_ref, most=manifest.num_dbs * vector.dim)
     centroids = decode_matrix(data, field=field, rows=manifest.num_dbs, dim=vector.dim, max_rows=manifest.num_dbs)
     return ClusterRouting(centroids, vector.metric)
 
@@ -67,19 +68,19 @@ def _lsh(store: Store, manifest: Manifest, vector: VectorMeta) -> LshRouting:
     bits = vector.num_hash_bits
     if bits is not None and bits > MOST_BITS:
         raise ManifestError(f"custom.vector.num_hash_bits is {bits}, must be at most {MOST_BITS}")
-    data, field = _artifact(store, manifest, "hyperplanes_ref", vector.hyperplanes_ref)
+    data, field = _artifact(store, manifest, "hyperplanes_ref", vector.hyperplanes_ref, most=MOST_BITS * vector.dim)
     hyperplanes = decode_matrix(data, field=field, rows=bits, dim=vector.dim, max_rows=MOST_BITS)
     # Snapshots of others were tuned for the order in which their own readers probe.
     return LshRouting(hyperplanes, manifest.num_dbs, stock_order=manifest.extras is None)
 
 
-def _artifact(store: Store, manifest: Manifest, name: str, ref: str | None) -> tuple[bytes, str]:
-    """Bytes of a stored matrix, and what to call it."""
+def _artifact(store: Store, manifest: Manifest, name: str, ref: str | None, *, most: int) -> tuple[bytes, str]:
+    """Bytes of a stored matrix of so many numbers at most, and what to call it."""
     field = f"custom.vector.{name}"
     if ref is None:
         raise ManifestError(f"{field} is missing")
     key = manifest.key_of(ref, field=field)
-    data = store.get(key)
+    data = store.get(key, limit=_MOST_HEADER + most * 8)
     extras = manifest.extras
     sealed = extras.routing_sha256 if extras else None
     found = hashlib.sha256(data).hexdigest()

@@ -4,6 +4,7 @@ An S3 client panics on many a value that cannot be part of a request, and names 
 are checked before a client sees them, and no fault that is told here quotes the value: it may hold a secret.
 """
 
+import ipaddress
 import re
 
 _HIDDEN = "***"
@@ -21,7 +22,7 @@ _MASKS = (
         rf"<\1>{_HIDDEN}</\1>",
     ),
 )
-_PLACE = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+_PLACE = re.compile(r"(?:[A-Za-z0-9._-]+|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
 _REGION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Of buckets that servers other than AWS allow, too.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -46,6 +47,8 @@ def endpoint_fault(url: str) -> str | None:
     scheme, found, rest = url.partition("://")
     place = re.split(r"[/?#]", rest, maxsplit=1)[0]
     match = _PLACE.fullmatch(place)
+    if match is not None and match["ipv6"] is not None and not _is_ipv6(match["ipv6"]):
+        match = None
     faults = {
         "has a space, a line break or another character that no address has, or is empty": not _VISIBLE.fullmatch(url),
         "has no scheme; write http:// or https:// before the host, as in http://127.0.0.1:9000": not found,
@@ -56,6 +59,14 @@ def endpoint_fault(url: str) -> str | None:
         "has a query or a fragment; write scheme, host and port alone": "?" in rest or "#" in rest,
     }
     return next((fault for fault, holds in faults.items() if holds), None)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def region_fault(region: str) -> str | None:

@@ -1,9 +1,9 @@
 """The drift check: how the staged snapshot differs from the one that is served now."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from sf_pipelines.snapshot.build import scratch
 from sf_pipelines.snapshot.checks import Figures, Finding, Judged
 from sf_pipelines.snapshot.comparison.answers import compare_answers
 from sf_pipelines.snapshot.comparison.ids import compare_ids, rows_to_read
@@ -100,7 +100,7 @@ def _compared(judged: Judged, old: SnapshotState, new: SnapshotState) -> tuple[F
 def _rows(judged: Judged, old: SnapshotState, new: SnapshotState) -> Figures:
     """Rows that came and went, by id."""
     build = judged.build
-    with tempfile.TemporaryDirectory(prefix="sf_pipelines-drift-") as folder:
+    with scratch() as folder:
         # Copies that are read once: what readers keep in their cache is left to them.
         cache = ShardCache(Path(folder), max_bytes=0)
         changes = compare_ids(build.store, old, new, cache, lambda: build.renew(judged.run.scanned))

@@ -1,7 +1,6 @@
 """Looking at a published snapshot with distrust: every byte hashed again, every row counted, recall measured anew."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.build import Progress, silent
+from sf_pipelines.snapshot.build import Progress, scratch, silent
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.evaluation import (
@@ -139,7 +138,7 @@ def verify_snapshot(
     found = Verification(state.manifest.run_id, state.manifest_key, _default_probes(state))
     found.judged = judged_recall(store, state.manifest, state.manifest_digest)
     report = progress or silent
-    with tempfile.TemporaryDirectory(prefix="sf_pipelines-verify-") as folder:
+    with scratch() as folder:
         cache = ShardCache(Path(folder))
         drawn = _first_look(store, state, cache, found, report)
         # Without its rows, or with damaged ones, there is no truth to compare with.

@@ -4,7 +4,6 @@ Rows may have moved to other shards, so shards cannot be compared one by one: th
 buckets on disk by their hash, and equal ones meet in one bucket.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 
+from sf_pipelines.snapshot.build import scratch
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.handles import open_index
 from sf_pipelines.snapshot.reader.state import SnapshotState
@@ -66,7 +66,7 @@ def compare_ids(
     """
     rows, same = rows_to_read(before, after), _same_shards(before, after)
     same_vectors = (before.dim, before.vector_type) == (after.dim, after.vector_type)
-    with tempfile.TemporaryDirectory(prefix="sf_pipelines-diff-") as name:
+    with scratch() as name:
         whole = [all(_are_numbers(store, state, cache)) for state in (before, after)]
         kind = pa.int64() if all(whole) else pa.large_string()
         schema = pa.schema([("id", kind), ("vector", pa.uint64())])

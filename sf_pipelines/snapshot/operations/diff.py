@@ -1,13 +1,12 @@
 """What is different between two snapshots: config, rows, shards, routing, recall, bytes, and the answers they give."""
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sf_pipelines.snapshot.build import Progress, silent
+from sf_pipelines.snapshot.build import Progress, scratch, silent
 from sf_pipelines.snapshot.comparison.answers import AnswerOverlap, compare_answers
 from sf_pipelines.snapshot.comparison.ids import IdChanges, compare_ids
 from sf_pipelines.snapshot.comparison.routing import RoutingShift, routing_shift
@@ -137,7 +136,7 @@ def diff(
     old, new = _two(store, before, after)
     notes: list[str] = []
     sizes = [_sizes(store, state) for state in (old, new)]
-    with tempfile.TemporaryDirectory(prefix="sf_pipelines-diff-") as folder:
+    with scratch() as folder:
         changes = None
         if ids:
             # Copies that are read once: what readers keep in their cache is left to them.

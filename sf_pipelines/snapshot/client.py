@@ -2,12 +2,15 @@
 
 import errno
 import os
-from datetime import timedelta
+import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from obstore import exceptions as obstore_errors
-from obstore.store import S3Store
+from obstore.store import LocalStore, S3Store
 
 from sf_pipelines.snapshot.addresses import cause_of, setting_fault, without_secrets
 from sf_pipelines.snapshot.errors import (
@@ -35,6 +38,7 @@ _SETTINGS = {
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SAYS_FULL = ("no space left on device", "disk quota exceeded", "disk is full", "no usable temporary directory")
+_NO_KEY = re.compile("[\\x00-\\x1f\\x7f\\ud800-\\udfff]")
 # Where a client that was given no credentials asks the machine's cloud for some.
 _CLOUD = ("//169.254.169.254/", "//169.254.170.2/", "//169.254.170.23/", "//[fd00:ec2::254]/")
 
@@ -106,6 +110,62 @@ def _setting(name: str, s3: Credentials | None) -> str | None:
         if value:
             return value
     return None
+
+
+def listed(backend: Any, folder: str) -> Iterator[tuple[str, int, str | None, datetime | None]]:
+    """Key, size, version and time of all objects below a folder.
+
+    The library refuses a whole page of a listing for one key that it cannot parse. Then the names are taken from
+    others, who tell no version: also of objects that the library cannot ask for (see ``is_plain_key``).
+    """
+    seen: set[str] = set()
+    try:
+        for batch in backend.list(folder or None):
+            for meta in batch:
+                seen.add(meta["path"])
+                yield meta["path"], meta["size"], meta["e_tag"], meta["last_modified"]
+    except obstore_errors.InvalidPathError:
+        if not isinstance(backend, LocalStore | S3Store):
+            raise
+    else:
+        return
+    for key, size in _files(backend, folder) if isinstance(backend, LocalStore) else _keys(backend, folder):
+        if key not in seen:
+            yield key, size, None, None
+
+
+def _files(backend: LocalStore, folder: str) -> Iterator[tuple[str, int]]:
+    root = Path(backend.prefix or "/")
+    for path in (root / folder).rglob("*"):
+        if path.is_file():
+            yield path.relative_to(root).as_posix(), path.stat().st_size
+
+
+def _keys(backend: S3Store, folder: str) -> Iterator[tuple[str, int]]:
+    """By Arrow's client, which takes any key."""
+    from pyarrow import fs
+
+    options = cast("dict[str, Any]", backend.config)
+    endpoint = urlsplit(options.get("endpoint") or "")
+    bucket, lead = options["bucket"], f"{backend.prefix}/" if backend.prefix else ""
+    system = fs.S3FileSystem(
+        access_key=options.get("access_key_id"),
+        secret_key=options.get("secret_access_key"),
+        session_token=options.get("session_token"),
+        region=options.get("region"),
+        endpoint_override=endpoint.netloc or None,
+        scheme=endpoint.scheme or "https",
+        connect_timeout=5,
+    )
+    where = f"{bucket}/{lead}{folder}".rstrip("/")
+    for found in system.get_file_info(fs.FileSelector(where, recursive=True, allow_not_found=True)):
+        if found.type == fs.FileType.File:
+            yield found.path.removeprefix(f"{bucket}/{lead}"), found.size
+
+
+def is_plain_key(key: str) -> bool:
+    """Whether the library can ask for an object: no empty or dot segment, no control character, all of it text."""
+    return {"", ".", ".."}.isdisjoint(key.split("/")) and _NO_KEY.search(key) is None
 
 
 def store_error(where: str, error: Exception) -> StoreError:

@@ -26,7 +26,7 @@ from obstore import open_writer
 from obstore.store import LocalStore, MemoryStore, S3Store
 
 from sf_pipelines.snapshot.addresses import cause_of, location_fault, without_secrets
-from sf_pipelines.snapshot.client import Credentials, first_line, s3_client, store_error
+from sf_pipelines.snapshot.client import Credentials, first_line, is_plain_key, listed, s3_client, store_error
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     IntegrityError,
@@ -179,12 +179,20 @@ class Store:
             self._require_file(key)
             return _info(self._backend.head(key))
 
-    def objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Everything below a folder (whole path segments: ``a/b`` does not match ``a/bc``), in key order on S3."""
+    def objects(self, prefix: str = "", *, odd: list[str] | None = None) -> Iterator[ObjectInfo]:
+        """Everything below a folder (whole path segments: ``a/b`` does not match ``a/bc``), in key order on S3.
+
+        Keys that no client can ask for (empty or dot segments, control characters) are left out; a list ``odd`` takes
+        them, and then versions of others may be missing, too.
+        """
         with self._translated("list", prefix):
-            for batch in self._backend.list(prefix or None):
-                for meta in batch:
-                    yield _info(meta)
+            for key, size, etag, modified in listed(self._backend, prefix):
+                if modified or (odd is not None and is_plain_key(key)):
+                    yield ObjectInfo(key, size, etag, modified)
+                elif odd is not None:
+                    odd.append(key)
+                elif is_plain_key(key) and self.exists(key):
+                    yield self.head(key)
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly below a folder, sorted."""

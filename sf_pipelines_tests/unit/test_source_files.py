@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import boto3
@@ -380,3 +381,55 @@ def test_a_real_lance_dataset_is_refused_though_it_has_no_parquet(tmp_path: Path
     for source in ("lake", "lake/t.lance", "lake/*.lance", "lake/**"):
         with pytest.raises(SourceSchemaError, match=r"lake/t\.lance is a table of Lance"):
             pin(str(tmp_path / source), None, COLUMNS)
+
+
+ODD_KEYS = [
+    "lake//x.txt",
+    "lake/a/../b.txt",
+    "lake/./x.txt",
+    "lake/a\x01b.txt",
+    "lake/tab\tx",
+    "lake/dir//",
+    "lake//_y.parquet",
+]
+
+
+def test_objects_whose_keys_no_client_can_ask_for_do_not_stop_a_build(
+    lake: Path, moto_options: S3Options, bucket: str
+) -> None:
+    assert moto_options.secret_access_key is not None
+    client = boto3.client(
+        "s3",
+        endpoint_url=moto_options.endpoint_url,
+        region_name=moto_options.region,
+        aws_access_key_id=moto_options.access_key_id,
+        aws_secret_access_key=moto_options.secret_access_key.get_secret_value(),
+    )
+    store = Store.open(f"s3://{bucket}/lake", moto_options)
+    for path in lake.rglob("*.parquet"):
+        store.upload(path, path.relative_to(lake).as_posix())
+    plain = pin(f"s3://{bucket}/lake", moto_options, COLUMNS)
+    for key in ODD_KEYS:
+        client.put_object(Bucket=bucket, Key=key, Body=b"odd")
+    for source in ("lake", "lake/**/*.parquet"):
+        assert pin(f"s3://{bucket}/{source}", moto_options, COLUMNS) == plain
+    assert {info.key for info in store.objects()} == {"a/1.parquet", "a/deep/2.parquet", "_temporary/x.parquet"}
+    assert all(info.etag for info in store.objects())
+    for key in ("lake/a//rows.parquet", "lake/a/./rows.parquet", "lake/a/r\x02.parquet"):
+        client.put_object(Bucket=bucket, Key=key, Body=b"odd")
+        for source in ("lake", "lake/**/*.parquet", "lake/a/*.parquet"):
+            with pytest.raises(SourceSchemaError, match=r"rows\.parquet' cannot be|r\\x02\.parquet' cannot be"):
+                pin(f"s3://{bucket}/{source}", moto_options, COLUMNS)
+        assert pin(f"s3://{bucket}/lake/a/deep", moto_options, COLUMNS).rows == 5
+        client.delete_object(Bucket=bucket, Key=key)
+    client.close()
+
+
+@pytest.mark.parametrize("name", [b"a\x01b", b"line\nbreak", b"\xff"])
+def test_local_files_of_odd_names_do_not_stop_a_build(lake: Path, name: bytes) -> None:
+    plain = pin(str(lake), None, COLUMNS)
+    Path(os.fsdecode(bytes(lake / "a") + b"/" + name + b".txt")).write_bytes(b"odd")
+    assert pin(str(lake), None, COLUMNS) == plain
+    Path(os.fsdecode(bytes(lake / "a") + b"/" + name + b".parquet")).write_bytes(b"odd")
+    with pytest.raises(SourceSchemaError, match=r"\.parquet' cannot be read: its key has"):
+        pin(str(lake), None, COLUMNS)

@@ -3,7 +3,7 @@
 import base64
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -162,36 +162,55 @@ def _one_file(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Sto
 
 
 def _folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
-    store, found = _open(lead, pieces, s3), list[ObjectInfo]()
-    for info in store.objects():
+    store, found, odd = _open(lead, pieces, s3), list[ObjectInfo](), list[str]()
+    for info in store.objects(odd=odd):
         if table_of(info.key) is not None:
             raise table_error(store, info.key)
         if _is_table(info.key) and not _is_hidden(info.key, []):
             found.append(info)
-    return store, _without_markers(store, found)
+    _refuse_odd(store, [key for key in odd if _is_table(key) and not _is_hidden(_straight(key), [])])
+    return store, _versioned(store, found)
 
 
 def _glob(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
     fixed = next(n for n, piece in enumerate(pieces) if _is_pattern(piece))
-    store = _open(lead, pieces[:fixed], s3)
+    store, odd = _open(lead, pieces[:fixed], s3), list[str]()
     pattern = re.compile(_glob_regex("/".join(pieces[fixed:])))
     named = [re.compile(_glob_regex(piece)) for piece in pieces[fixed:] if piece.startswith(("_", "."))]
+
+    def takes(key: str) -> bool:
+        asked = pattern.fullmatch(key) or (_is_table(key) and _is_below(key, pattern))
+        return bool(asked) and not _is_hidden(key, named)
+
     found: list[ObjectInfo] = []
     tables: dict[str, str] = {}
-    for info in store.objects():
+    for info in store.objects(odd=odd):
         table = table_of(info.key)
         if table is not None:
             tables.setdefault(table[0], info.key)
-        if (pattern.fullmatch(info.key) or (_is_table(info.key) and _is_below(info.key, pattern))) and not _is_hidden(
-            info.key, named
-        ):
+        if takes(info.key):
             found.append(info)
     taken = {"", *(info.key[: slash.end()] for info in found for slash in re.finditer("/", info.key))}
     for root, key in tables.items():
         # Tables beside what the pattern takes in are no matter.
         if root in taken or pattern.fullmatch(root.rstrip("/")):
             raise table_error(store, key)
-    return store, _without_markers(store, found)
+    _refuse_odd(store, [key for key in odd if _is_table(key) and (takes(key) or takes(_straight(key)))])
+    return store, _versioned(store, found)
+
+
+def _straight(key: str) -> str:
+    """The key without empty and dot segments."""
+    return "/".join(part for part in key.split("/") if part not in {"", ".", ".."})
+
+
+def _refuse_odd(store: Store, keys: list[str]) -> None:
+    if keys:
+        raise SourceSchemaError(
+            f"{store.url}/{keys[0]!r} cannot be read: its key has an empty, '.' or '..' segment, a control character "
+            f"or bytes that are no text, and no client can ask for that; give it a plain name, or name the source so "
+            f"that it is left out ({len(keys)} files are like that)"
+        )
 
 
 def _open(lead: str, pieces: list[str], s3: Credentials | None) -> Store:
@@ -223,17 +242,16 @@ def _is_below(key: str, pattern: re.Pattern[str]) -> bool:
     return any(pattern.fullmatch(key[: slash.start()]) for slash in re.finditer("/", key))
 
 
-def _without_markers(store: Store, found: list[ObjectInfo]) -> list[ObjectInfo]:
+def _versioned(store: Store, found: list[ObjectInfo]) -> list[ObjectInfo]:
     """Leaves out S3's empty objects ``folder/``: they are listed as ``folder``, but there is no such object."""
-    return [info for info in found if info.size or (info.key and _exists(store, info.key))]
-
-
-def _exists(store: Store, key: str) -> bool:
-    try:
-        store.head(key)
-    except ObjectMissingError:
-        return False
-    return True
+    infos: list[ObjectInfo] = []
+    for info in found:
+        if info.size and info.etag:
+            infos.append(info)
+        elif info.key:
+            with suppress(ObjectMissingError):
+                infos.append(store.head(info.key))
+    return infos
 
 
 def _glob_regex(pattern: str) -> str:

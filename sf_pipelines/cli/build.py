@@ -175,18 +175,18 @@ def verify(
 
 
 def _show_verification(out: Console, found: "Verification") -> None:
-    measured = "not measured"
+    judged, now = found.judged, "not measured"
     if found.recall is not None:
-        promised = "" if found.min_recall is None else f"; gate {found.min_recall}"
-        measured = (
-            f"{recall_text(found.recall, found.recall_lower)} (95 % confidence{promised}), asking {found.num_probes} "
-            f"shards, for rows drawn now: other queries than those that judged the snapshot"
-        )
+        now = f"{recall_text(found.recall, found.recall_lower)}, of other queries, drawn from its rows for this look"
+    asked = "" if judged is None else f"; gate {judged.min_recall}), asking {judged.num_probes} shards"
     facts = {
         "run": found.run_id,
         "hashed": f"{found.objects:,} objects, {size(found.bytes)}",
         "counted": f"{found.rows:,} rows in {found.shards} shards",
-        f"recall@{found.k} now": measured,
+        f"recall@{found.k}": "not recorded"
+        if judged is None
+        else f"{recall_text(judged.recall, judged.lower)} (95 % confidence{asked}, judged before it was published",
+        "measured now": now,
     }
     print_facts(out, facts)
     for fault in found.faults:

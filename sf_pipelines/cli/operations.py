@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sf_pipelines.cli.console import (
     FAILED,
@@ -69,19 +69,14 @@ def history(
         ]
         typer.echo(json.dumps(rows))
         return
-    table = Table("", "built", "run", "recall", "rows", "size", "shards", "index", "pinned")
+    table = Table("", "built", Column("run", no_wrap=True), "recall", "rows", "size", "index", "pinned")
     for entry in found:
         figures, built = entry.figures, f"{entry.published_at:%Y-%m-%d %H:%M:%S}Z"
-        cells = ("manifest cannot be read", "", "", "", "")
+        cells = ("manifest cannot be read", "", "", "")
         if figures is not None:
-            stored = "" if figures.bytes is None else size(figures.bytes)
-            cells = (
-                _recall(figures.recall),
-                f"{figures.rows:,}",
-                stored,
-                str(figures.shards),
-                safe(figures.index_type),
-            )
+            judged, stored = figures.recall, "" if figures.bytes is None else size(figures.bytes)
+            recall = "not recorded" if judged is None else recall_text(judged.recall, judged.lower)
+            cells = (recall, f"{figures.rows:,}", stored, safe(figures.index_type))
         table.add_row(_state_of(entry), built, safe(entry.run_id), *cells, safe(entry.pinned or ""))
     Console().print(table, highlight=False)
 

@@ -227,8 +227,11 @@ def test_verify_as_json(config: Path, tmp_path: Path) -> None:
     found = json.loads(text.splitlines()[-1])
     assert (code, found["passed"], found["rows"], found["faults"]) == (0, True, 600, [])
     text = " ".join(run("verify", str(tmp_path / "store"))[1].split())
-    assert f"recall@10 now {found['recall']:.4f}, at least {found['recall_lower']:.4f}" in text
-    assert "other queries than those that judged the snapshot" in text
+    assert f"measured now {found['recall']:.4f}, at least {found['recall_lower']:.4f}, of other queries" in text
+    judged = found["judged"]
+    assert f"recall@10 {judged['recall']:.4f}, at least {judged['lower']:.4f} (95 % confidence; gate 0.95)" in text
+    (entry,) = json.loads(run("history", str(tmp_path / "store"), "--json")[1])
+    assert entry["recall"] == judged
 
 
 def test_relative_paths_are_taken_from_the_yaml(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,3 +62,13 @@ def test_results_are_short_to_look_at(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "latency_ms=" in repr(answer)
     assert repr(explained).startswith(f"Explanation(asks [{explained.shards[0].db_id}, ")
     assert f"run_id='{built.run_id}'" in repr(built)
+
+
+def test_every_public_name_is_in_the_docs() -> None:
+    pages = [_HERE / "README.md", *(_HERE / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    readers = [shown for shown in _CLASSES if shown.__name__.endswith("Reader")]
+    methods = {name for reader in readers for name in dir(reader) if not name.startswith("_")}
+    functions = {name for name in sf_pipelines.__all__ if inspect.isfunction(getattr(sf_pipelines, name))}
+    missing = [name for name in sorted(methods | functions) if not re.search(rf"\b{name}\b", text)]
+    assert missing == []

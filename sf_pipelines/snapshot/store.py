@@ -50,8 +50,7 @@ _CHUNK = 4 * 1024 * 1024
 _PART = 32 * 1024 * 1024
 # What S3 copies in one request; 10,000 parts of an upload, each of _PART bytes, are 312 GiB.
 _COPIED_AT_ONCE = 5 * 1024**3
-# As many as S3 takes in one request.
-_DELETED_TOGETHER = 1000
+_DELETED_TOGETHER = 1000  # as many as S3 takes in one request
 _LOCK_NAME = ".sf_pipelines.lock"
 _QUOTE_SAFE = "/:=@+,~"
 
@@ -182,8 +181,7 @@ class Store:
     def objects(self, prefix: str = "", *, odd: list[str] | None = None) -> Iterator[ObjectInfo]:
         """Everything below a folder (whole path segments: ``a/b`` does not match ``a/bc``), in key order on S3.
 
-        Keys that no client can ask for (empty or dot segments, control characters) are left out; a list ``odd`` takes
-        them, and then versions of others may be missing, too.
+        Keys that no client can ask for are left out; ``odd`` takes them, and then others may lack a version.
         """
         with self._translated("list", prefix):
             for key, size, etag, modified in listed(self._backend, prefix):

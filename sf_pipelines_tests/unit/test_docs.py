@@ -4,16 +4,20 @@ import ast
 import asyncio
 import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from sf_pipelines import WriteConfig, build_snapshot, errors
+from sf_pipelines.cli import app
 from sf_pipelines.snapshot.index.lancedb import LanceDBBackend
 from sf_pipelines.snapshot.reader.options import ReaderOptions, ReaderSettings
 from sf_pipelines_tests.tables import clustered, vector_table
@@ -131,6 +135,25 @@ async def a_request(lifespan: Any, similar: Any) -> list[dict[str, Any]]:
     app = SimpleNamespace(state=SimpleNamespace())
     async with lifespan(app):
         return await similar(SimpleNamespace(app=app))
+
+
+def test_the_lines_for_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers to Parquet, a YAML, a build and a search: as the README has them, in a folder with a matrix in it."""
+    section = (_HERE / _FIRST).read_text(encoding="utf-8").split("\n## Your data\n")[1].split("\n## ")[0]
+    blocks = dict(re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SF_PIPELINES_CACHE", str(tmp_path / "cache"))
+    np.save("vectors.npy", clustered(2000, _DIM))
+    exec(blocks["python"], {})  # noqa: S102 - our own page
+    Path("products.yaml").write_text(blocks["yaml"], encoding="utf-8")
+    said = ""
+    for line in blocks[""].splitlines():
+        command, *arguments = shlex.split(line, comments=True)
+        assert command == "sf-pipelines"
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        said += result.output
+    assert "recall@10" in said
 
 
 def table_under(page: str, heading: str, header: str) -> list[list[str]]:

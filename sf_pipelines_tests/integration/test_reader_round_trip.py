@@ -28,7 +28,7 @@ def no_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError(f"an object store was asked for: {arguments} {options}")
 
-    monkeypatch.setattr("sf_pipelines.snapshot.store._s3_backend", refuse)
+    monkeypatch.setattr("sf_pipelines.snapshot.store.s3_client", refuse)
 
 
 def write(root: Path, ids: list[Any], backend: str, *, unified: bool = False, column: str = "vector") -> Path:

@@ -304,19 +304,18 @@ def test_reexecution_from_failure_builds_only_the_failed_shard(
         return build_shard(build, run_id, db_id, rebuild=rebuild)
 
     monkeypatch.setattr(stages, "build_shard", fragile)
-    in_process = {"execution": {"config": {"in_process": {}}}}
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
         job = dg.reconstructable(reexecutable_job)
         tags = dict(reexecutable_job().tags)
-        with dg.execute_job(job, instance, run_config=in_process, tags=tags) as failed:
+        with dg.execute_job(job, instance, tags=tags) as failed:
             assert not failed.success
         done = instance.get_materialized_partitions(dg.AssetKey(["tiny", "shard_indexes"]))
         assert (built, done) == ([0, 2], {"00000", "00002"})
         broken.clear()
 
         options = dg.ReexecutionOptions.from_failure(failed.run_id, instance)
-        with dg.execute_job(job, instance, run_config=in_process, reexecution_options=options) as repaired:
+        with dg.execute_job(job, instance, reexecution_options=options) as repaired:
             assert repaired.success
         assert built == [0, 2, 1]
     assert pointer(make_config(tmp_path)) is not None

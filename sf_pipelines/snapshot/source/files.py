@@ -304,6 +304,7 @@ def pin(
         store, found = parts[0], [parts[0].head(key) for key in parts[1]]
     files: list[SourceFile] = []
     kinds: dict[str, tuple[pa.DataType, str]] = {}
+    names: dict[str, None] = {}
     first_row = 0
     for info in found:
         where = store.url_of(info.key)
@@ -313,13 +314,16 @@ def pin(
         # The types of a file without rows are what its writer guessed.
         if file.rows:
             _unify(kinds, _narrow(its_schema, columns, optional, file.rows, where), where)
+            names |= dict.fromkeys(its_schema.names)
         files.append(file)
         first_row += file.rows
     if not first_row:
         raise SourceEmptyError(f"source {source!r} has {len(files)} files and no rows")
     nowhere = [name for name in columns if name not in kinds]
     if nowhere:
-        raise SourceSchemaError(f"no file of source {source!r} has a column {', '.join(nowhere)}")
+        raise SourceSchemaError(
+            f"no file of source {source!r} has a column {', '.join(nowhere)}; there are {', '.join(names)}"
+        )
     schema = pa.schema([(name, kinds[name][0]) for name in columns])
     return SourceListing(
         root=store.url,

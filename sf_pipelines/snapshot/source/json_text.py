@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.arrow import column_errors, compute, hex_texts, list_parts, plain_column
 
-_NULL = pa.scalar("null", pa.string())
+# Plain text: a scalar that is made when this module is imported imports pandas.
+_NULL = "null"
 # Units of a timestamp or time in a second, and the digits of its fraction.
 _UNITS = {"s": (1, 0), "ms": (10**3, 3), "us": (10**6, 6), "ns": (10**9, 9)}
 _DAY = 86_400

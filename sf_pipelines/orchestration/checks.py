@@ -21,6 +21,8 @@ _DESCRIPTIONS = {
     "recall": "Measured on queries that did not choose num_probes; the lower confidence bound must reach min_recall.",
     "shard_balance": "Largest shard over mean shard.",
     "drift": "How the new snapshot differs from the one that is served: answers, rows, routing.",
+    "recall_spread": "Recall of the queries that lie in each shard: a good mean may hide a bad shard.",
+    "rows_reachable": "Sampled rows of every shard are found by their own vector, through the index.",
     "stock_recall": "What a stock reader with its default settings would find.",
 }
 
@@ -63,6 +65,9 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
                 )
             if failed:
                 # The pointer waits for these checks, so nothing comes after them that could say it.
-                build.give_up(GateFailedError("; ".join(failed)))
+                error = GateFailedError(" ".join(failed))
+                build.give_up(error)
+                # After all results: the run then fails with what was found, not with the number of failed checks.
+                raise error
 
     return gate

@@ -13,6 +13,7 @@ from sf_pipelines.snapshot.errors import ReceiptMissingError
 from sf_pipelines.snapshot.evaluation import (
     RecallEstimate,
     Truth,
+    asked_queries,
     halves,
     id_array,
     merge_truth,
@@ -55,8 +56,9 @@ def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt]
     watch, ledger, created_at = Stopwatch(), build.ledger(run_id), datetime.now(UTC)
     queries = ledger.get_table(sampled.queries)
     parts = [ledger.get_table(shard.truth) for shard in shards if shard.truth is not None]
-    merged = merge_truth(parts, row_numbers(queries.column("id")), build.config.recall_gate.k)
-    truth = Truth.of(merged, queries.num_rows)
+    asked = row_numbers(asked_queries(ledger, run).column("id"))
+    merged = merge_truth(parts, asked, build.config.recall_gate.k)
+    truth = Truth.of(merged, len(asked))
     build.report("assemble", 1, _STEPS, "steps")
 
     draft = _manifest(build, run, shards, created_at)

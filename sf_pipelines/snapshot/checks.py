@@ -49,6 +49,8 @@ _CONTEXTS = 4
 # Searches that the round trip shows, and characters of their payloads.
 _SHOWN_SEARCHES = 5
 _SHOWN_PAYLOAD = 80
+# The next family that finds more: 8-bit numbers are spoiled by rows of a far larger norm, graphs by equal vectors.
+_MORE_EXACT = {"ivf_sq": "ivf_flat", "hnsw": "hnsw_flat or ivf_flat", "hnsw_flat": "ivf_flat", "ivf_flat": "flat"}
 # What assemble wrote into the manifest and what its readers find are the same measurement.
 _SAME_RECALL = 0.01
 
@@ -367,7 +369,7 @@ def _recall(judged: Judged) -> Finding:
     """Recall of the judging half of the sample queries at the manifest's number of probes."""
     gate, sampled, receipt = judged.build.config.recall_gate, judged.sampled, judged.receipt
     queries, rows, table = _half(judged)
-    truth = Truth.of(table, sampled.query_rows).select(rows)
+    truth = Truth.of(table, (judged.run.routed.queries or sampled.queries).rows or 0).select(rows)
     answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, homes=judged.build.homes(queries))
     recalls = recall_per_query(answers.ids, answers.distances, id_array(queries), truth)
     found = judged_record(recalls, receipt.num_probes, census=not sampled.disjoint)
@@ -382,16 +384,39 @@ def _recall(judged: Judged) -> Finding:
         "num_probes": receipt.num_probes,
         "disjoint_from_training": str(sampled.disjoint),
     }
-    verb = "meets" if passed else "is below"
+    verdict = "meets" if passed else f"is {gate.min_recall - found.lower:.4f} below"
     message = (
         f"recall@{gate.k} {found.recall:.4f} (at least {found.lower:.4f} with 95 % confidence, {found.queries} "
-        f"queries, {receipt.num_probes} of {judged.build.config.num_dbs} shards) {verb} min_recall {gate.min_recall}"
+        f"queries, {receipt.num_probes} of {judged.build.config.num_dbs} shards) {verdict} min_recall {gate.min_recall}"
     )
+    if not passed:
+        message += f"; {_what_would_pass(judged, found)}"
     recorded = _recorded(judged.manifest())
     if recorded is not None and abs(recorded.recall - found.recall) > _SAME_RECALL:
         passed = False
         message += f"; the manifest says {recorded.recall:.4f}, which its readers do not find: assemble again"
     return Finding(passed, message, figures, tuple(point.model_dump() for point in receipt.curve))
+
+
+def _what_would_pass(judged: Judged, found: JudgedRecord) -> str:
+    """From the measured curve: what to change so that a build of this source passes."""
+    config, curve = judged.build.config, judged.receipt.curve
+    least = config.recall_gate.min_recall
+    better = next((point for point in curve if point.num_probes > found.num_probes and point.lower >= least), None)
+    if better is not None:
+        return (
+            f"{better.num_probes} of {config.num_dbs} shards would reach {better.lower:.4f}: set num_probes to auto or "
+            f"{better.num_probes}, or min_recall to {found.lower:.2f}"
+        )
+    best, family = max(curve, key=lambda point: point.lower), judged.run.routed.index_family
+    if found.recall >= least:
+        return f"its mean does: more queries narrow the bound, set recall_gate.query_rows above {2 * found.queries}"
+    exact = _MORE_EXACT.get(family)
+    if exact is None:
+        advice = "the index is exact, so neighbours lie in other shards: use fewer, or another sharding"
+    else:
+        advice = f"index {family} loses neighbours: set index_type to {exact}"
+    return f"all shards that may be asked reach {best.lower:.4f}; {advice}, or min_recall to {found.lower:.2f}"
 
 
 def _recorded(manifest: Manifest) -> JudgedRecord | None:

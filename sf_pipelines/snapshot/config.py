@@ -223,11 +223,14 @@ class RecallGate(ConfigModel):
         query_rows: rows drawn as sample queries; half of them tune ``num_probes``, the other half judges. Below 200 a
             sample proves little. In a table of fewer than 400 rows every row is a query: recall is then counted, not
             estimated.
+        blocking: checks that also keep a snapshot from being published; without it they warn: ``recall_spread`` (the
+            recall of single shards) and ``rows_reachable`` (rows that their own vector finds).
     """
 
     k: Annotated[int, Field(gt=0, le=1000)] = 10
     min_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
     query_rows: Annotated[int, Field(ge=200, le=10_000)] = 500
+    blocking: tuple[Literal["recall_spread", "rows_reachable"], ...] = ()
 
 
 class DriftLimits(ConfigModel):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +10,15 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.index.protocol import ShardHits
 from sf_pipelines.snapshot.index.ranking import Ids
+from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float64
+from sf_pipelines.snapshot.routed import vectors_of
+from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 from sf_pipelines.snapshot.source.hashing import hash_column
+
+if TYPE_CHECKING:
+    from sf_pipelines.snapshot.build import Build
+    from sf_pipelines.snapshot.receipts import RunReceipts, SampleReceipt, TrainReceipt
 
 TRUTH_FIELDS = ("query", "row", "distance")
 
@@ -27,6 +34,8 @@ NOBODY = ShardHits(
 # Distances of one pair may differ by the rounding of another order of additions: by so much of the distance, and of
 # what lies between a query's nearest and furthest true neighbour. Both have the data's unit, so it does not matter.
 ROUNDING, _SPREAD = 2.0**-46, 1e-9
+# Sample queries that each shard should have, so that its own recall is known too.
+_PER_SHARD = 30
 
 
 def row_numbers(ids: Ids) -> NDArray[np.int64]:
@@ -67,6 +76,39 @@ def halves(queries: int, *, disjoint: bool) -> tuple[NDArray[np.int64], NDArray[
     """Positions of the sample queries that tune and of those that judge; both are all rows of a small table."""
     everything = np.arange(queries)
     return (everything[0::2], everything[1::2]) if disjoint else (everything, everything)
+
+
+def home_shards(build: "Build", trained: "TrainReceipt | None", rows: pa.Table) -> Int32 | None:
+    """Shard that each sampled row lies in; None where only its key tells (HASH)."""
+    routing = build.routing(trained)
+    return routing.assign(vectors_of(rows)) if isinstance(routing, VectorRouting) else build.homes(rows)
+
+
+def stratified_queries(
+    build: "Build", ledger: Ledger, sampled: "SampleReceipt", trained: "TrainReceipt | None"
+) -> pa.Table:
+    """The sample queries, and after them more rows of those shards that have few of them.
+
+    A uniform sample says little of small shards. The rows that are added judge single shards alone, never the whole.
+    """
+    queries = ledger.get_table(sampled.queries)
+    if sampled.pool is None:
+        return queries
+    pool = ledger.get_table(sampled.pool)
+    homes = home_shards(build, trained, pa.concat_tables([queries, pool]))
+    if homes is None:
+        return queries
+    lacking = np.maximum(0, _PER_SHARD - np.bincount(homes[: len(queries)], minlength=build.config.num_dbs))
+    more = homes[len(queries) :]
+    order = np.argsort(more, kind="stable")
+    place_in_shard = np.arange(len(order)) - np.searchsorted(more[order], more[order])
+    chosen = np.sort(order[place_in_shard < lacking[more[order]]])
+    return pa.concat_tables([queries, pool.take(pa.array(chosen))])
+
+
+def asked_queries(ledger: Ledger, run: "RunReceipts") -> pa.Table:
+    """The queries that a run's truth is of; see ``stratified_queries``."""
+    return ledger.get_table(run.routed.queries or run.sampled.queries)
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,12 @@ def _copy_run(build: Build, fork: "_Fork", run: RunReceipts, shards: list[ShardR
         rejects=fork.copy_ref(sampled.rejects),
         training=fork.copy_ref(sampled.training),
         queries=fork.copy_ref(sampled.queries),
+        pool=None if sampled.pool is None else fork.copy_ref(sampled.pool),
     )
     if run.trained is not None:
         fork.commit(run.trained, ref=fork.copy_ref(run.trained.ref))
-    fork.commit(run.routed)
+    queries = run.routed.queries
+    fork.commit(run.routed, queries=None if queries is None else fork.copy_ref(queries))
     for number, shard in enumerate(shards, start=1):
         fork.copy_shard(shard)
         build.report("fork", number, len(shards), "shards")

@@ -19,7 +19,9 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.ledger import STAGING
 from sf_pipelines.snapshot.manifest.models import Manifest
+from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.model import Model
+from sf_pipelines.snapshot.per_shard import recall_spread, rows_reachable
 from sf_pipelines.snapshot.receipts import (
     ManifestReceipt,
     PromoteReceipt,
@@ -63,7 +65,12 @@ class Verdict(Model):
     reason: str = ""
 
 
-RUNNERS: dict[str, Check] = {**CORE_RUNNERS, "drift": drift}
+RUNNERS: dict[str, Check] = {
+    **CORE_RUNNERS,
+    "recall_spread": recall_spread,
+    "rows_reachable": rows_reachable,
+    "drift": drift,
+}
 CHECKS: tuple[str, ...] = tuple(RUNNERS)
 _ALWAYS_REQUIRED = CHECKS[:4]
 # What other centroids or hyperplanes may pass.
@@ -71,10 +78,15 @@ _ABOUT_ROUTING = frozenset({"recall", "shard_balance"})
 
 
 def required_checks(build: Build) -> tuple[str, ...]:
-    """The checks that must pass: the first four, and the balance and the drift where the config limits them."""
+    """The checks that must pass: the first four, and those others that the config limits or names."""
     config = build.config
     balance = ["shard_balance"] if config.max_shard_skew else []
-    return (*_ALWAYS_REQUIRED, *balance, *(["drift"] if config.drift and config.drift.blocking else []))
+    return (
+        *_ALWAYS_REQUIRED,
+        *balance,
+        *config.recall_gate.blocking,
+        *(["drift"] if config.drift and config.drift.blocking else []),
+    )
 
 
 def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Verdict:
@@ -93,14 +105,17 @@ def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Ve
     except IntegrityError as error:
         # What is stored is not what was recorded: that is an answer to the question that the check asks.
         finding = Finding(False, str(error), {"error": error.kind})
+    required, message = name in required_checks(build), finding.message
+    if required and not finding.passed:
+        message = f"{message}. {what_serves(build)}"
     verdict = Verdict(
         name=name,
         run_id=run_id,
         manifest_digest=receipt.manifest_digest,
         gate_key=build.config.gate_key(),
-        severity="ERROR" if name in required_checks(build) else "WARN",
+        severity="ERROR" if required else "WARN",
         passed=finding.passed,
-        message=finding.message,
+        message=message,
         figures=finding.figures,
         table=finding.table,
     )
@@ -218,7 +233,13 @@ def require_passed(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
         if not verdict.passed:
             failed.append(f"{name}: {verdict.message}")
     if failed:
-        raise GateFailedError(f"run {run_id} may not be published. {'; '.join(failed)}")
+        raise GateFailedError(f"run {run_id} is not published. {' '.join(failed)}")
+
+
+def what_serves(build: Build) -> str:
+    """One sentence for whoever reads that a gate has failed: what readers get now."""
+    pointer = read_pointer(build.store).pointer
+    return "Nothing is published yet." if pointer is None else f"Run {pointer.run_id} keeps serving."
 
 
 def require_whole(build: Build, run_id: str, receipt: ManifestReceipt) -> None:

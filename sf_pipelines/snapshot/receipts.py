@@ -125,6 +125,7 @@ class SampleReceipt(Receipt):
         rejects: Parquet table of them.
         training: Arrow table (id, vector) to train on.
         queries: Arrow table (id, vector) of sample queries; even rows tune, odd rows judge.
+        pool: rows that are neither, from which shards with few sample queries get more; None where there is no need.
         disjoint: whether no query is in the training sample (false for tables of a few rows).
     """
 
@@ -136,11 +137,12 @@ class SampleReceipt(Receipt):
     rejects: Ref
     training: Ref
     queries: Ref
+    pool: Ref | None = None
     disjoint: bool
 
     def refs(self) -> tuple[Ref, ...]:
         """Reject table and samples."""
-        return self.rejects, self.training, self.queries
+        return self.rejects, self.training, self.queries, *(() if self.pool is None else (self.pool,))
 
     @property
     def rows_kept(self) -> int:
@@ -238,6 +240,8 @@ class RouteReceipt(Receipt):
         ranges: keys of the range receipts, in source order.
         shards: one entry per shard, empty ones too.
         index_family: chosen for all shards.
+        queries: the sample queries, and after them more rows of shards that have few; None in builds that were begun
+            before there were any.
     """
 
     stage: ClassVar[str] = "route"
@@ -245,6 +249,11 @@ class RouteReceipt(Receipt):
     ranges: tuple[str, ...]
     shards: tuple[RoutedShard, ...]
     index_family: str
+    queries: Ref | None = None
+
+    def refs(self) -> tuple[Ref, ...]:
+        """The queries."""
+        return () if self.queries is None else (self.queries,)
 
     @property
     def rows(self) -> int:

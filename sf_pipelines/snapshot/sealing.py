@@ -19,7 +19,7 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
     VectorFunctionError,
 )
-from sf_pipelines.snapshot.evaluation import NOBODY, row_numbers, truth_table
+from sf_pipelines.snapshot.evaluation import NOBODY, asked_queries, row_numbers, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
 from sf_pipelines.snapshot.index.protocol import BuildReport, IndexFamily
@@ -259,7 +259,7 @@ def _look_up(folder: Path, where: str, witnesses: pa.Table, encoding: KeyEncodin
 
 def _truth(build: Build, ledger: Ledger, run: RunReceipts, rows: pa.Table, db_id: int) -> pa.Table:
     """While the rows are in memory: the exact neighbours among them of each sample query that may see them."""
-    queries = ledger.get_table(run.sampled.queries)
+    queries = asked_queries(ledger, run)
     homes = build.homes(queries)
     asked = np.arange(queries.num_rows) if homes is None else np.flatnonzero(homes == db_id)
     # One more than k: a query's own row is left out when the shards are merged.

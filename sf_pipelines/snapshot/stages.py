@@ -22,6 +22,7 @@ from sf_pipelines.snapshot.errors import (
     CountMismatchError,
     ObjectMissingError,
 )
+from sf_pipelines.snapshot.evaluation import stratified_queries
 from sf_pipelines.snapshot.forking import fork_run, new_run_id
 from sf_pipelines.snapshot.gate import CHECKS, Verdict
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
@@ -254,6 +255,7 @@ def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: S
         ranges=tuple(receipt.key for receipt in ranges),
         shards=shards,
         index_family=_family(build, shards).value,
+        queries=ledger.put_table("samples/asked", stratified_queries(build, ledger, sampled, trained)),
         seconds=watch.seconds,
     )
     return ledger.commit(receipt, number=number)

@@ -25,6 +25,8 @@ from sf_pipelines.snapshot.store import Store
 
 # Half of them judge; with fewer than 100 a lucky sample passes too easily.
 _FEWEST_QUERIES = 200
+# Rows beside the samples, for each sample query: small shards get more queries from them. At most a fifth of the rows.
+_POOL, _POOL_SHARE = 4, 0.2
 
 
 def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> SampleReceipt:
@@ -34,7 +36,7 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     training_rows = _training_rows(config)
     query_rows = config.recall_gate.query_rows
     drawn = SmallestHashSample(
-        max(training_rows + query_rows, 2 * _FEWEST_QUERIES), config.vector_spec.dim, contract.kept_schema
+        max(training_rows + (1 + _POOL) * query_rows, 2 * _FEWEST_QUERIES), config.vector_spec.dim, contract.kept_schema
     )
     with scratch() as folder:
         path = folder / "rejects.parquet"
@@ -47,6 +49,10 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     # A small table cannot spare enough to prove anything: then all rows are queries and training at once.
     disjoint = queries >= _FEWEST_QUERIES
     first = queries if disjoint else 0
+    pool = (
+        rows.slice(first, min(_POOL * queries, int(_POOL_SHARE * (kept - queries)))) if disjoint else rows.slice(0, 0)
+    )
+    rest = first + len(pool)
     return SampleReceipt(
         run_id=ledger.run_id,
         inputs=scanned.build_key,
@@ -54,8 +60,9 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
         rejected=reasons.total(),
         reject_reasons=dict(reasons),
         rejects=rejects,
-        training=_put_vectors(ledger, "training", rows.select(["id"]).slice(first, training_rows), vectors[first:]),
+        training=_put_vectors(ledger, "training", rows.select(["id"]).slice(rest, training_rows), vectors[rest:]),
         queries=_put_vectors(ledger, "queries", rows.slice(0, queries if disjoint else len(rows)), vectors),
+        pool=_put_vectors(ledger, "pool", pool, vectors[first:]) if len(pool) else None,
         disjoint=disjoint,
         seconds=watch.seconds,
     )

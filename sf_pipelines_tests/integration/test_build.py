@@ -126,7 +126,7 @@ def test_a_gate_that_cannot_be_met_publishes_nothing(tmp_path: Path) -> None:
     pq.write_table(vector_table(noise, title=["x"] * 600), tmp_path / "source.parquet")
     spec = {"dim": 16, "sharding": {"num_probes": 1}}
     strict = small_config(tmp_path, vector_spec=spec, recall_gate={"min_recall": 0.99})
-    with pytest.raises(GateFailedError, match=r"recall@10 0\.\d+ .* is below min_recall 0\.99"):
+    with pytest.raises(GateFailedError, match=r"recall@10 0\.\d+ .* is 0\.\d+ below min_recall 0\.99"):
         build_snapshot(strict, cache_dir=tmp_path / "cache")
     assert store.get("_CURRENT") == before
     assert [entry.run_id for entry in history(store)] == [good.run_id]

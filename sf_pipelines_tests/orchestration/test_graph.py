@@ -202,6 +202,16 @@ def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
     assert not verdicts["recall"].passed
     assert verdicts["recall"].severity == dg.AssetCheckSeverity.ERROR
     assert verdicts["recall"].metadata["min_recall"].value == 1.0
+    assert set(verdicts) == set(CHECKS)
+    told = failures(result)["tiny_gate"]
+    assert before is not None
+    for said in (
+        "GateFailedError",
+        "below min_recall 1.0",
+        "set num_probes to",
+        f"Run {before['run_id']} keeps serving",
+    ):
+        assert said in told, told
     assert pointer(config) == before
     assert len(manifests(config)) == 1
 

@@ -81,7 +81,7 @@ _PROMOTE = _Step(
 )
 
 
-def _steps(strategy: str) -> list[_Step]:
+def steps_of(strategy: str) -> list[_Step]:
     """The stages of a snapshot that each go on from one asset before them."""
     trained = _TRAINED.get(strategy)
     route = _Step(
@@ -104,7 +104,7 @@ def build_assets(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> list[dg.
     """
     return [
         _source_vectors(graph, source_assets),
-        *(_step_asset(graph, step) for step in _steps(graph.config.sharding.strategy)),
+        *(_step_asset(graph, step) for step in steps_of(graph.config.sharding.strategy)),
         _manifest(graph),
     ]
 

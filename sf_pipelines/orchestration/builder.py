@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from sf_pipelines.orchestration.assets import build_assets
+from sf_pipelines.orchestration.build_now import build_now_job
 from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
@@ -70,6 +71,7 @@ def build_snapshot_defs(
         asset_checks=[build_checks(graph)],
         jobs=[
             _job(graph, own, upstream if chosen.refresh_source else []),
+            build_now_job(graph),
             *(build_operation_jobs(graph) if chosen.operations else []),
         ],
         schedules=[

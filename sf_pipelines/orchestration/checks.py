@@ -1,6 +1,6 @@
 """The recall gate as checks on ``manifest``."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 
 import dagster as dg
@@ -45,29 +45,43 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
     )
     def gate(context: dg.AssetCheckExecutionContext, manifest: Reference) -> Iterator[dg.AssetCheckResult]:
         access: SnapshotAccess = getattr(context.resources, names.resource)
-        failed: list[str] = []
         selected = {key.name for key in context.selected_asset_check_keys}
         with surfaced(), access.build(context.log) as build:
-            for name in (name for name in CHECKS if name in selected):
-                verdict = graph.execute(context, "check", partial(stages.check, build, manifest["run_id"], name))
-                # A warning shows in the run's log as well as on the check.
-                told = context.log.info if verdict.passed else context.log.warning
-                told("%s: %s", name, verdict.reason or verdict.message)
-                if verdict.severity == "ERROR" and not verdict.passed:
-                    failed.append(f"{name}: {verdict.message}")
-                yield dg.AssetCheckResult(
-                    passed=verdict.passed,
-                    asset_key=names.asset("manifest"),
-                    check_name=name,
-                    severity=dg.AssetCheckSeverity[verdict.severity],
-                    metadata=verdict_metadata(verdict),
-                    description=verdict.message,
-                )
-            if failed:
-                # The pointer waits for these checks, so nothing comes after them that could say it.
-                error = GateFailedError(" ".join(failed))
-                build.give_up(error)
-                # After all results: the run then fails with what was found, not with the number of failed checks.
-                raise error
+            yield from run_checks(context, graph, build, manifest["run_id"], selected)
 
     return gate
+
+
+def run_checks(
+    context: dg.OpExecutionContext | dg.AssetCheckExecutionContext,
+    graph: Graph,
+    build: Build,
+    run_id: str,
+    selected: Collection[str] = CHECKS,
+) -> Iterator[dg.AssetCheckResult]:
+    """Runs checks on a run's staged manifest, in their order.
+
+    Raises:
+        GateFailedError: after all results, where a required one has failed: says what was found.
+    """
+    failed: list[str] = []
+    for name in (name for name in CHECKS if name in selected):
+        verdict = graph.execute(context, "check", partial(stages.check, build, run_id, name))
+        # A warning shows in the run's log as well as on the check.
+        told = context.log.info if verdict.passed else context.log.warning
+        told("%s: %s", name, verdict.reason or verdict.message)
+        if verdict.severity == "ERROR" and not verdict.passed:
+            failed.append(f"{name}: {verdict.message}")
+        yield dg.AssetCheckResult(
+            passed=verdict.passed,
+            asset_key=graph.names.asset("manifest"),
+            check_name=name,
+            severity=dg.AssetCheckSeverity[verdict.severity],
+            metadata=verdict_metadata(verdict),
+            description=verdict.message,
+        )
+    if failed:
+        # The pointer waits for these checks, so nothing comes after them that could say it.
+        error = GateFailedError(" ".join(failed))
+        build.give_up(error)
+        raise error

@@ -63,9 +63,10 @@ class Graph:
         return self.options.group or self.config.name
 
     def is_built_by(self, run: dg.DagsterRun) -> bool:
-        """Whether a run is of the snapshot's job, or has assets of the snapshot in any other way."""
+        """Whether a run is of one of the snapshot's build jobs, or has assets of the snapshot in any other way."""
         own = [*self.names.key_prefix, self.config.name]
-        return run.job_name == self.names.job or any(key.path[: len(own)] == own for key in run.asset_selection or ())
+        jobs = {self.names.job, self.names.operation("build_now")}
+        return run.job_name in jobs or any(key.path[: len(own)] == own for key in run.asset_selection or ())
 
     @property
     def executor(self) -> dg.ExecutorDefinition | None:

@@ -80,6 +80,12 @@ class ReferenceIOManager(dg.IOManager):
         }
 
 
+def keep_latest(store: Store, key: dg.AssetKey, value: Reference, partition: str | None = None) -> None:
+    """Makes a reference the latest of an asset, for runs that start in the middle of the graph."""
+    part = "" if partition is None else f"/{partition}"
+    _write(store, f"{FOLDER}/latest/{_asset_path(key)}{part}", value)
+
+
 def _by_partition(context: dg.OutputContext, obj: Any) -> dict[str, Any]:
     if not context.has_asset_partitions:
         return {"": obj}

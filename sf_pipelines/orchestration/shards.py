@@ -8,6 +8,7 @@ the same: it builds all that it can, names those that failed, and finds the othe
 from collections.abc import Iterator
 
 import dagster as dg
+from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION
 
 from sf_pipelines.orchestration.assets import RETRY
 from sf_pipelines.orchestration.graph import CODE_VERSION, Graph
@@ -17,7 +18,7 @@ from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.config import WriteConfig, digest_json
+from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.engine import Outcome, Task
 from sf_pipelines.snapshot.receipts import ShardReceipt
 
@@ -71,7 +72,12 @@ def _plan_op(names: SnapshotNames, *, on_engine: bool) -> dg.OpDefinition:
         shards = sorted(context.partition_keys)
         groups = {"shards": shards} if on_engine else {f"shard_{partition}": [partition] for partition in shards}
         for name, group in groups.items():
-            task = {"run_id": routed["run_id"], "shards": [int(partition) for partition in group], "rebuild": again}
+            task = {
+                "run_id": routed["run_id"],
+                "routed": routed["digest"],
+                "shards": [int(partition) for partition in group],
+                "rebuild": again,
+            }
             yield dg.DynamicOutput(task, mapping_key=name)
 
     return plan_shards
@@ -109,9 +115,8 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
         with surfaced(), access.build(context.log) as build, access.open_engine() as engine:
 
             def sealed(task: Task, outcome: Outcome) -> None:
-                if not isinstance(outcome.receipt, ShardReceipt):
-                    raise TypeError(f"{task.label} has no shard's receipt")
-                built.append(_sealed(context, build, graph, outcome.receipt, outcome))
+                del task
+                built.append(tell_sealed(context, build, graph, group["routed"], outcome))
 
             def work() -> list[ShardReceipt]:
                 return stages.build_shards(
@@ -130,27 +135,37 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
     return build_shard
 
 
-def _sealed(
-    context: dg.OpExecutionContext, build: Build, graph: Graph, receipt: ShardReceipt, outcome: Outcome
-) -> Reference:
-    """Turns the partition of a sealed shard green now; the asset's own event comes only when all shards are there."""
+def tell_sealed(context: dg.OpExecutionContext, build: Build, graph: Graph, routed: str, outcome: Outcome) -> Reference:
+    """Turns the partition of a sealed shard green now: the only event of it in this run.
+
+    Args:
+        context: of the step.
+        build: the build.
+        graph: of the snapshot.
+        routed: digest of the routed rows, which say whether the shard is outdated.
+        outcome: of the shard's task.
+    """
+    receipt = outcome.receipt
+    if not isinstance(receipt, ShardReceipt):
+        raise TypeError(f"a shard's task gave a {type(receipt).__name__}")
     where = f", on worker {outcome.worker}" if graph.options.engine is not None else ""
     context.log.info("%s%s", f"shard {receipt.db_id}: {receipt.reason}" if receipt.reason else _told(receipt), where)
-    metadata = shard_metadata(build, receipt)
+    before = graph.names.asset("routed_vectors").to_user_string()
     context.log_event(
         dg.AssetMaterialization(
             graph.names.asset("shard_indexes"),
             partition=shard_partition(receipt.db_id),
-            metadata=metadata,
-            tags={"dagster/data_version": receipt.digest},
+            metadata=shard_metadata(build, receipt),
+            tags={
+                "dagster/data_version": receipt.digest,
+                "dagster/data_version_is_user_provided": "true",
+                "dagster/code_version": CODE_VERSION,
+                f"dagster/input_data_version/{before}": routed,
+                f"dagster/input_event_pointer/{before}": "NULL",
+            },
         )
     )
-    return reference(receipt) | {
-        "db_id": receipt.db_id,
-        "rows": receipt.rows,
-        "bytes": receipt.bytes,
-        "seconds": metadata["seconds"],
-    }
+    return reference(receipt) | {"db_id": receipt.db_id}
 
 
 def _told(receipt: ShardReceipt) -> str:
@@ -166,18 +181,11 @@ def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
         out=dg.Out(dict, io_manager_key=names.io_manager),
         description="All shards of this run are built.",
     )
-    def collect_shards(context: dg.AssetExecutionContext, built: list[list[Reference]]) -> dg.Output[Reference]:
+    def collect_shards(context: dg.OpExecutionContext, built: list[list[Reference]]) -> dg.Output[Reference]:
+        del context
         shards = {shard_partition(one["db_id"]): one for group in built for one in group}
-        for partition, one in shards.items():
-            # The UI plots the newest event of a partition, which is this one.
-            facts = {
-                "dagster/row_count": one["rows"],
-                "bytes": one["bytes"],
-                "seconds": one["seconds"],
-                "receipt": one["key"],
-            }
-            context.add_asset_metadata(facts, asset_key=names.asset("shard_indexes"), partition_key=partition)
-        digest = digest_json(sorted(one["digest"] for one in shards.values()))
-        return dg.Output(shards, data_version=dg.DataVersion(digest))
+        # Each partition has its event since it was sealed. This is how Dagster's own observations keep an output from
+        # making a second one; without it nothing breaks, there are two again.
+        return dg.Output(shards, metadata={SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION: True})
 
     return collect_shards

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
 
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines_tests.orchestration.browser import Served, browser, copy_project, serve, wait_for
@@ -94,6 +95,49 @@ def test_materialize_all_builds_the_snapshot_and_moves_the_pointer(
         assert [run["jobName"] for run in runs] == ["build_digits"]
     with ShardedVectorReader(str(data / "digits/snapshot")) as reader:
         assert reader.snapshot_info().run_id == served.published()
+
+
+def test_one_button_builds_now_with_nothing_red(chromium: WebDriver, served: Served) -> None:
+    """Jobs, the job, its Launchpad, *Launch Run*: as a person would click."""
+    if served.published() is None:
+        pytest.fail("nothing was built by the tests before, so there is no source")
+    before = len(served.runs())
+    show(chromium, served, "jobs", "build_now_digits")
+    follow(chromium, "build_now_digits")
+    follow(chromium, "Launchpad")
+    picture = str(served.project / "launchpad.png")
+    try:
+        wait_for(lambda: any(map(WebElement.is_enabled, launch_buttons(chromium))), seconds=60, what=picture)
+    finally:
+        chromium.save_screenshot(picture)
+    text = chromium.find_element(By.TAG_NAME, "body").text
+    assert "artition" not in text
+    assert "Are you sure" not in text
+    assert "Errors Only" not in text or "No errors" in text
+    launch_buttons(chromium)[0].click()
+    wait_for(lambda: len(served.runs()) == before + 1, seconds=60, what="the run")
+    wait_for(lambda: served.runs()[0]["status"] == "SUCCESS", seconds=200, what="the run to end well")
+    assert [run["jobName"] for run in served.runs()[: len(served.runs()) - before]] == ["build_now_digits"]
+    assert served.published() is not None
+    show(chromium, served, "assets/digits/shard_indexes?view=partitions", "Materialized (4)")
+    chromium.get(f"{served.url}/asset-groups/digits")
+    show(chromium, served, f"{PAGES}/asset-groups/digits", *ASSETS)
+
+
+def follow(driver: WebDriver, label: str) -> None:
+    """Clicks the link with a text as soon as it is there."""
+
+    def followed() -> bool:
+        links = [link for link in driver.find_elements(By.TAG_NAME, "a") if link.text.strip() == label]
+        if links:
+            links[0].click()
+        return bool(links)
+
+    wait_for(followed, seconds=60, what=f"the link {label!r} on {driver.current_url}")
+
+
+def launch_buttons(driver: WebDriver) -> list[WebElement]:
+    return [button for button in driver.find_elements(By.TAG_NAME, "button") if button.text.lower() == "launch run"]
 
 
 def test_partitions_and_checks_are_shown(chromium: WebDriver, served: Served) -> None:

@@ -37,7 +37,7 @@ VARIANTS = """\
     sharding: {strategy: cluster, num_probes: auto, training_rows: 900, seed: 1, max_iter: 9}
   id_col: sku
   filter_cols: [section]
-  recall_gate: {k: 5, min_recall: 0.9, query_rows: 300}
+  recall_gate: {k: 5, min_recall: 0.9, query_rows: 300, blocking: [recall_spread]}
   drift: {min_overlap: 0.5, max_gone_fraction: 0.5, max_added_fraction: 2, max_changed_fraction: 0.5,
           max_routing_shift: 0.5, blocking: true}
   max_reject_fraction: 0.1

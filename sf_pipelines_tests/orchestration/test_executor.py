@@ -30,7 +30,11 @@ def executors(defs: dg.Definitions) -> dict[str, str]:
 def test_all_jobs_of_a_snapshot_have_the_executor(config: WriteConfig, said: dict[str, Any], name: str) -> None:
     found = executors(build_snapshot_defs(config, **said))
     assert {job: executor for job, executor in found.items() if job.endswith("_tiny")} == dict.fromkeys(
-        [f"{noun}_tiny" for noun in ("build", "rollback", "release", "pin", "unpin", "cleanup", "diff", "verify")], name
+        [
+            f"{noun}_tiny"
+            for noun in ("build", "build_now", "rollback", "release", "pin", "unpin", "cleanup", "diff", "verify")
+        ],
+        name,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import dagster as dg
@@ -222,6 +223,85 @@ def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
     assert "GateFailedError" in failures(alone)["tiny__current_pointer"]
     assert pointer(config) == before
     assert len(manifests(config)) == 1
+
+
+def partition_events(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, int]:
+    """Materializations of each partition."""
+    records = instance.fetch_materializations(key, limit=1000).records
+    return dict(Counter(str(record.partition_key) for record in records))
+
+
+def test_each_shard_is_materialized_once_a_run(config: WriteConfig, instance: dg.DagsterInstance) -> None:
+    key = SnapshotNames.of(config).asset("shard_indexes")
+    assert run_job(config, instance).success
+    assert partition_events(instance, key) == {"00000": 1, "00001": 1, "00002": 1}
+    (record, *_) = instance.fetch_materializations(key, limit=1).records
+    assert record.asset_materialization is not None
+    tags, facts = record.asset_materialization.tags or {}, record.asset_materialization.metadata
+    routed = instance.get_latest_materialization_event(SnapshotNames.of(config).asset("routed_vectors"))
+    assert routed is not None
+    assert routed.asset_materialization is not None
+    before = (routed.asset_materialization.tags or {})["dagster/data_version"]
+    assert tags["dagster/input_data_version/tiny/routed_vectors"] == before
+    assert {"dagster/row_count", "bytes", "seconds", "receipt"} <= set(facts)
+    assert run_job(config, instance).success
+    assert partition_events(instance, key) == {"00000": 2, "00001": 2, "00002": 2}
+
+
+def build_now(config: WriteConfig, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    """The job with a Launchpad, as it is launched from there."""
+    job = build_snapshot_defs(config).resolve_job_def(f"build_now_{config.name}")
+    return job.execute_in_process(instance=instance, raise_on_error=False)
+
+
+def test_build_now_is_one_step_that_tells_what_the_assets_tell(
+    config: WriteConfig, instance: dg.DagsterInstance
+) -> None:
+    names = SnapshotNames.of(config)
+    result = build_now(config, instance)
+    assert result.success
+    assert [event.step_key for event in result.all_events if event.is_step_success] == ["tiny_build_now"]
+    assert partition_events(instance, names.asset("shard_indexes")) == {"00000": 1, "00001": 1, "00002": 1}
+    told = {
+        event.asset_key.path[-1]: event.step_materialization_data.materialization
+        for event in result.all_events
+        if event.is_step_materialization and event.asset_key
+    }
+    assert set(told) == set(NOUNS)
+    verdicts = {event.check_name: event.passed for event in result.get_asset_check_evaluations()}
+    assert set(verdicts) == set(CHECKS)
+    first = pointer(config)
+    assert first is not None
+    assert told["current_pointer"].metadata["run_id"].value == first["run_id"]
+
+    # What comes after in the graph goes on from what it built, and it from what the assets built.
+    assert launch(config, instance, "manifest").success
+    assert launch(config, instance, "current_pointer").success
+    assert pointer(config) == first
+    again = run_job(config, instance)
+    assert again.success
+    assert pointer(config) == first
+    versions = {noun: (told[noun].tags or {})["dagster/data_version"] for noun in NOUNS if noun != "shard_indexes"}
+    for noun, version in versions.items():
+        latest = instance.get_latest_materialization_event(names.asset(noun))
+        assert latest is not None
+        assert latest.asset_materialization is not None
+        assert (latest.asset_materialization.tags or {})["dagster/data_version"] == version, noun
+
+
+def test_build_now_fails_with_what_the_gate_found(
+    config: WriteConfig, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    del config
+    spec = {"dim": 64, "vector_col": "pixels", "metric": "cosine", "sharding": {"num_probes": 1}}
+    strict = make_config(tmp_path, recall_gate={"k": 5, "min_recall": 1.0, "query_rows": 200}, vector_spec=spec)
+    result = build_now(strict, instance)
+    assert not result.success
+    assert "below min_recall 1.0" in failures(result)["tiny_build_now"]
+    verdicts = {event.check_name: event.passed for event in result.get_asset_check_evaluations()}
+    assert not verdicts["recall"]
+    assert set(verdicts) == set(CHECKS)
+    assert pointer(strict) is None
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ assets do; so the graph shows what it has built, and single assets can be materi
 on from the receipts in the store when it is executed again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,19 +78,20 @@ class _Whole:
         """Runs the stages one after the other; what each has done, as Dagster is told of it."""
         build = self._build
         scanned = self._work("scan", partial(stages.scan, build, force=force))
-        yield self._told("source_vectors", scanned, described.scan_metadata)
+        upstream = [dg.AssetKey(item.split("/")) for item in self._graph.options.source_assets]
+        yield self._told("source_vectors", scanned, described.scan_metadata, upstream)
         *before, promote = steps_of(build.config.sharding.strategy)
-        routed: Receipt = scanned
+        asset, routed = self._graph.names.asset, scanned
         for step in before:
             options = {"engine": self._engine} if step.stage is stages.route else {}
             routed = self._work(step.stage.__name__, partial(step.stage, build, scanned.run_id, **options))
-            yield self._told(step.noun, routed, step.describe)
+            yield self._told(step.noun, routed, step.describe, [asset(step.after)])
         self._shards(scanned.run_id, routed.digest)
         manifest = self._work("assemble", partial(stages.assemble, build, scanned.run_id))
-        yield self._told("manifest", manifest, described.manifest_metadata)
+        yield self._told("manifest", manifest, described.manifest_metadata, [asset("shard_indexes")])
         for result in run_checks(self._context, self._graph, build, manifest.run_id):
             yield dg.AssetCheckEvaluation(
-                asset_key=self._graph.names.asset("manifest"),
+                asset_key=asset("manifest"),
                 check_name=str(result.check_name),
                 passed=result.passed,
                 metadata=result.metadata,
@@ -98,7 +99,7 @@ class _Whole:
                 description=result.description,
             )
         promoted = self._work(promote.stage.__name__, partial(promote.stage, build, manifest.run_id))
-        yield self._told(promote.noun, promoted, promote.describe)
+        yield self._told(promote.noun, promoted, promote.describe, [asset(promote.after)])
 
     def _work(self, stage: str, work: Any) -> Any:
         receipt = self._graph.execute(self._context, stage, work)
@@ -106,7 +107,9 @@ class _Whole:
             self._context.log.info("%s", receipt.reason)
         return receipt
 
-    def _told(self, noun: str, receipt: Receipt, describe: Any) -> dg.AssetMaterialization:
+    def _told(
+        self, noun: str, receipt: Receipt, describe: Any, parents: Sequence[dg.AssetKey]
+    ) -> dg.AssetMaterialization:
         """The event of an unpartitioned asset; its reference is kept for runs that start in the middle of the graph."""
         key = self._graph.names.asset(noun)
         keep_latest(self._build.store, key, reference(receipt))
@@ -117,8 +120,22 @@ class _Whole:
                 "dagster/data_version": data_version(receipt),
                 "dagster/data_version_is_user_provided": "true",
                 "dagster/code_version": CODE_VERSION,
+                **self._provenance(parents),
             },
         )
+
+    def _provenance(self, parents: Sequence[dg.AssetKey]) -> dict[str, str]:
+        """What Dagster notes of an asset's parents, so that it can tell whether they have changed since."""
+        tags: dict[str, str] = {}
+        for key in parents:
+            records = self._context.instance.fetch_materializations(key, limit=1).records
+            event = records[0].asset_materialization if records else None
+            # What Dagster takes for an asset that never told anything.
+            version = (event.tags or {}).get("dagster/data_version", "INITIAL") if event else "INITIAL"
+            name = key.to_user_string()
+            tags[f"dagster/input_data_version/{name}"] = version
+            tags[f"dagster/input_event_pointer/{name}"] = str(records[0].storage_id) if records else "NULL"
+        return tags
 
     def _shards(self, run_id: str, routed: str) -> None:
         """Builds all shards; the partition of each turns green when it is sealed."""

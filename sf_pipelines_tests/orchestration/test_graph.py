@@ -8,6 +8,8 @@ from pathlib import Path
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
 
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
@@ -273,6 +275,14 @@ def test_build_now_is_one_step_that_tells_what_the_assets_tell(
     first = pointer(config)
     assert first is not None
     assert told["current_pointer"].metadata["run_id"].value == first["run_id"]
+
+    # Nothing is marked as outdated by what it was made from.
+    defs = build_snapshot_defs(config)
+    resolver = CachingStaleStatusResolver(instance, defs.resolve_asset_graph(), LoadingContextForTest(instance))
+    for noun in NOUNS:
+        partition = "00001" if noun == "shard_indexes" else None
+        causes = resolver.get_stale_causes(names.asset(noun), partition)
+        assert not causes, (noun, causes)
 
     # What comes after in the graph goes on from what it built, and it from what the assets built.
     assert launch(config, instance, "manifest").success

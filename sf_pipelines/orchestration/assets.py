@@ -11,6 +11,7 @@ from sf_pipelines.orchestration.conditions import freshness_of
 from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.orchestration.io_manager import Reference
 from sf_pipelines.orchestration.metadata import materialized
+from sf_pipelines.orchestration.pointer_sensor import tell_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
@@ -177,7 +178,12 @@ def _step_asset(graph: Graph, step: _Step) -> dg.AssetsDefinition:
             with access.open_engine() as engine:
                 return stages.route(build, before["run_id"], engine=engine)
 
-        return run_stage(context, graph, step.stage.__name__, work, step.describe)
+        def describe(build: Build, receipt: Any) -> dict[str, Any]:
+            if step is _PROMOTE:
+                tell_move(context, graph, build)
+            return step.describe(build, receipt)
+
+        return run_stage(context, graph, step.stage.__name__, work, describe)
 
     return step_asset
 

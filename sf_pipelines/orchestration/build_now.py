@@ -17,8 +17,9 @@ from sf_pipelines.orchestration.assets import RETRY, ScanOptions, steps_of
 from sf_pipelines.orchestration.checks import run_checks
 from sf_pipelines.orchestration.graph import CODE_VERSION, Graph
 from sf_pipelines.orchestration.io_manager import keep_latest
-from sf_pipelines.orchestration.metadata import data_version, receipt_metadata, reference
+from sf_pipelines.orchestration.metadata import data_version, reference, told
 from sf_pipelines.orchestration.names import SNAPSHOT_TAG, shard_partition
+from sf_pipelines.orchestration.pointer_sensor import tell_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.orchestration.shards import tell_sealed
 from sf_pipelines.snapshot import stages
@@ -100,6 +101,7 @@ class _Whole:
             )
         promoted = self._work(promote.stage.__name__, partial(promote.stage, build, manifest.run_id))
         yield self._told(promote.noun, promoted, promote.describe, [asset(promote.after)])
+        tell_move(self._context, self._graph, build)
 
     def _work(self, stage: str, work: Any) -> Any:
         receipt = self._graph.execute(self._context, stage, work)
@@ -115,7 +117,7 @@ class _Whole:
         keep_latest(self._build.store, key, reference(receipt))
         return dg.AssetMaterialization(
             key,
-            metadata={**receipt_metadata(receipt), **describe(self._build, receipt)},
+            metadata=told(receipt, describe(self._build, receipt)),
             tags={
                 "dagster/data_version": data_version(receipt),
                 "dagster/data_version_is_user_provided": "true",
@@ -143,8 +145,8 @@ class _Whole:
 
         def sealed(task: Task, outcome: Outcome) -> None:
             del task
-            told = tell_sealed(self._context, build, self._graph, routed, outcome)
-            keep_latest(build.store, key, told, shard_partition(told["db_id"]))
+            made = tell_sealed(self._context, build, self._graph, routed, outcome)
+            keep_latest(build.store, key, made, shard_partition(made["db_id"]))
 
         def work() -> Any:
             return stages.build_shards(

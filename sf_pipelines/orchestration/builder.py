@@ -8,7 +8,7 @@ import dagster as dg
 from sf_pipelines.orchestration.assets import build_assets
 from sf_pipelines.orchestration.build_now import build_now_job
 from sf_pipelines.orchestration.checks import build_checks
-from sf_pipelines.orchestration.graph import Execute, Graph, execute_stage
+from sf_pipelines.orchestration.graph import Execute, Graph, beta_accepted, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.operations import build_cleanup_schedule, build_operation_jobs
@@ -62,7 +62,8 @@ def build_snapshot_defs(
         Build(config).routing(None)
     graph = Graph(config, chosen, SnapshotNames.of(config, chosen), execute)
     upstream = [dg.AssetKey(item.split("/")) for item in chosen.source_assets]
-    assets = [*build_assets(graph, upstream), build_shard_indexes(graph)]
+    with beta_accepted():
+        assets = [*build_assets(graph, upstream), build_shard_indexes(graph)]
     own = [key for asset in assets for key in asset.keys]
     snapshot = snapshot_resource(config, s3 or chosen.s3_resource, chosen.engine)
     names = graph.names

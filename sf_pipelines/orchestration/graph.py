@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -106,12 +107,18 @@ class Graph:
         }
 
 
+@contextmanager
+def beta_accepted() -> Iterator[None]:
+    """What this package uses of Dagster's beta is for it to keep up with, and nothing that its users could change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        yield
+
+
 def _code_reference(stage: Callable[..., Any]) -> dg.CodeReferencesMetadataValue:
     """Where the UI finds the function that does the work; dg adds the place in a component's YAML by itself."""
     code = inspect.unwrap(stage).__code__
-    with warnings.catch_warnings():
-        # In beta; dg itself makes one for every component.
-        warnings.simplefilter("ignore", dg.BetaWarning)
+    with beta_accepted():
         place = dg.LocalFileCodeReference(
             file_path=code.co_filename, line_number=code.co_firstlineno, label=f"stages.{stage.__name__}"
         )

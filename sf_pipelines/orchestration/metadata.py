@@ -8,9 +8,11 @@ import dagster as dg
 from sf_pipelines.orchestration import pictures
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.gate import Verdict
+from sf_pipelines.snapshot.gate import Verdict, judged_recall
 from sf_pipelines.snapshot.ledger import STAGING
+from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.projection import project
+from sf_pipelines.snapshot.reader.state import load_pointed
 from sf_pipelines.snapshot.receipts import (
     CurvePoint,
     ManifestReceipt,
@@ -27,6 +29,7 @@ from sf_pipelines.snapshot.routing.protocol import VectorRouting
 
 Metadata = dict[str, Any]
 
+_CONSTANT = frozenset({"k", "limit", "queries", "min_recall", "fields"})
 # Rows of a table that the UI still shows at a glance.
 _TABLE_ROWS = 100
 
@@ -40,9 +43,29 @@ def materialized(receipt: Receipt, metadata: Mapping[str, Any]) -> dg.Materializ
     """A stage's receipt as its asset's materialization; the same receipt again is the same data version."""
     return dg.MaterializeResult(
         value=reference(receipt),
-        metadata={**receipt_metadata(receipt), **metadata},
+        metadata=told(receipt, metadata),
         data_version=dg.DataVersion(data_version(receipt)),
     )
+
+
+def told(receipt: Receipt, metadata: Mapping[str, Any]) -> Metadata:
+    """What an asset's event says: its figures first, ids and receipts last."""
+    return readable({**metadata, **receipt_metadata(receipt)})
+
+
+def readable(metadata: Mapping[str, Any]) -> Metadata:
+    """Numbers as a person reads them: four digits, and MiB in place of bytes."""
+    shown: Metadata = {}
+    for name, value in metadata.items():
+        if name.endswith("bytes") and isinstance(value, int | float):
+            shown[f"{name.removesuffix('bytes')}MiB"] = _short(value / 2**20)
+        else:
+            shown[name] = _short(value) if isinstance(value, float) else value
+    return shown
+
+
+def _short(value: float) -> float:
+    return round(value, 4) if abs(value) >= 1e-3 else float(f"{value:.3g}")
 
 
 def data_version(receipt: Receipt) -> str:
@@ -126,16 +149,17 @@ def route_metadata(build: Build, receipt: RouteReceipt) -> Metadata:
 
 def shard_metadata(build: Build, receipt: ShardReceipt) -> Metadata:
     """One shard's index."""
-    return receipt_metadata(receipt) | {
-        **({"dagster/uri": build.store.url_of(receipt.db_key)} if receipt.db_key else {}),
+    facts = {
         "dagster/row_count": receipt.rows,
         "indexed_rows": receipt.indexed_rows,
         "bytes": receipt.bytes,
         "objects": len(receipt.objects),
         "attempt": receipt.attempt,
-        "shard": receipt.db_key or "(empty shard)",
         **({"copied_from": receipt.reused} if receipt.reused else {}),
+        **({"dagster/uri": build.store.url_of(receipt.db_key)} if receipt.db_key else {}),
+        "shard": receipt.db_key or "(empty shard)",
     }
+    return told(receipt, facts)
 
 
 def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
@@ -158,13 +182,33 @@ def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
 
 
 def promote_metadata(build: Build, receipt: PromoteReceipt) -> Metadata:
-    """The pointer."""
+    """The pointer: what readers get first, then how it came there."""
     return {
-        "dagster/uri": build.store.url,
+        **served_metadata(build),
         "published": receipt.published,
-        "previous_run_id": receipt.previous_run_id or "(none)",
         "seq": receipt.seq,
+        "dagster/uri": build.store.url,
         "manifest": receipt.manifest_ref,
+        "previous_run_id": receipt.previous_run_id or "(none)",
+    }
+
+
+def served_metadata(build: Build) -> Metadata:
+    """What readers get now: recall, rows, bytes, since when; nothing where the pointer cannot be followed."""
+    pointer = read_pointer(build.store).pointer
+    if pointer is None:
+        return {}
+    try:
+        state = load_pointed(build.store, pointer)
+        recall = judged_recall(build.store, state.manifest, state.manifest_digest)
+    except (IntegrityError, ObjectMissingError):
+        # For readers and for verify to say; here it is not what was asked.
+        return {}
+    return {
+        **({"recall": recall.recall, "recall_lower_bound": recall.lower} if recall else {}),
+        "dagster/row_count": state.manifest.row_count,
+        "bytes": sum(shard.db_bytes or 0 for shard in state.manifest.shards),
+        "since": dg.MetadataValue.timestamp(pointer.updated_at),
     }
 
 
@@ -172,7 +216,9 @@ def verdict_metadata(verdict: Verdict) -> Metadata:
     """A check's figures."""
     rows = list(verdict.table)[:_TABLE_ROWS]
     reason = {"reason": verdict.reason} if verdict.reason else {}
-    return {"message": verdict.message, **verdict.figures, **reason} | ({"table": table(rows)} if rows else {})
+    # What the configuration says is text: Dagster plots every number over time.
+    figures = {name: str(value) if name in _CONSTANT else value for name, value in verdict.figures.items()}
+    return readable({**figures, "message": verdict.message, **reason}) | ({"table": table(rows)} if rows else {})
 
 
 def _columns(receipt: ScanReceipt, wanted: Sequence[str]) -> dg.TableSchema:
@@ -220,15 +266,25 @@ def curve_table(curve: Sequence[CurvePoint]) -> dg.TableMetadataValue:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     """Rows of plain values as a table that the UI shows inline."""
-    records = [dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in rows]
+    records = [dg.TableRecord({name: _cell(value) for name, value in readable(row).items()}) for row in rows]
     first = records[0].data if records else {}
     columns = [dg.TableColumn(name, _column_type([record.data[name] for record in records])) for name in first]
     return dg.MetadataValue.table(records, schema=dg.TableSchema(columns=columns))
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of plain values as a table in markdown, for the log and the UI."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([_text(row[name]) for name in names] for row in map(readable, rows))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _text(value: Any) -> str:
+    shown = "" if value is None else f"{value:,}" if isinstance(value, int | float) else str(value)
+    return shown.replace("|", "\\|").replace("\n", " ")
+
+
 def _cell(value: Any) -> str | int | float | bool | None:
-    if isinstance(value, float):
-        return round(value, 6)
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 

@@ -14,9 +14,10 @@ from pydantic import Field
 
 from sf_pipelines.orchestration.assets import RETRY
 from sf_pipelines.orchestration.graph import Graph
-from sf_pipelines.orchestration.metadata import Metadata, table
+from sf_pipelines.orchestration.metadata import Metadata, markdown, readable, table
 from sf_pipelines.orchestration.names import OPERATED_TAG, OPERATION_TAG
 from sf_pipelines.orchestration.options import CleanupScheduleOptions, schedule_status
+from sf_pipelines.orchestration.pointer_sensor import tell_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, log_progress, surfaced
 from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.manifest.publish import read_pointer
@@ -110,7 +111,9 @@ class _Run:
 
     def observe(self, metadata: Metadata) -> None:
         """Notes figures on the pointer's asset, where they are plotted over time."""
-        self.context.log_event(dg.AssetObservation(self.graph.names.asset("current_pointer"), metadata=metadata))
+        self.context.log_event(
+            dg.AssetObservation(self.graph.names.asset("current_pointer"), metadata=readable(metadata))
+        )
 
 
 @dataclass(frozen=True)
@@ -151,14 +154,15 @@ def _rollback(run: _Run, config: RollbackConfig) -> Metadata:
         "bytes": done.checked.bytes,
         "hashed": done.checked.hashed,
     }
-    # The asset published_snapshot is told by its sensor, as every move is, so that none is told twice.
     event = dg.AssetMaterialization(
         run.graph.names.asset("current_pointer"),
         description=f"Rolled back to {done.run_id}.",
-        metadata={"dagster/uri": run.root, "published": True, **metadata},
+        metadata=readable({"published": True, "dagster/uri": run.root, **metadata}),
         tags={"dagster/data_version": digest} if digest else None,
     )
     run.context.log_event(event)
+    with run.access.build(run.context.log) as build:
+        tell_move(run.context, run.graph, build)
     run.context.log.info("%s is current now; before: %s", done.run_id, done.previous_run_id)
     return metadata
 
@@ -245,7 +249,7 @@ def _cleanup_metadata(done: CleanupResult) -> Metadata:
         "dry_run": not done.applied,
         "objects": plan.objects,
         "bytes": plan.bytes,
-        "bytes_freed": done.bytes_freed,
+        "freed_bytes": done.bytes_freed,
         "groups_that_stayed": sum(outcome.refused is not None for outcome in done.outcomes),
         "groups": table(rows),
         "stays": table(stays[:_TABLE_ROWS]),
@@ -256,7 +260,26 @@ def _diff(run: _Run, config: DiffConfig) -> Metadata:
     found = diff(run.root, config.before, config.after, ids=config.ids, answers=config.answers, **run.watched)
     for note in found.notes:
         run.context.log.info("not compared: %s", note)
-    return dict(_diff_metadata(found))
+    metadata = dict(_diff_metadata(found))
+    summary = markdown(_diff_summary(found))
+    run.context.log.info("what differs:\n%s", summary)
+    return {"summary": dg.MetadataValue.md(summary), **metadata}
+
+
+def _diff_summary(found: SnapshotDiff) -> list[dict[str, Any]]:
+    """Both snapshots side by side, one figure a row."""
+    sides = (found.before, found.after)
+    figures = {
+        "run": [side.run_id for side in sides],
+        "recall": [side.recall.recall if side.recall else None for side in sides],
+        "rows": [side.rows for side in sides],
+        "MiB": [(side.bytes or 0) / 2**20 for side in sides],
+    }
+    rows: list[dict[str, Any]] = [{"": name, "before": old, "after": new} for name, (old, new) in figures.items()]
+    if found.ids is not None:
+        rows.append({"": "rows of one alone", "before": found.ids.gone, "after": found.ids.added})
+    rows += [{"": one.name, "before": str(one.before), "after": str(one.after)} for one in found.config]
+    return rows
 
 
 def _diff_metadata(found: SnapshotDiff) -> Iterator[tuple[str, Any]]:
@@ -365,7 +388,7 @@ def _job(graph: Graph, operation: _Operation) -> dg.JobDefinition:
         access: SnapshotAccess = getattr(context.resources, names.resource)
         with surfaced():
             config = operation.config(**context.op_config) if operation.config else None
-            context.add_output_metadata(operation.work(_Run(context, graph, access), config))
+            context.add_output_metadata(readable(operation.work(_Run(context, graph, access), config)))
 
     @dg.job(
         name=names.operation(operation.noun),

@@ -10,14 +10,14 @@ import dagster as dg
 
 from sf_pipelines.orchestration.conditions import freshness_of
 from sf_pipelines.orchestration.graph import Graph
+from sf_pipelines.orchestration.metadata import readable, served_metadata
 from sf_pipelines.orchestration.options import PointerSensorOptions, sensor_status
 from sf_pipelines.orchestration.resources import SnapshotAccess
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import SnapshotNotFoundError
-from sf_pipelines.snapshot.gate import judged_recall
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer
 from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
-from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed
+from sf_pipelines.snapshot.reader.state import load_pointed
 
 _MOVE = "pointer_sha256"
 
@@ -67,6 +67,18 @@ def build_pointer_sensor(graph: Graph, options: PointerSensorOptions) -> dg.Sens
     return pointer_sensor
 
 
+def tell_move(context: dg.OpExecutionContext | dg.AssetExecutionContext, graph: Graph, build: Build) -> None:
+    """Writes the event of the pointer's move from the run that made it, unless it has been written.
+
+    So the asset has its events while the sensor is off, too. Both ask the event log first.
+    """
+    if graph.options.pointer_sensor is None:
+        return
+    view, told = read_pointer(build.store), _last_event(context.instance, graph.names.published)
+    if view.pointer is not None and (told is None or _value(told, _MOVE) != view.fingerprint):
+        context.log_event(describe_move(graph.names.published, build, view, view.pointer, told))
+
+
 def describe_move(
     key: dg.AssetKey, build: Build, view: PointerView, pointer: Pointer, told: dg.AssetMaterialization | None
 ) -> dg.AssetMaterialization:
@@ -85,15 +97,13 @@ def describe_move(
     """
     state, before = load_pointed(build.store, pointer), pointer.previous
     metadata: dict[str, Any] = {
-        "dagster/row_count": state.manifest.row_count,
+        **served_metadata(build),
+        "num_dbs": state.manifest.num_dbs,
+        "kind": state.kind,
         "dagster/uri": pointer.manifest_ref,
         "run_id": pointer.run_id,
         "previous_run_id": before.run_id if before else _told_before(pointer, told),
-        "kind": state.kind,
-        "num_dbs": state.manifest.num_dbs,
-        "moved_at": dg.MetadataValue.timestamp(pointer.updated_at),
         _MOVE: view.fingerprint,
-        **_recall(build, state),
     }
     if pointer.seq is not None:
         metadata["seq"] = pointer.seq
@@ -103,15 +113,9 @@ def describe_move(
     return dg.AssetMaterialization(
         key,
         description=f"The pointer names {pointer.run_id}.",
-        metadata=metadata,
+        metadata=readable(metadata),
         tags={"dagster/data_version": state.manifest_digest},
     )
-
-
-def _recall(build: Build, state: SnapshotState) -> dict[str, float]:
-    """What the gate judged; nothing where nobody knows, as of snapshots of other tools."""
-    found = judged_recall(build.store, state.manifest, state.manifest_digest)
-    return {"recall": found.recall, "recall_lower_bound": found.lower} if found else {}
 
 
 def _last_event(instance: dg.DagsterInstance, key: dg.AssetKey) -> dg.AssetMaterialization | None:

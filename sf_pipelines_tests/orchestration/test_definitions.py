@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import dagster as dg
@@ -45,3 +47,25 @@ def test_code_references_lead_to_the_yaml_and_to_the_stage_and_stay_out_of_the_g
     assert [Path(place.file_path).name for place in places] == ["stages.py", "defs.yaml"]
     assert all(place.line_number for place in places)
     assert not any(str(Path(place.file_path).parent) in GOLDEN.read_text(encoding="utf-8") for place in places)
+
+
+_LOAD = """
+import warnings, dagster as dg
+warnings.simplefilter("always")
+from sf_pipelines import WriteConfig
+from sf_pipelines.definitions import defs
+from sf_pipelines.orchestration import build_snapshot_defs
+config = WriteConfig(name="x", source="a.parquet", store="b", num_dbs=2, vector_spec={"dim": 4})
+fields = dict(pointer_sensor={}, source_sensor={}, schedule={"cron": "0 3 * * *"}, freshness={"fail_hours": 3})
+own = build_snapshot_defs(config, **fields)
+for definitions in (defs(), own):
+    repository = definitions.get_repository_def()
+    repository.get_all_jobs()
+    repository._repository_data.get_asset_checks_defs_by_key()
+"""
+
+
+def test_loading_the_definitions_warns_of_nothing_in_beta() -> None:
+    done = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, check=True)
+    assert "BetaWarning" not in done.stderr, done.stderr[:2000]
+    assert "PreviewWarning" not in done.stderr, done.stderr[:2000]

@@ -92,11 +92,11 @@ def test_one_run_builds_everything(config: WriteConfig, instance: dg.DagsterInst
 
 # What the UI plots over time, under keys that stay.
 NUMBERS = {
-    "source_vectors": {"dagster/row_count", "seconds", "files", "bytes"},
+    "source_vectors": {"dagster/row_count", "seconds", "files", "MiB"},
     "training_data": {"dagster/row_count", "seconds", "rows_in", "rejected", "reject_rate"},
     "centroids": {"seconds"},
     "routed_vectors": {"dagster/row_count", "seconds", "largest_shard_rows", "smallest_shard_rows"},
-    "shard_indexes": {"dagster/row_count", "seconds", "bytes"},
+    "shard_indexes": {"dagster/row_count", "seconds", "MiB"},
     "manifest": {
         "dagster/row_count",
         "seconds",
@@ -108,7 +108,7 @@ NUMBERS = {
         "route_seconds",
         "shards_seconds",
         "assemble_seconds",
-        "stored_bytes",
+        "stored_MiB",
         "shards_copied",
     },
     "current_pointer": {"seconds", "seq"},
@@ -204,7 +204,7 @@ def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
     verdicts = {event.check_name: event for event in result.get_asset_check_evaluations()}
     assert not verdicts["recall"].passed
     assert verdicts["recall"].severity == dg.AssetCheckSeverity.ERROR
-    assert verdicts["recall"].metadata["min_recall"].value == 1.0
+    assert verdicts["recall"].metadata["min_recall"].value == "1.0"
     assert set(verdicts) == set(CHECKS)
     told = failures(result)["tiny_gate"]
     assert before is not None
@@ -227,6 +227,22 @@ def test_a_gate_that_is_not_met_fails_the_run_and_keeps_the_pointer(
     assert len(manifests(config)) == 1
 
 
+def test_what_is_served_is_told_first_and_in_figures_for_people(
+    config: WriteConfig, instance: dg.DagsterInstance
+) -> None:
+    result = run_job(config, instance)
+    (event,) = result.asset_materializations_for_node("tiny__current_pointer")
+    names = list(event.metadata)
+    assert names[:5] == ["recall", "recall_lower_bound", "dagster/row_count", "MiB", "since"]
+    assert names[-3:] == ["run_id", "receipt", "seconds"]
+    for evaluation in result.get_asset_check_evaluations():
+        for name, value in evaluation.metadata.items():
+            plotted = isinstance(value, dg.FloatMetadataValue | dg.IntMetadataValue)
+            assert not (plotted and name in {"k", "limit", "queries", "min_recall"}), (evaluation.check_name, name)
+            if isinstance(value, dg.FloatMetadataValue) and value.value is not None:
+                assert len(f"{value.value:.12g}") <= 8, (evaluation.check_name, name, value.value)
+
+
 def partition_events(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, int]:
     """Materializations of each partition."""
     records = instance.fetch_materializations(key, limit=1000).records
@@ -245,7 +261,7 @@ def test_each_shard_is_materialized_once_a_run(config: WriteConfig, instance: dg
     assert routed.asset_materialization is not None
     before = (routed.asset_materialization.tags or {})["dagster/data_version"]
     assert tags["dagster/input_data_version/tiny/routed_vectors"] == before
-    assert {"dagster/row_count", "bytes", "seconds", "receipt"} <= set(facts)
+    assert {"dagster/row_count", "MiB", "seconds", "receipt"} <= set(facts)
     assert run_job(config, instance).success
     assert partition_events(instance, key) == {"00000": 2, "00001": 2, "00002": 2}
 

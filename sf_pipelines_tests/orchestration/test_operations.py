@@ -171,14 +171,14 @@ def test_cleanup_only_shows_until_it_is_told_otherwise(
     _, shown = operate(config, instance, "cleanup", keep=1)
     assert shown["dry_run"] is True
     assert {record["rule"] for record in rows_of(shown["groups"])} >= {"snapshot"}
-    assert shown["bytes"] > 0 == shown["bytes_freed"]
+    assert shown["MiB"] > 0 == shown["freed_MiB"]
     assert files(config) == before
     assert operate(config, instance, "cleanup")[1]["dry_run"] is True
 
     operate(config, instance, "pin", run_id=runs[0], reason="audit")
     result, done = operate(config, instance, "cleanup", keep=1, dry_run=False)
     assert result.success
-    assert done["bytes_freed"] == done["bytes"] < shown["bytes"]
+    assert done["freed_MiB"] == done["MiB"] < shown["MiB"]
     left = {path.parent.name.rpartition("run_id=")[2] for path in Path(config.store).glob("manifests/*/manifest")}
     assert left == {runs[0], runs[2]}
     operate(config, instance, "unpin", run_id=runs[0])

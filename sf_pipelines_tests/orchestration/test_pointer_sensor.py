@@ -58,6 +58,25 @@ def test_a_move_is_told_with_its_figures(sensor: Sensor, config: WriteConfig, in
     assert found["recall"] == pytest.approx(recall.metadata["recall"].value)
 
 
+def test_the_build_itself_tells_of_its_move_while_the_sensor_is_off(
+    config: WriteConfig, instance: dg.DagsterInstance
+) -> None:
+    defs = build_snapshot_defs(config, pointer_sensor={})
+    for job in ("build_tiny", "build_now_tiny", "build_tiny"):
+        assert defs.resolve_job_def(job).execute_in_process(instance=instance).success
+        assert count(instance) == 1
+    event = instance.get_latest_materialization_event(KEY)
+    assert event is not None
+    assert event.asset_materialization is not None
+    named = json.loads(pointer(config).read_bytes())
+    assert values(event.asset_materialization)["run_id"] == named["run_id"]
+    # The figures come first, as the UI shows them.
+    assert list(values(event.asset_materialization))[:4] == ["recall", "recall_lower_bound", "dagster/row_count", "MiB"]
+    # Switched on later, it has nothing to add.
+    assert "has not moved" in Sensor(defs, "tiny_pointer_sensor", instance).tick().reason
+    assert count(instance) == 1
+
+
 @pytest.mark.slow
 def test_no_move_is_told_twice_whatever_becomes_of_the_cursor(
     sensor: Sensor, config: WriteConfig, instance: dg.DagsterInstance

@@ -71,7 +71,7 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
             status = shell.wait(_PATIENCE)
         finally:
             with contextlib.suppress(ProcessLookupError):  # it had not come to its servers
-                os.killpg(shell.pid, signal.SIGTERM)
+                os.killpg(shell.pid, signal.SIGKILL)  # Dagster outlives a SIGTERM
     said = output.read_text()
     assert status == 0, (
         f"the block at line {re.findall('^### ([0-9]+)', said, re.MULTILINE)[-1]} failed:\n{said[-5000:]}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -406,7 +407,7 @@ def _what_would_pass(judged: Judged, found: JudgedRecord) -> str:
     if better is not None:
         return (
             f"{better.num_probes} of {config.num_dbs} shards would reach {better.lower:.4f}: set num_probes to auto or "
-            f"{better.num_probes}, or min_recall to {found.lower:.2f}"
+            f"{better.num_probes}, or min_recall to {_floor(found.lower)}"
         )
     best, family = max(curve, key=lambda point: point.lower), judged.run.routed.index_family
     if found.recall >= least:
@@ -416,7 +417,12 @@ def _what_would_pass(judged: Judged, found: JudgedRecord) -> str:
         advice = "the index is exact, so neighbours lie in other shards: use fewer, or another sharding"
     else:
         advice = f"index {family} loses neighbours: set index_type to {exact}"
-    return f"all shards that may be asked reach {best.lower:.4f}; {advice}, or min_recall to {found.lower:.2f}"
+    return f"all shards that may be asked reach {best.lower:.4f}; {advice}, or min_recall to {_floor(found.lower)}"
+
+
+def _floor(recall: float) -> str:
+    """To two digits, never above: this ``min_recall`` would pass."""
+    return f"{math.floor(recall * 100) / 100:.2f}"
 
 
 def _recorded(manifest: Manifest) -> JudgedRecord | None:

@@ -1,11 +1,14 @@
 """A snapshot as YAML: ``VectorSnapshotComponent``."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
+from dagster.components.resolved.errors import ResolutionException
+from dagster.components.resolved.scopes import EnvScope
 from pydantic import BaseModel, ConfigDict, ValidationInfo, create_model, field_validator
 
 from sf_pipelines.components.scaffolder import VectorSnapshotScaffolder
@@ -137,10 +140,13 @@ class VectorSnapshotComponent(dg.Component, dg.Resolvable):
         """Fills in templates and checks every value.
 
         Raises:
-            ConfigError: a field is unknown or its value wrong; names file, line and field.
+            ConfigError: a field is unknown, its value wrong or its template cannot be filled in; names file, line and
+                field.
         """
-        values = _filled_in(model.model_dump(exclude_unset=True), context)
+        if isinstance(context.scope.get("env"), EnvScope):
+            context = context.with_scope(env=_Environment())
         try:
+            values = _filled_in(model.model_dump(exclude_unset=True), context, VectorSnapshotAttributes.__name__)
             return cls(VectorSnapshotAttributes(**values))
         except ConfigError as error:
             # The causes say the same again, without the line.
@@ -172,13 +178,42 @@ class VectorSnapshotComponent(dg.Component, dg.Resolvable):
         return SnapshotOptions(**{name: getattr(self.attributes, name) for name in SnapshotOptions.model_fields})
 
 
-def _filled_in(value: Any, context: dg.ResolutionContext) -> Any:
+class _Environment:
+    """``env`` of templates. Dagster's own fills in "None" for a variable that is not set, as in ``s3://None/rows``."""
+
+    def __call__(self, name: str, default: Any = ...) -> Any:
+        return os.environ.get(name, self._missing(name) if default is ... else default)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("jinja"):
+            # It asks this way whether a function wants to know more.
+            raise AttributeError(name)
+        return self(name)
+
+    def _missing(self, name: str) -> Any:
+        """An error where the value is used, unless the template has something to use in its place."""
+        from jinja2 import Undefined
+
+        class Missing(Undefined):
+            __str__ = Undefined._fail_with_undefined_error  # noqa: SLF001
+
+        return Missing(f"environment variable {name} is not set; where it may be missing: env('{name}', 'default')")
+
+
+def _filled_in(value: Any, context: dg.ResolutionContext, field: str) -> Any:
     """A value with its templates filled in; text that is none stays as it is, where Dagster makes ``"2"`` a number."""
     if isinstance(value, dict):
-        return {name: _filled_in(part, context) for name, part in value.items()}
+        return {name: _filled_in(part, context, f"{field}.{name}") for name, part in value.items()}
     if isinstance(value, list):
-        return [_filled_in(part, context) for part in value]
-    return context.resolve_value(value) if isinstance(value, str) and "{{" in value else value
+        return [_filled_in(part, context, f"{field}.{number}") for number, part in enumerate(value)]
+    if not isinstance(value, str) or "{{" not in value:
+        return value
+    try:
+        return context.resolve_value(value)
+    except ResolutionException as error:
+        # Before its last line are the loader's own frames, and the wrong place.
+        reason = str(error).strip().splitlines()[-1].removeprefix("UndefinedError: ")
+    raise ConfigError(f"{field}: its template cannot be filled in: {reason}")
 
 
 def _located(message: str, context: dg.ResolutionContext) -> str:

@@ -37,7 +37,7 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
     ]
 
     @dg.multi_asset_check(
-        name=f"{names.name}_gate",
+        name=f"{names.scope}_gate",
         specs=specs,
         can_subset=True,
         ins={"manifest": manifest},

@@ -2,6 +2,7 @@
 
 ``eager`` alone asks for the manifest as soon as one shard is new, and for the pointer before the checks have run. So
 an asset that is fed by others waits until none of these waits for something itself, and the pointer for the checks.
+The source is read whole, whatever partitions its writers have: a partition that is missing keeps nothing waiting.
 """
 
 from datetime import timedelta
@@ -18,6 +19,10 @@ def condition_of(noun: str) -> dg.AutomationCondition:
         noun: of the asset.
     """
     eager = dg.AutomationCondition.eager()
+    if noun == "source_vectors":
+        there = ~dg.AutomationCondition.missing() | dg.AutomationCondition.will_be_requested()
+        whole = eager.without(~dg.AutomationCondition.any_deps_missing())
+        return whole & dg.AutomationCondition.all_deps_match(there.with_label("any_partition_there"))
     if noun not in {"manifest", "current_pointer"}:
         return eager
     stale = dg.AutomationCondition.any_deps_updated().since(dg.AutomationCondition.newly_updated())

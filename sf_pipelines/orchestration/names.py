@@ -1,5 +1,6 @@
 """What the parts of one snapshot are called in Dagster."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dagster as dg
@@ -16,6 +17,8 @@ OPERATION_TAG = "sf_pipelines/operation"
 @dataclass(frozen=True)
 class SnapshotNames:
     """Keys of one snapshot's assets, resources, job, schedule and sensors; all hold the snapshot's name.
+
+    Two snapshots of one name may share a code location under two prefixes, so all of these hold the prefix, too.
 
     Attributes:
         name: of the snapshot.
@@ -34,7 +37,8 @@ class SnapshotNames:
         """Names for a configuration."""
         chosen = options or SnapshotOptions()
         prefix = tuple(chosen.key_prefix.split("/")) if chosen.key_prefix else ()
-        return cls(config.name, config.num_dbs, prefix, chosen.pool or f"{config.name}_shards")
+        scope = _identifier((*prefix, config.name))
+        return cls(config.name, config.num_dbs, prefix, chosen.pool or f"{scope}_shards")
 
     def asset(self, noun: str) -> dg.AssetKey:
         """Key of one of the snapshot's assets."""
@@ -42,7 +46,12 @@ class SnapshotNames:
 
     def step(self, noun: str) -> str:
         """Name of the step that materializes an asset."""
-        return "__".join(self.asset(noun).path).replace("-", "_")
+        return _identifier(self.asset(noun).path)
+
+    @property
+    def scope(self) -> str:
+        """The name with its prefix, for what Dagster names by letters, digits and underscores."""
+        return _identifier((*self.key_prefix, self.name))
 
     @property
     def published(self) -> dg.AssetKey:
@@ -52,50 +61,50 @@ class SnapshotNames:
     @property
     def job(self) -> str:
         """The job that does everything in one run."""
-        return f"build_{self.name}"
+        return f"build_{self.scope}"
 
     def operation(self, noun: str) -> str:
         """The job of an operation: ``rollback_<name>``."""
-        return f"{noun}_{self.name}"
+        return f"{noun}_{self.scope}"
 
     def operation_step(self, noun: str) -> str:
         """The one step of that job."""
-        return f"{self.name}_{noun}"
+        return f"{self.scope}_{noun}"
 
     @property
     def cleanup_schedule(self) -> str:
         """Cleanups by the clock."""
-        return f"{self.name}_cleanup_schedule"
+        return f"{self.scope}_cleanup_schedule"
 
     @property
     def schedule(self) -> str:
         """Rebuilds by the clock."""
-        return f"{self.name}_schedule"
+        return f"{self.scope}_schedule"
 
     @property
     def source_sensor(self) -> str:
         """Rebuilds when the source changes."""
-        return f"{self.name}_source_sensor"
+        return f"{self.scope}_source_sensor"
 
     @property
     def pointer_sensor(self) -> str:
         """Tells when the current pointer moves."""
-        return f"{self.name}_pointer_sensor"
+        return f"{self.scope}_pointer_sensor"
 
     @property
     def automation_sensor(self) -> str:
         """Looks at the declarative conditions."""
-        return f"{self.name}_automation_sensor"
+        return f"{self.scope}_automation_sensor"
 
     @property
     def resource(self) -> str:
         """Resource key of the snapshot's access object."""
-        return f"{self.name}_snapshot"
+        return f"{self.scope}_snapshot"
 
     @property
     def io_manager(self) -> str:
         """Resource key of the IO manager that keeps references."""
-        return f"{self.name}_references"
+        return f"{self.scope}_references"
 
     @property
     def partitions(self) -> dg.StaticPartitionsDefinition:
@@ -111,6 +120,10 @@ class SnapshotNames:
             "dagster/asset_partition_range_start": keys[0],
             "dagster/asset_partition_range_end": keys[-1],
         }
+
+
+def _identifier(path: Sequence[str]) -> str:
+    return "__".join(path).replace("-", "_")
 
 
 def shard_partition(db_id: int) -> str:

@@ -278,7 +278,8 @@ class SnapshotOptions(ConfigModel):
         source_assets: keys of the assets that write the source, as in ``lake/products``.
         refresh_source: whether the job ``build_<name>`` materializes them too.
         backfill: whether a backfill of several shards is one run or one run a shard.
-        key_prefix: put before the snapshot's name in all its asset keys, as in ``search/prod``.
+        key_prefix: put before the snapshot's name in all its asset keys, as in ``search/prod``; and before ``<name>``
+            in the names of its jobs, schedules, sensors and resources: ``build_search__prod__<name>``.
         group: asset group; None is the snapshot's name.
         owners: e-mail addresses, or teams as in ``team:search``.
         tags: of all assets.

@@ -25,7 +25,7 @@ def build_schedule(graph: Graph, options: ScheduleOptions) -> dg.ScheduleDefinit
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
         moment = context.scheduled_execution_time.astimezone(UTC)
         return dg.RunRequest(
-            run_key=f"{names.name}:{moment:%Y-%m-%dT%H:%M:%SZ}",
+            run_key=f"{names.scope}:{moment:%Y-%m-%dT%H:%M:%SZ}",
             tags=names.run_tags,
             run_config=_forced(graph) if options.force else None,
         )

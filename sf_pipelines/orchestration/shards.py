@@ -61,7 +61,7 @@ def _kinds(config: WriteConfig) -> set[str]:
 
 def _plan_op(names: SnapshotNames, *, on_engine: bool) -> dg.OpDefinition:
     @dg.op(
-        name=f"{names.name}_plan_shards",
+        name=f"{names.scope}_plan_shards",
         out=dg.DynamicOut(dict, io_manager_key=names.io_manager),
         # Dagster looks this key up for the graph's own output when a run has no other asset, and fails without it.
         required_resource_keys={"io_manager"},
@@ -100,7 +100,7 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
     names = graph.names
 
     @dg.op(
-        name=f"{names.name}_build_shard",
+        name=f"{names.scope}_build_shard",
         out=dg.Out(list, io_manager_key=names.io_manager),
         required_resource_keys={names.resource},
         retry_policy=RETRY,
@@ -177,7 +177,7 @@ def _told(receipt: ShardReceipt) -> str:
 
 def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
     @dg.op(
-        name=f"{names.name}_collect_shards",
+        name=f"{names.scope}_collect_shards",
         out=dg.Out(dict, io_manager_key=names.io_manager),
         description="All shards of this run are built.",
     )

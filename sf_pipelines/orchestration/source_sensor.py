@@ -125,7 +125,7 @@ def _may_pass(event: dg.DagsterEvent) -> bool:
 
 def _change(graph: Graph, decision: Decision) -> str:
     cursor = decision.cursor
-    return f"{graph.names.name}:{cursor.generation}:{cursor.handled}"
+    return f"{graph.names.scope}:{cursor.generation}:{cursor.handled}"
 
 
 def _run_request(

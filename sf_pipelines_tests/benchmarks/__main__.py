@@ -6,6 +6,7 @@ from sf_pipelines_tests.benchmarks import (
     build,
     engines,
     incremental,
+    launches,
     memory,
     quantization,
     readers,
@@ -15,6 +16,7 @@ from sf_pipelines_tests.benchmarks import (
 
 RUNS = {
     "build": build.main,
+    "dagster": launches.main,
     "engines": engines.main,
     "incremental": incremental.main,
     "memory": memory.main,

@@ -29,8 +29,10 @@ def test_the_yaml_loads(block: str) -> None:
     component, made = load(ATTRIBUTES | fields)
     given = component.options.model_dump(exclude_unset=True)
     assert all(given[name] is not None for name in fields)
-    assert ("cleanup" in fields) == any(found.name == "products_cleanup_schedule" for found in made.schedules or ())
-    assert fields.get("operations", True) == any(found.name == "rollback_products" for found in made.jobs or ())
+    assert ("cleanup" in fields) == any(
+        found.name.endswith("products_cleanup_schedule") for found in made.schedules or ()
+    )
+    assert fields.get("operations", True) == any(found.name.startswith("rollback_") for found in made.jobs or ())
     for sensor in ("source_sensor", "pointer_sensor"):
         assert (sensor in fields) == any(found.name == f"products_{sensor}" for found in made.sensors or ())
 

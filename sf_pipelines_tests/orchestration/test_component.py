@@ -207,8 +207,30 @@ def test_a_missing_field_is_named_at_load() -> None:
     assert "hush" not in told
 
 
-def test_a_variable_that_is_not_set_is_named_at_load() -> None:
-    assert "NOT_SET_ANYWHERE" in load_error(ATTRIBUTES | {"num_dbs": "{{ env('NOT_SET_ANYWHERE') }}"})
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_dbs": "{{ env('NOT_SET_ANYWHERE') }}"}, "num_dbs"),
+        ({"source": "s3://{{ env.NOT_SET_ANYWHERE }}/rows.parquet"}, "source"),
+        ({"payload_cols": ["title", "{{ env['NOT_SET_ANYWHERE'] }}"]}, "payload_cols.1"),
+        # Without it the environment's own credentials would be taken.
+        ({"s3": {"secret_access_key": "{{ env.NOT_SET_ANYWHERE }}"}}, "s3.secret_access_key"),
+        ({"schedule": {"cron": "{{ NOT_SET_ANYWHERE }}"}}, "schedule.cron"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_named_at_load(change: dict[str, Any], field: str) -> None:
+    told = load_error(ATTRIBUTES | change)
+    place = rf"ConfigError: \S+defs\.yaml:\d+: attributes\.{re.escape(field)}: its template cannot be filled in: "
+    assert re.search(place + "(environment variable )?'?NOT_SET_ANYWHERE", told)
+    assert "ResolutionException" not in told
+
+
+def test_a_variable_that_may_be_missing_has_a_default() -> None:
+    said = {"num_dbs": "{{ env.NOT_SET_ANYWHERE or 5 }}", "store": "{{ env('NOT_SET_ANYWHERE', 'there') }}/snapshot"}
+    component, _ = load(ATTRIBUTES | said | {"s3": {"region": "{{ env('NOT_SET_ANYWHERE', none) }}"}})
+    assert (component.attributes.num_dbs, component.attributes.store) == (5, "there/snapshot")
+    assert component.attributes.s3 is not None
+    assert component.attributes.s3.region is None
 
 
 FULL: dict[str, Any] = {
@@ -243,13 +265,18 @@ def test_every_option_arrives_in_dagster() -> None:
     assert policy == dg.FreshnessPolicy.time_window(*window)
     assert graph.get(dg.AssetKey([*prefix, "current_pointer"])).freshness_policy_or_from_metadata is None
     pools = {
-        node.pool for node in made.resolve_job_def("build_products").all_node_defs if isinstance(node, dg.OpDefinition)
+        node.pool
+        for node in made.resolve_job_def("build_search__prod_1__products").all_node_defs
+        if isinstance(node, dg.OpDefinition)
     }
     assert pools == {None, "heavy"}
-    sensors = {f"products_{noun}_sensor" for noun in ("source", "pointer", "automation")}
+    sensors = {f"search__prod_1__products_{noun}_sensor" for noun in ("source", "pointer", "automation")}
     assert {sensor.name for sensor in made.sensors or ()} == sensors
-    assert made.resolve_schedule_def("products_schedule").default_status == dg.DefaultScheduleStatus.RUNNING
-    source = made.resolve_sensor_def("products_source_sensor")
+    assert (
+        made.resolve_schedule_def("search__prod_1__products_schedule").default_status
+        == dg.DefaultScheduleStatus.RUNNING
+    )
+    source = made.resolve_sensor_def("search__prod_1__products_source_sensor")
     assert (source.minimum_interval_seconds, source.default_status) == (45, dg.DefaultSensorStatus.RUNNING)
 
 

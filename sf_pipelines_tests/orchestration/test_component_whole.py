@@ -6,9 +6,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -21,7 +23,7 @@ from sf_pipelines.components.vector_snapshot import VectorSnapshotAttributes
 from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines_tests.orchestration.browser import copy_project, serve, wait_for
-from sf_pipelines_tests.orchestration.test_component import ATTRIBUTES, ROOT, load, load_error
+from sf_pipelines_tests.orchestration.test_component import ATTRIBUTES, FULL, ROOT, load, load_error
 from sf_pipelines_tests.tables import clustered, vector_table
 
 # Together these say every field that there is.
@@ -101,7 +103,8 @@ def test_every_field_can_be_said_in_yaml() -> None:
     for variant in yaml.safe_load(VARIANTS):
         component, made = load(ATTRIBUTES | variant)
         found |= set(said(component.attributes))
-        assert "build_products" in {job.name for job in made.jobs or ()}
+        built = "build_a__b__products" if "key_prefix" in variant else "build_products"
+        assert built in {job.name for job in made.jobs or ()}
     own = {VectorSnapshotAttributes.__name__: {WriteConfig.__name__, SnapshotOptions.__name__}}
     there = {(owner, name) for model, name in found for owner in own.get(model, {model})}
     missing = [
@@ -128,8 +131,10 @@ def test_a_wrong_field_is_named_with_file_and_line(change: dict[str, Any], field
     assert re.search(rf"defs\.yaml:\d+: attributes\.{field}[.\w]*: ", load_error(ATTRIBUTES | change))
 
 
-@pytest.mark.parametrize("prefix", [None, "other"])
-def test_two_snapshots_of_one_name_are_refused(prefix: str | None) -> None:
+@contextmanager
+def two_of_one_name(prefix: str | None) -> Iterator[dg.RepositoryDefinition]:
+    """A project with two components of one name, the second of them below a prefix."""
+    both = {name: value for name, value in FULL.items() if name not in {"key_prefix", "pool"}} | ATTRIBUTES
     with create_defs_folder_sandbox() as sandbox:
         for path, change in (("one", {}), ("two", {"key_prefix": prefix} if prefix else {})):
             sandbox.scaffold_component(
@@ -137,12 +142,32 @@ def test_two_snapshots_of_one_name_are_refused(prefix: str | None) -> None:
                 defs_path=path,
                 defs_yaml_contents={
                     "type": "sf_pipelines.components.VectorSnapshotComponent",
-                    "attributes": ATTRIBUTES | change,
+                    "attributes": both | change,
                 },
             )
-        with pytest.raises(Exception, match="two") as caught, sandbox.build_all_defs() as made:
-            made.get_repository_def()
+        with sandbox.build_all_defs() as made:
+            yield made.get_repository_def()
+
+
+def test_two_snapshots_of_one_name_are_refused() -> None:
+    with pytest.raises(Exception, match="two") as caught, two_of_one_name(None):
+        pass
     assert "products" in "".join(traceback.format_exception(caught.value))
+
+
+def test_two_snapshots_of_one_name_share_a_project_below_two_prefixes() -> None:
+    with two_of_one_name("other/team-2") as found:
+        scope = "other__team_2__products"
+        for names in (
+            set(found.job_names) - {"__ASSET_JOB"},
+            {item.name for item in (*found.schedule_defs, *found.sensor_defs)},
+            set(found.get_top_level_resources()),
+        ):
+            below = {name for name in names if scope in name}
+            assert {name.replace(scope, "products") for name in below} == names - below
+        one, two = (found.get_job(name) for name in ("build_products", f"build_{scope}"))
+        assert not {node.name for node in one.all_node_defs} & {node.name for node in two.all_node_defs}
+        assert not set(one.asset_layer.executable_asset_keys) & set(two.asset_layer.executable_asset_keys)
 
 
 def test_what_is_scaffolded_builds(tmp_path: Path) -> None:

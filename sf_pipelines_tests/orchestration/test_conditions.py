@@ -136,6 +136,41 @@ def test_a_failed_blocking_check_keeps_the_pointer(
     assert published(config) == before
 
 
+def requested(defs: dg.Definitions, instance: dg.DagsterInstance, before: Any = None) -> tuple[set[str], Any]:
+    """Nouns of the snapshot that one look at the conditions asks for, and the cursor after it."""
+    found = dg.evaluate_automation_conditions(defs, instance=instance, cursor=before)
+    keys = defs.resolve_asset_graph().materializable_asset_keys
+    return {key.path[-1] for key in keys if found.get_requested_partitions(key)}, found.cursor
+
+
+def test_a_missing_partition_of_the_source_keeps_no_rebuild_waiting(
+    config: WriteConfig, instance: dg.DagsterInstance
+) -> None:
+    days = dg.StaticPartitionsDefinition(["monday", "tuesday", "wednesday"])
+    names = dg.AssetKey(["lake", "names"])
+    upstream = dg.Definitions(assets=[dg.AssetSpec(UPSTREAM, partitions_def=days), dg.AssetSpec(names)])
+    defs = dg.Definitions.merge(
+        build_snapshot_defs(config, automation={}, source_assets=[UPSTREAM, names]),
+        upstream,
+    )
+    asked, cursor = requested(defs, instance)
+    assert asked == set()
+
+    # What has nothing at all is waited for.
+    instance.report_runless_asset_event(dg.AssetMaterialization(UPSTREAM, partition="monday"))
+    asked, cursor = requested(defs, instance, cursor)
+    assert asked == set()
+    instance.report_runless_asset_event(dg.AssetMaterialization(names))
+    asked, cursor = requested(defs, instance, cursor)
+    assert "source_vectors" in asked
+
+    asked, cursor = requested(defs, instance, cursor)
+    assert asked == set()
+    instance.report_runless_asset_event(dg.AssetMaterialization(UPSTREAM, partition="monday"))
+    asked, cursor = requested(defs, instance, cursor)
+    assert "source_vectors" in asked
+
+
 def test_conditions_are_off_unless_asked_for(config: WriteConfig) -> None:
     graph = build_snapshot_defs(config).resolve_asset_graph()
     assert all(graph.get(key).automation_condition is None for key in graph.get_all_asset_keys())

@@ -6,6 +6,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from sf_pipelines.components import VectorSnapshotComponent
+from sf_pipelines.components.vector_snapshot import VectorSnapshotAttributes
 from sf_pipelines.orchestration import build_snapshot_defs
 from sf_pipelines.snapshot.config import WriteConfig
 
@@ -36,6 +38,21 @@ def test_all_jobs_of_a_snapshot_have_the_executor(config: WriteConfig, said: dic
         ],
         name,
     )
+
+
+def test_the_component_says_it_too(config: WriteConfig) -> None:
+    fields: dict[str, Any] = config.model_dump(exclude={"vector_spec", "recall_gate", "s3"}) | {
+        "vector_spec": {"dim": 64}
+    }
+    variants: list[tuple[dict[str, Any], str]] = [
+        ({}, "in_process"),
+        ({"executor": {"type": "multiprocess"}}, "multiprocess"),
+    ]
+    for said, name in variants:
+        component = VectorSnapshotComponent(VectorSnapshotAttributes(**fields, **said))
+        found = executors(component.build_defs(dg.ComponentTree.for_test().load_context))
+        assert {executor for job, executor in found.items() if job.endswith("_tiny")} == {name}
+        assert {"build_tiny", "build_now_tiny", "rollback_tiny", "cleanup_tiny", "verify_tiny"} <= set(found)
 
 
 def test_another_default_of_the_deployment_is_for_those_that_ask_for_it(config: WriteConfig, tmp_path: Path) -> None:

@@ -49,8 +49,10 @@ def test_a_forced_schedule_publishes_although_nothing_is_new(config: WriteConfig
     published = []
     for force in (False, False, True):
         defs = build_snapshot_defs(config, schedule=NIGHTLY | {"force": force}, key_prefix="search/prod-1")
-        (request,) = schedule_tick(defs, "tiny_schedule", instance, datetime(2026, 11, 22, 1, 30, tzinfo=UTC))
-        result = run_request(defs, "build_tiny", request, instance)
+        (request,) = schedule_tick(
+            defs, "search__prod_1__tiny_schedule", instance, datetime(2026, 11, 22, 1, 30, tzinfo=UTC)
+        )
+        result = run_request(defs, "build_search__prod_1__tiny", request, instance)
         assert result.success, failures(result)
         event = instance.get_latest_materialization_event(dg.AssetKey(["search", "prod-1", "tiny", "current_pointer"]))
         assert event is not None

@@ -19,7 +19,7 @@ def assembled(config: WriteConfig, cache: Path, *, force: bool = False) -> tuple
     """A build that only lacks its gate; close it."""
     build = Build(config, cache_dir=cache)
     run_id = routed(build, force=force)
-    for db_id in range(config.num_dbs):
+    for db_id in range(config.shards):
         stages.build_shard(build, run_id, db_id)
     stages.assemble(build, run_id)
     return build, run_id

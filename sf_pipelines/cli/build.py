@@ -143,6 +143,7 @@ def _show_build(out: Console, result: "BuildResult", settings: WriteConfig) -> N
         "rows": f"{result.rows:,} in {len(result.shards)} shards, {result.rejected:,} rejected, {size(stored)}",
         f"recall@{gate.k}": f"{recall_text(result.recall, result.recall_lower)} (95 % confidence; gate "
         f"{gate.min_recall}), asking {result.num_probes} of {len(result.shards)} shards",
+        **({"shards": result.sizing} if result.sizing else {}),
         "time": f"{seconds:.2f} s, {result.rows / seconds:,.0f} vectors/s",
         "manifest": result.manifest_ref,
     }

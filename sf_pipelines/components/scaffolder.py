@@ -13,7 +13,7 @@ attributes:
   name: {name}
   source: data/{name}/*.parquet       # Parquet or Arrow files: a path, a folder, a glob, s3://bucket/prefix/*.parquet
   store: data/{name}/snapshot         # a folder, or s3://bucket/prefix
-  num_dbs: 4                          # shards
+  # num_dbs: 8                        # shards; without it by rows and bytes of the source
   id_col: id
   payload_cols: []                    # returned with each hit
   vector_spec:

@@ -148,4 +148,4 @@ def _storage(column: pa.Array) -> pa.Array:
 
 def partitions(config: WriteConfig, places: int, slots: int) -> int:
     """Parts that a shuffle brings rows to: one for each shard, or for a few small ones, as all of one are in one."""
-    return min(config.num_dbs, _SPLIT * max(places, slots))
+    return min(config.shards, _SPLIT * max(places, slots))

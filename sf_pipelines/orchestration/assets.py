@@ -16,7 +16,7 @@ from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import ReceiptMissingError
-from sf_pipelines.snapshot.receipts import Receipt
+from sf_pipelines.snapshot.receipts import Receipt, ScanReceipt
 
 # Only errors that may pass are retried (see resources.surfaced).
 RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
@@ -150,6 +150,17 @@ def run_stage(
         return materialized(receipt, describe(build, receipt))
 
 
+def scan_and_tell(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext, graph: Graph, build: Build, *, force: bool
+) -> ScanReceipt:
+    """Pins the source; the instance is told of the shards that the build has chosen."""
+    scanned = stages.scan(build, force=force)
+    graph.names.tell_shards(context.instance, build.config.shards)
+    if scanned.sizing:
+        context.log.info("%s", scanned.sizing)
+    return scanned
+
+
 def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
     @_asset(
         graph,
@@ -161,7 +172,7 @@ def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.As
     )
     def source_vectors(context: dg.AssetExecutionContext, config: ScanOptions) -> dg.MaterializeResult:
         def scan(build: Build) -> Receipt:
-            return stages.scan(build, force=config.force)
+            return scan_and_tell(context, graph, build, force=config.force)
 
         return run_stage(context, graph, "scan", scan, described.scan_metadata)
 

@@ -13,12 +13,12 @@ from typing import Any
 import dagster as dg
 
 from sf_pipelines.orchestration import metadata as described
-from sf_pipelines.orchestration.assets import RETRY, ScanOptions, steps_of
+from sf_pipelines.orchestration.assets import RETRY, ScanOptions, scan_and_tell, steps_of
 from sf_pipelines.orchestration.checks import run_checks
 from sf_pipelines.orchestration.graph import CODE_VERSION, Graph
 from sf_pipelines.orchestration.io_manager import keep_latest
 from sf_pipelines.orchestration.metadata import data_version, reference, told
-from sf_pipelines.orchestration.names import SNAPSHOT_TAG, shard_partition
+from sf_pipelines.orchestration.names import shard_partition
 from sf_pipelines.orchestration.pointer_sensor import tell_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.orchestration.shards import tell_sealed
@@ -39,7 +39,6 @@ Events = Iterator[dg.AssetMaterialization | dg.AssetCheckEvaluation | dg.Output[
 def build_now_job(graph: Graph) -> dg.JobDefinition:
     """The job."""
     names = graph.names
-    tags = {SNAPSHOT_TAG: names.name}
 
     @dg.op(
         name=names.operation_step(_NOUN),
@@ -55,7 +54,7 @@ def build_now_job(graph: Graph) -> dg.JobDefinition:
             yield from _Whole(context, graph, build, engine).events(force=config.force)
         yield dg.Output(None)
 
-    @dg.job(name=names.operation(_NOUN), description=_DESCRIPTION, tags=tags, executor_def=graph.executor)
+    @dg.job(name=names.operation(_NOUN), description=_DESCRIPTION, tags=names.run_tags, executor_def=graph.executor)
     def job() -> None:
         build_now()
 
@@ -78,7 +77,8 @@ class _Whole:
     def events(self, *, force: bool) -> Events:
         """Runs the stages one after the other; what each has done, as Dagster is told of it."""
         build = self._build
-        scanned = self._work("scan", partial(stages.scan, build, force=force))
+        scan = partial(scan_and_tell, self._context, self._graph, build, force=force)
+        scanned = self._work("scan", scan)
         upstream = [dg.AssetKey(item.split("/")) for item in self._graph.options.source_assets]
         yield self._told("source_vectors", scanned, described.scan_metadata, upstream)
         *before, promote = steps_of(build.config.sharding.strategy)
@@ -150,7 +150,7 @@ class _Whole:
 
         def work() -> Any:
             return stages.build_shards(
-                build, run_id, range(build.config.num_dbs), engine=self._engine, keep_going=True, on_done=sealed
+                build, run_id, range(build.config.shards), engine=self._engine, keep_going=True, on_done=sealed
             )
 
         self._graph.execute(self._context, "build_shard", work)

@@ -59,7 +59,7 @@ def build_snapshot_defs(
         raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as s3 or as s3_resource, not both")
     if not needs_training(config.sharding):
         # An expression that does not compile is told when the definitions are loaded.
-        Build(config).routing(None)
+        Build(config.sized(config.shard_count or 1)).routing(None)
     graph = Graph(config, chosen, SnapshotNames.of(config, chosen), execute)
     upstream = [dg.AssetKey(item.split("/")) for item in chosen.source_assets]
     with beta_accepted():
@@ -89,7 +89,7 @@ def _job(graph: Graph, own: Sequence[dg.AssetKey], upstream: Sequence[dg.AssetKe
     return dg.define_asset_job(
         names.job,
         selection=dg.AssetSelection.assets(*own, *upstream),
-        # With the range of all shards on the run, one run does everything, unpartitioned assets and checks included.
+        # With no partitions on the run, one run does everything: all shards, unpartitioned assets and checks.
         tags=names.run_tags,
         executor_def=graph.executor,
         description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",

@@ -87,8 +87,12 @@ def keep_latest(store: Store, key: dg.AssetKey, value: Reference, partition: str
 
 
 def _by_partition(context: dg.OutputContext, obj: Any) -> dict[str, Any]:
-    if not context.has_asset_partitions:
+    known = context.step_context.job_def.asset_layer.get(context.asset_key)
+    if known.partitions_def is None:
         return {"": obj}
+    if not context.has_asset_partitions:
+        # A run that names no partitions makes all of them.
+        return {f"/{key}": value for key, value in obj.items()}
     wanted = sorted(context.asset_partition_keys)
     if not isinstance(obj, dict) or sorted(obj) != wanted:
         found = ", ".join(sorted(obj)) if isinstance(obj, dict) else type(obj).__name__

@@ -90,10 +90,13 @@ def receipt_metadata(receipt: Receipt) -> Metadata:
 def scan_metadata(build: Build, receipt: ScanReceipt) -> Metadata:
     """The pinned source."""
     files = receipt.listing.files
+    sizing = {"sizing": receipt.sizing} if receipt.sizing else {}
     return {
         "dagster/uri": receipt.listing.root,
         "dagster/column_schema": _columns(receipt, build.config.row_columns),
         "dagster/row_count": receipt.rows,
+        "num_dbs": build.config.shards,
+        **sizing,
         "build_key": receipt.build_key,
         "files": len(files),
         "bytes": sum(file.size for file in files),

@@ -22,13 +22,13 @@ class SnapshotNames:
 
     Attributes:
         name: of the snapshot.
-        num_dbs: number of shards.
+        num_dbs: number of shards; None where each build chooses it.
         key_prefix: before the name in asset keys.
         pool: concurrency pool of the steps that build shards.
     """
 
     name: str
-    num_dbs: int
+    num_dbs: int | None
     key_prefix: tuple[str, ...]
     pool: str
 
@@ -38,7 +38,7 @@ class SnapshotNames:
         chosen = options or SnapshotOptions()
         prefix = tuple(chosen.key_prefix.split("/")) if chosen.key_prefix else ()
         scope = _identifier((*prefix, config.name))
-        return cls(config.name, config.num_dbs, prefix, chosen.pool or f"{scope}_shards")
+        return cls(config.name, config.shard_count, prefix, chosen.pool or f"{scope}_shards")
 
     def asset(self, noun: str) -> dg.AssetKey:
         """Key of one of the snapshot's assets."""
@@ -107,19 +107,27 @@ class SnapshotNames:
         return f"{self.scope}_references"
 
     @property
-    def partitions(self) -> dg.StaticPartitionsDefinition:
-        """One partition a shard, padded like the shard's directory."""
+    def partitions(self) -> dg.StaticPartitionsDefinition | dg.DynamicPartitionsDefinition:
+        """One partition a shard, padded like the shard's directory; known to the instance where builds choose them."""
+        if self.num_dbs is None:
+            return dg.DynamicPartitionsDefinition(name=f"{self.scope}_shards")
         return dg.StaticPartitionsDefinition([shard_partition(db_id) for db_id in range(self.num_dbs)])
+
+    def tell_shards(self, instance: dg.DagsterInstance, num_dbs: int) -> None:
+        """Tells the instance which shards a build has chosen; without effect where the configuration says them."""
+        found = self.partitions
+        if not isinstance(found, dg.DynamicPartitionsDefinition):
+            return
+        wanted = [shard_partition(db_id) for db_id in range(num_dbs)]
+        known = found.get_partition_keys(dynamic_partitions_store=instance)
+        for gone in set(known) - set(wanted):
+            instance.delete_dynamic_partition(str(found.name), gone)
+        instance.add_dynamic_partitions(str(found.name), [key for key in wanted if key not in known])
 
     @property
     def run_tags(self) -> dict[str, str]:
-        """Run tags that say which snapshot it is and select every shard partition in a single run."""
-        keys = self.partitions.get_partition_keys()
-        return {
-            SNAPSHOT_TAG: self.name,
-            "dagster/asset_partition_range_start": keys[0],
-            "dagster/asset_partition_range_end": keys[-1],
-        }
+        """Run tags that say which snapshot it is. A run that names no partitions builds all shards."""
+        return {SNAPSHOT_TAG: self.name}
 
 
 def _identifier(path: Sequence[str]) -> str:

@@ -63,13 +63,19 @@ def _plan_op(names: SnapshotNames, *, on_engine: bool) -> dg.OpDefinition:
     @dg.op(
         name=f"{names.scope}_plan_shards",
         out=dg.DynamicOut(dict, io_manager_key=names.io_manager),
-        # Dagster looks this key up for the graph's own output when a run has no other asset, and fails without it.
-        required_resource_keys={"io_manager"},
-        description="Which shards this run builds.",
+        # Dagster looks "io_manager" up for the graph's own output when a run has no other asset, and fails without it.
+        required_resource_keys={"io_manager", names.resource},
+        description="Which shards this run builds: those of its partitions, or all.",
     )
     def plan_shards(context: dg.OpExecutionContext, routed: Reference) -> Iterator[dg.DynamicOutput[Reference]]:
         again = rebuild_asked(context, names)
-        shards = sorted(context.partition_keys)
+        if context.has_partition_key or context.has_partition_key_range:
+            shards = sorted(context.partition_keys)
+        else:
+            access: SnapshotAccess = getattr(context.resources, names.resource)
+            with surfaced(), access.build(context.log) as build:
+                build.scanned(routed["run_id"])
+                shards = [shard_partition(db_id) for db_id in range(build.config.shards)]
         groups = {"shards": shards} if on_engine else {f"shard_{partition}": [partition] for partition in shards}
         for name, group in groups.items():
             task = {

@@ -122,7 +122,7 @@ def _manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt], create
         described[f"{run.trained.artifact}_ref"] = build.store.url_of(run.trained.ref.key)
     vector, keyed = _vector_fields(config, run.routed.index_family), {}
     if config.key_value is None:
-        vector |= {"total_vectors": rows, "num_probes": config.num_dbs, **described}
+        vector |= {"total_vectors": rows, "num_probes": config.shards, **described}
     else:
         keyed = {
             "key_col": config.key_value.key_col,
@@ -132,7 +132,7 @@ def _manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt], create
     return Manifest(
         run_id=scanned.run_id,
         created_at=created_at,
-        num_dbs=config.num_dbs,
+        num_dbs=config.shards,
         s3_prefix=build.store.url,
         custom={"vector": vector, "sf_pipelines": extras.to_custom()},
         shards=tuple(

@@ -63,7 +63,7 @@ class Build:
     """A configuration with what is needed to work on it. Cheap to make; close it to free cached shards.
 
     Attributes:
-        config: what to build.
+        config: what to build; once a scan is known, with its number of shards.
         cache_dir: folder for verified local copies of shards; None is the readers' default.
     """
 
@@ -88,6 +88,11 @@ class Build:
         """The build key: digest of the source's version and of the config fields that change bytes."""
         return digest_json({"source": listing.model_dump(mode="json"), "config": self.config.build_fields()})
 
+    def resize(self, scanned: ScanReceipt) -> None:
+        """Takes over the number of shards that a scan has come to."""
+        if scanned.num_dbs is not None:
+            self.config = self.config.sized(scanned.num_dbs)
+
     def scanned(self, run_id: str) -> ScanReceipt:
         """The newest scan of a run; renews the build's lease.
 
@@ -96,6 +101,7 @@ class Build:
         """
         ledger = self.ledger(run_id)
         receipt = ledger.need(ScanReceipt)
+        self.resize(receipt)
         if receipt.build_key != self.key_of(receipt.listing):
             raise ConfigError(
                 f"run {run_id} was begun with another configuration than snapshot {self.config.name!r} has now; scan "
@@ -164,7 +170,7 @@ class Build:
         matrix = None
         if trained is not None:
             matrix = np.load(io.BytesIO(get_verified(self.store, trained.ref)), allow_pickle=False)
-        return routing_for(config.sharding, num_dbs=config.num_dbs, metric=config.vector_spec.metric, matrix=matrix)
+        return routing_for(config.sharding, num_dbs=config.shards, metric=config.vector_spec.metric, matrix=matrix)
 
     def trained(self, run_id: str) -> TrainReceipt | None:
         """The receipt of what a run trained; None for strategies that train nothing.

@@ -149,7 +149,7 @@ def _expected_fields(judged: Judged) -> dict[str, Any]:
     described = cel.model_dump(mode="json") if cel is not None and keyed is not None else {}
     return {
         "run_id": judged.receipt.run_id,
-        "num_dbs": config.num_dbs,
+        "num_dbs": config.shards,
         "s3_prefix": judged.build.store.url,
         "key_col": "_vector_id" if keyed is None else keyed.key_col,
         "key_encoding": "raw" if keyed is None else scanned.key_encoding,
@@ -388,7 +388,7 @@ def _recall(judged: Judged) -> Finding:
     verdict = "meets" if passed else f"is {gate.min_recall - found.lower:.4f} below"
     message = (
         f"recall@{gate.k} {found.recall:.4f} (at least {found.lower:.4f} with 95 % confidence, {found.queries} "
-        f"queries, {receipt.num_probes} of {judged.build.config.num_dbs} shards) {verdict} min_recall {gate.min_recall}"
+        f"queries, {receipt.num_probes} of {judged.build.config.shards} shards) {verdict} min_recall {gate.min_recall}"
     )
     if not passed:
         message += f"; {_what_would_pass(judged, found)}"
@@ -406,7 +406,7 @@ def _what_would_pass(judged: Judged, found: JudgedRecord) -> str:
     better = next((point for point in curve if point.num_probes > found.num_probes and point.lower >= least), None)
     if better is not None:
         return (
-            f"{better.num_probes} of {config.num_dbs} shards would reach {better.lower:.4f}: set num_probes to auto or "
+            f"{better.num_probes} of {config.shards} shards would reach {better.lower:.4f}: set num_probes to auto or "
             f"{better.num_probes}, or min_recall to {_floor(found.lower)}"
         )
     best, family = max(curve, key=lambda point: point.lower), judged.run.routed.index_family

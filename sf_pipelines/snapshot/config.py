@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 
 from sf_pipelines.snapshot.addresses import location_fault, setting_fault
 from sf_pipelines.snapshot.errors import ConfigError
@@ -268,7 +268,8 @@ class WriteConfig(ConfigModel):
         name: of the snapshot; Dagster's asset key prefix.
         source: Parquet or Arrow IPC files (or streams): a path, a folder, a glob, or an ``s3://`` address of these.
         store: root of the snapshot: ``s3://bucket/prefix`` or a folder.
-        num_dbs: number of shards.
+        num_dbs: number of shards; ``auto`` goes by rows and bytes of the source, and keeps the number of the current
+            snapshot while that is within a factor of two (docs/kinds.md has the rule).
         id_col: unique id of a row: integers, strings or UUIDs (which become text); with ``key_value`` always the key.
         payload_cols: columns that a search returns with each hit, as JSON values. NaN and infinity become null, dates
             and times ISO 8601 text, decimals text, UUIDs text, bytes hex digits, maps objects.
@@ -290,7 +291,7 @@ class WriteConfig(ConfigModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
     source: Annotated[str, Field(min_length=1)]
     store: Annotated[str, Field(min_length=1)]
-    num_dbs: Annotated[int, Field(gt=0, le=100_000)]
+    num_dbs: Annotated[int, Field(gt=0, le=100_000)] | Literal["auto"] = "auto"
     id_col: ColumnName = "id"
     payload_cols: tuple[ColumnName, ...] = ()
     filter_cols: tuple[ColumnName, ...] = ()
@@ -303,6 +304,8 @@ class WriteConfig(ConfigModel):
     retrain: Literal["auto", "always", "never"] = "auto"
     batch_rows: Annotated[int, Field(gt=0, le=1_000_000)] = 8192
     s3: S3Options | None = None
+    # Whether num_dbs was chosen by the rule: then it is no part of what makes a build another one.
+    _auto: bool = PrivateAttr(default=False)
 
     @field_validator("source", "store")
     @classmethod
@@ -397,33 +400,82 @@ class WriteConfig(ConfigModel):
             raise ValueError(
                 f"{where} is 'hash', which needs key_value; vectors alone use cluster, lsh, explicit or cel"
             )
-        self._check_training(where)
+        if self.num_dbs == "auto":
+            if self.shard_count is None and isinstance(sharding, ExplicitSharding | CelSharding):
+                raise ValueError(
+                    f"num_dbs: auto means nothing for {where} {sharding.strategy!r}, by which rows name their shard; "
+                    "say how many there are"
+                )
+        else:
+            self._check_number(where, self.num_dbs)
         if isinstance(sharding, CelSharding) and sharding.routing_values is not None:
             values = sharding.routing_values
-            if len(values) != self.num_dbs:
+            if self.num_dbs not in {"auto", len(values)}:
                 raise ValueError(f"{where}.routing_values has {len(values)} values for num_dbs {self.num_dbs} shards")
             if self.key_value is not None and isinstance(values[0], bytes):
                 raise ValueError(f"{where}.routing_values: with keys the format knows no bytes here; use text")
         return self
 
-    def _check_training(self, where: str) -> None:
+    def _check_number(self, where: str, num_dbs: int) -> None:
         sharding = self.sharding
         if isinstance(sharding, ClusterSharding | LshSharding):
             probes = sharding.num_probes
-            if probes != "auto" and probes > self.num_dbs:
-                raise ValueError(f"{where}.num_probes {probes} is more than num_dbs {self.num_dbs}")
+            if probes != "auto" and probes > num_dbs:
+                raise ValueError(f"{where}.num_probes {probes} is more than num_dbs {num_dbs}")
+        most = self.most_shards
+        if isinstance(sharding, ClusterSharding) and most is not None and most < num_dbs:
+            raise ValueError(f"{where}.training_rows {most} is less than num_dbs {num_dbs}: one row a shard at least")
+        if isinstance(sharding, LshSharding) and most is not None and most < num_dbs:
+            raise ValueError(
+                f"{where}.num_hash_bits {sharding.num_hash_bits} gives {most} cells, too few for num_dbs {num_dbs} "
+                "shards"
+            )
+
+    @property
+    def most_shards(self) -> int | None:
+        """What the sharding's own fields allow; None where they say nothing."""
+        sharding = self.sharding
         if isinstance(sharding, ClusterSharding):
-            rows = sharding.training_rows
-            if rows is not None and rows < self.num_dbs:
-                raise ValueError(
-                    f"{where}.training_rows {rows} is less than num_dbs {self.num_dbs}: one row a shard at least"
-                )
-        if isinstance(sharding, LshSharding):
-            bits = sharding.num_hash_bits
-            if bits is not None and 2**bits < self.num_dbs:
-                raise ValueError(
-                    f"{where}.num_hash_bits {bits} gives {2**bits} cells, too few for num_dbs {self.num_dbs} shards"
-                )
+            return sharding.training_rows
+        if isinstance(sharding, LshSharding) and sharding.num_hash_bits is not None:
+            return 2**sharding.num_hash_bits
+        return None
+
+    @property
+    def shard_count(self) -> int | None:
+        """Number of shards; None where the source decides it."""
+        if self.num_dbs != "auto":
+            return self.num_dbs
+        values = self.sharding.routing_values if isinstance(self.sharding, CelSharding) else None
+        return None if values is None else len(values)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards, once it is known.
+
+        Raises:
+            ConfigError: it is ``auto``, and no scan has looked at the source yet.
+        """
+        count = self.shard_count
+        if count is None:
+            raise ConfigError("WriteConfig.num_dbs: auto has no number before the source was scanned")
+        return count
+
+    def sized(self, num_dbs: int) -> Self:
+        """The same with the number of shards that ``auto`` has come to.
+
+        Raises:
+            ConfigError: ``num_probes`` is more than that.
+        """
+        if self.num_dbs != "auto" and not self._auto:
+            return self
+        sized = self.model_copy(update={"num_dbs": num_dbs})
+        sized._auto = True  # noqa: SLF001 - of this class
+        try:
+            self._check_number("vector_spec.sharding", num_dbs)
+        except ValueError as error:
+            raise ConfigError(f"WriteConfig: {error}, which auto has chosen; say num_dbs yourself") from None
+        return sized
 
     def below(self, folder: Path) -> Self:
         """The same with relative paths of source and store taken from a folder, in place of the process's own."""
@@ -486,7 +538,7 @@ class WriteConfig(ConfigModel):
         spec["sharding"].pop("num_probes", None)
         return {
             "build_version": BUILD_VERSION,
-            "num_dbs": self.num_dbs,
+            "num_dbs": "auto" if self._auto else self.num_dbs,
             "id_col": self.id_col,
             "payload_cols": self.payload_cols,
             "filter_cols": self.filter_cols,

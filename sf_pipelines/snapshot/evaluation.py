@@ -98,7 +98,7 @@ def stratified_queries(
     homes = home_shards(build, trained, pa.concat_tables([queries, pool]))
     if homes is None:
         return queries
-    lacking = np.maximum(0, _PER_SHARD - np.bincount(homes[: len(queries)], minlength=build.config.num_dbs))
+    lacking = np.maximum(0, _PER_SHARD - np.bincount(homes[: len(queries)], minlength=build.config.shards))
     more = homes[len(queries) :]
     order = np.argsort(more, kind="stable")
     place_in_shard = np.arange(len(order)) - np.searchsorted(more[order], more[order])

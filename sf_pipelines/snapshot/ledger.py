@@ -43,9 +43,11 @@ class Ledger:
             published: the run is published; then nobody works on with its intermediate objects.
         """
         receipt = self.find(kind, inputs=inputs)
-        if receipt is None or published or all(self._is_whole(ref) for ref in receipt.refs()):
-            return receipt
-        return None
+        return receipt if receipt is None or published or self.is_whole(receipt) else None
+
+    def is_whole(self, receipt: Receipt) -> bool:
+        """Whether the objects that later stages read are still what a receipt says."""
+        return all(self._is_whole(ref) for ref in receipt.refs())
 
     def _is_whole(self, ref: Ref) -> bool:
         try:

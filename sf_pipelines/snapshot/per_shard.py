@@ -76,7 +76,7 @@ def rows_reachable(judged: Judged) -> Finding:
     build, gate = judged.build, judged.build.config.recall_gate
     rows = _sampled_rows(judged)
     homes = home_shards(build, judged.run.trained, rows)
-    chosen = _of_every_shard(homes, rows.num_rows, build.config.num_dbs)
+    chosen = _of_every_shard(homes, rows.num_rows, build.config.shards)
     rows, homes = rows.take(pa.array(chosen)), None if homes is None else homes[chosen]
     found = np.concatenate(
         [_is_found(judged, rows.slice(at, _QUERIES_AT_A_TIME)) for at in range(0, len(chosen), _QUERIES_AT_A_TIME)]

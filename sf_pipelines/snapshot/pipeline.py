@@ -39,6 +39,7 @@ class BuildResult:
         curve: recall of the tuning queries at each number of probes.
         verdicts: of all checks.
         durations: seconds of each stage.
+        sizing: why there are so many shards, where ``num_dbs`` is ``auto``.
     """
 
     run_id: str
@@ -57,6 +58,7 @@ class BuildResult:
     verdicts: tuple[Verdict, ...] = field(repr=False)
     durations: dict[str, float] = field(repr=False)
     held: bool = False
+    sizing: str = ""
 
 
 def run_build(
@@ -101,7 +103,7 @@ def _run(
     engine: Engine | None,
     shuffle: Shuffle | None,
 ) -> BuildResult:
-    run_id, every = scanned.run_id, range(build.config.num_dbs)
+    run_id, every = scanned.run_id, range(build.config.shards)
 
     def timed(name: str, work: Callable[[], _Done]) -> _Done:
         watch = Stopwatch()
@@ -150,4 +152,5 @@ def _result(
         verdicts=tuple(verdicts),
         durations=durations,
         held=promoted.held,
+        sizing=scanned.sizing,
     )

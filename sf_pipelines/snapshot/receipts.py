@@ -79,6 +79,8 @@ class ScanReceipt(Receipt):
         build_key: digest of source version and config: says whether anything is new.
         gate_key: digest of what decides ``num_probes`` and the verdicts.
         listing: pinned files.
+        num_dbs: number of shards, as said or as ``auto`` has chosen it; None in receipts of old.
+        sizing: why ``auto`` has chosen it.
         id_type: type of the ids.
         key_type: type of the keys; None without keys.
         key_encoding: how keys are stored.
@@ -97,6 +99,8 @@ class ScanReceipt(Receipt):
     build_key: str
     gate_key: str
     listing: SourceListing
+    num_dbs: int | None = None
+    sizing: str = ""
     id_type: IdType
     key_type: KeyType | None = None
     key_encoding: KeyEncoding | None = None
@@ -127,6 +131,7 @@ class SampleReceipt(Receipt):
         queries: Arrow table (id, vector) of sample queries; even rows tune, odd rows judge.
         pool: rows that are neither, from which shards with few sample queries get more; None where there is no need.
         disjoint: whether no query is in the training sample (false for tables of a few rows).
+        repeated: part of the rows whose vector another row has, too.
     """
 
     stage: ClassVar[str] = "sample"
@@ -139,6 +144,7 @@ class SampleReceipt(Receipt):
     queries: Ref
     pool: Ref | None = None
     disjoint: bool
+    repeated: float = 0.0
 
     def refs(self) -> tuple[Ref, ...]:
         """Reject table and samples."""
@@ -299,6 +305,10 @@ class ShardReceipt(Receipt):
     reused: str | None = None
     truth: Ref | None = None
     witnesses: Ref | None = None
+
+    def refs(self) -> tuple[Ref, ...]:
+        """The tables that are made beside the index."""
+        return tuple(ref for ref in (self.truth, self.witnesses) if ref is not None)
 
     @property
     def bytes(self) -> int:

@@ -9,8 +9,16 @@ from sf_pipelines.snapshot.ledger import STAGING, Ledger
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
-from sf_pipelines.snapshot.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt, inputs_of
 from sf_pipelines.snapshot.store import Store
+
+
+def begun(build: Build, view: publish.PointerView, build_key: str, *, force: bool) -> ScanReceipt | None:
+    """The scan of the run that a build of this key is: published or held ones are marked so; None begins a new one."""
+    known = held_run(build, view, build_key)
+    if known is not None or force:
+        return known
+    return published_run(build, view, build_key) or newest_run(build.store, build_key, promoted=False)
 
 
 def published_run(build: Build, view: publish.PointerView, build_key: str) -> ScanReceipt | None:
@@ -18,14 +26,35 @@ def published_run(build: Build, view: publish.PointerView, build_key: str) -> Sc
     pointer = view.pointer
     if pointer is None or (pointer.build_key, pointer.gate_key) != (build_key, build.config.gate_key()):
         return None
-    receipt = build.ledger(pointer.run_id).find(ScanReceipt, inputs=build_key)
+    ledger = build.ledger(pointer.run_id)
+    receipt = ledger.find(ScanReceipt, inputs=build_key)
     try:
         load_pointed(build.store, pointer)
     except (IntegrityError, ObjectMissingError):
         # Damaged beyond what building single shards anew can heal.
         return None
+    if receipt is not None and ledger.find(PromoteReceipt) is None:
+        _say_promoted(build, ledger, pointer)
     reason = f"nothing is new: {pointer.run_id} is published and was built from this source and config"
     return receipt.model_copy(update={"published": True, "reason": reason}) if receipt else None
+
+
+def _say_promoted(build: Build, ledger: Ledger, pointer: Pointer) -> None:
+    """Writes what a builder did not live to write: its run is served, so its stages are at their end."""
+    manifest = ledger.find(ManifestReceipt)
+    if manifest is None or manifest.manifest_digest != pointer.manifest_digest:
+        return
+    number, key = ledger.next_number(PromoteReceipt), publish.manifest_key(pointer)
+    receipt = PromoteReceipt(
+        run_id=pointer.run_id,
+        inputs=inputs_of(manifest=manifest.manifest_digest),
+        manifest_key=key,
+        manifest_ref=build.store.url_of(key),
+        manifest_digest=manifest.manifest_digest,
+        previous_run_id=pointer.previous.run_id if pointer.previous else None,
+        seq=pointer.seq or 0,
+    )
+    ledger.commit(receipt, number=number)
 
 
 def held_run(build: Build, view: publish.PointerView, build_key: str) -> ScanReceipt | None:

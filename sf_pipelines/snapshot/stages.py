@@ -45,6 +45,7 @@ from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.sealing import is_intact, same_shard, seal_shard
 from sf_pipelines.snapshot.sharding import ClusterSharding
 from sf_pipelines.snapshot.shuffling import Shuffle
+from sf_pipelines.snapshot.sizing import choose_shards
 from sf_pipelines.snapshot.source.files import SourceListing, pin
 from sf_pipelines.snapshot.source.hashing import RowSetDigest
 from sf_pipelines.snapshot.training import is_outworn, train_or_keep
@@ -99,17 +100,19 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
         optional=config.optional_columns,
         parts=None if parts is None else (build.store, parts),
     )
-    contract = build.contract(listing.arrow_schema)
-    if isinstance(config.sharding, ClusterSharding) and config.num_dbs > listing.rows:
-        raise ConfigError(f"WriteConfig.num_dbs: {config.num_dbs} shards for {listing.rows} rows; use fewer shards")
     if parts is None:
         _check_store_is_outside(build, listing)
     build_key, view = build.key_of(listing), publish.read_pointer(build.store)
-    known = runs.held_run(build, view, build_key)
-    if known is None and not force:
-        known = runs.published_run(build, view, build_key)
-    if known is not None:
-        return known
+    begun, sizing = runs.begun(build, view, build_key, force=force), ""
+    if begun is not None:
+        build.resize(begun)
+    elif config.shard_count is None:
+        sizing = choose_shards(build, listing, None if force else view.pointer)
+    contract, shards = build.contract(listing.arrow_schema), build.config.shards
+    if isinstance(config.sharding, ClusterSharding) and shards > listing.rows:
+        raise ConfigError(f"WriteConfig.num_dbs: {shards} shards for {listing.rows} rows; use fewer shards")
+    if begun is not None and begun.published:
+        return begun
     if not probe.is_proven(build.store, view.pointer):
         # Told now, and not after hours of work.
         probe.require_conditional_writes(build.store)
@@ -119,14 +122,15 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
         "base_seq": view.seq,
         "gate_key": config.gate_key(),
     }
-    unfinished = None if force else runs.newest_run(build.store, build_key, promoted=False)
-    if unfinished is None:
+    if begun is None:
         run_id = new_run_id(build_key)
         receipt = ScanReceipt(
             run_id=run_id,
             inputs=build_key,
             build_key=build_key,
             listing=listing,
+            num_dbs=shards,
+            sizing=sizing,
             id_type=contract.id_type,
             key_type=contract.keys.key_type if contract.keys else None,
             key_encoding=contract.keys.encoding if contract.keys else None,
@@ -136,16 +140,20 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
             **base,
         )
         return build.ledger(run_id).commit(receipt, number=0)
-    if not build.store.exists(unfinished.record_key):
-        base["record_key"] = build.start_record(unfinished.run_id)
-    reason = f"goes on with the unfinished build {unfinished.run_id}"
-    if any(getattr(unfinished, name) != value for name, value in base.items()):
-        # A run that is taken up again goes out from the pointer as it is now.
+    return _taken_up(build, begun, base)
+
+
+def _taken_up(build: Build, begun: ScanReceipt, base: dict[str, Any]) -> ScanReceipt:
+    """A run that was not finished goes out from the pointer as it is now."""
+    if not build.store.exists(begun.record_key):
+        base["record_key"] = build.start_record(begun.run_id)
+    reason = f"goes on with the unfinished build {begun.run_id}"
+    if any(getattr(begun, name) != value for name, value in base.items()):
         fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), **base}
-        ledger = build.ledger(unfinished.run_id)
+        ledger = build.ledger(begun.run_id)
         number = ledger.next_number(ScanReceipt)
-        unfinished = ledger.commit(unfinished.model_copy(update=fresh), number=number)
-    return unfinished.model_copy(update={"reason": reason})
+        begun = ledger.commit(begun.model_copy(update=fresh), number=number)
+    return begun.model_copy(update={"reason": reason})
 
 
 def _check_store_is_outside(build: Build, listing: SourceListing) -> None:
@@ -243,7 +251,7 @@ def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: S
         with nullcontext(engine) if engine else InProcess(build, slots=1) as where:
             done = spread(build, scanned, where, tasks)
         ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
-    shards = _sum_shards(ranges, build.config.num_dbs)
+    shards = _sum_shards(ranges, build.config.shards)
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
         raise CountMismatchError(
@@ -254,7 +262,7 @@ def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: S
         inputs=inputs,
         ranges=tuple(receipt.key for receipt in ranges),
         shards=shards,
-        index_family=_family(build, shards).value,
+        index_family=_family(build, scanned, sampled, shards).value,
         queries=ledger.put_table("samples/asked", stratified_queries(build, ledger, sampled, trained)),
         seconds=watch.seconds,
     )
@@ -277,13 +285,20 @@ def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
     return routed.route_range(build, scanned, sampled, build.routing(trained), spans, part, inputs)
 
 
-def _family(build: Build, shards: tuple[RoutedShard, ...]) -> IndexFamily:
+def _family(build: Build, scanned: ScanReceipt, sampled: SampleReceipt, shards: tuple[RoutedShard, ...]) -> IndexFamily:
     """The one family of a snapshot; sqlite-vec has no other than the exact scan."""
     spec = build.config.vector_spec
     if spec.backend == "sqlite-vec":
         return IndexFamily.FLAT
-    largest = max(shard.rows for shard in shards)
-    return choose_family(spec.index_type, largest, eight_bit=spec.quantization == "i8")
+    base = scanned.base_run_id
+    served = None if base is None or scanned.forced else build.ledger(base).find(RouteReceipt)
+    return choose_family(
+        spec.index_type,
+        max(shard.rows for shard in shards),
+        eight_bit=spec.quantization == "i8",
+        served=None if served is None else served.index_family,
+        repeated=sampled.repeated,
+    )
 
 
 def _is_routed(ledger: Ledger, key: str) -> bool:
@@ -325,8 +340,8 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
         IndexBuildError: the index does not cover the shard's rows.
         IntegrityError: the routed rows, or what was uploaded, are not what they should be.
     """
-    if not 0 <= db_id < build.config.num_dbs:
-        raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.num_dbs - 1}")
+    if not 0 <= db_id < build.config.shards:
+        raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.shards - 1}")
     run, ledger = build.receipts(run_id), build.ledger(run_id)
     shard, part = run.routed.shards[db_id], f"db={db_id:05d}"
     attempt = ledger.next_number(ShardReceipt, part)
@@ -334,7 +349,9 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     standing = runs.standing_shards(build, run.scanned)
     if found is not None and standing is not None:
         found = standing.of(ledger, found)
-    if found is not None and not rebuild and (run.scanned.held or is_intact(build.store, found)):
+    # A cleanup may have taken the tables of a run that nobody seemed to work on any more.
+    usable = found is not None and (run.scanned.published or ledger.is_whole(found))
+    if found is not None and usable and not rebuild and (run.scanned.held or is_intact(build.store, found)):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
     ranges = [ledger.read(RangeReceipt, key) for key in run.routed.ranges]
     rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None

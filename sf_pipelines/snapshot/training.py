@@ -73,7 +73,7 @@ def train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs: 
         fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "seconds": watch.seconds}
         return old.model_copy(update={**changes, **fresh, "retrained": "", "reason": ""})
     config = build.config
-    trained = train_routing(config.sharding, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
+    trained = train_routing(config.sharding, vectors, num_dbs=config.shards, metric=config.vector_spec.metric)
     file = io.BytesIO()
     np.save(file, trained.matrix, allow_pickle=False)
     rows, columns = trained.matrix.shape
@@ -132,7 +132,7 @@ def _drift(then: dict[str, float | int], now: Fit) -> float:
 
 
 def _fit(config: WriteConfig, matrix: Float32, vectors: Float32) -> Fit:
-    return fit_of(config.sharding, matrix, vectors, num_dbs=config.num_dbs, metric=config.vector_spec.metric)
+    return fit_of(config.sharding, matrix, vectors, num_dbs=config.shards, metric=config.vector_spec.metric)
 
 
 def _figures(fit: Fit) -> dict[str, float | int]:
@@ -147,7 +147,7 @@ def _recipe(config: WriteConfig) -> str:
         {
             "build_version": BUILD_VERSION,
             "sharding": sharding,
-            "num_dbs": config.num_dbs,
+            "num_dbs": config.shards,
             "dim": spec.dim,
             "metric": spec.metric.value,
             "vector": [spec.vector_col, spec.vector_fn, spec.vector_fn_version, spec.vector_type],

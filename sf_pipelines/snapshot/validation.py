@@ -18,13 +18,15 @@ from sf_pipelines.snapshot.sharding import ClusterSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
 from sf_pipelines.snapshot.source.files import SourceListing, Span, read_span
-from sf_pipelines.snapshot.source.hashing import hash_column
+from sf_pipelines.snapshot.source.hashing import UInt64, hash_column, hash_vectors
 from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, RejectReason
 from sf_pipelines.snapshot.source.sampling import SmallestHashSample
 from sf_pipelines.snapshot.store import Store
 
 # Half of them judge; with fewer than 100 a lucky sample passes too easily.
 _FEWEST_QUERIES = 200
+# Different vectors that are looked at, at least, to tell how many rows are equal to others.
+_DISTINCT = 100_000
 # Rows beside the samples, for each sample query: small shards get more queries from them. At most a fifth of the rows.
 _POOL, _POOL_SHARE = 4, 0.2
 
@@ -40,12 +42,12 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     )
     with scratch() as folder:
         path = folder / "rejects.parquet"
-        reasons = _first_pass(build, scanned, contract, drawn, folder, path)
+        reasons, repeated = _first_pass(build, scanned, contract, drawn, folder, path)
         key = f"{ledger.root}/rejects-{uuid.uuid4().hex[:8]}.parquet"
         rejects = ledger.put_file(path, key, rows=reasons.total())
     rows, vectors = drawn.take()
     kept = scanned.rows - reasons.total()
-    queries = min(query_rows, kept // 2, kept - min(config.num_dbs, training_rows))
+    queries = min(query_rows, kept // 2, kept - min(config.shards, training_rows))
     # A small table cannot spare enough to prove anything: then all rows are queries and training at once.
     disjoint = queries >= _FEWEST_QUERIES
     first = queries if disjoint else 0
@@ -64,6 +66,8 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
         queries=_put_vectors(ledger, "queries", rows.slice(0, queries if disjoint else len(rows)), vectors),
         pool=_put_vectors(ledger, "pool", pool, vectors[first:]) if len(pool) else None,
         disjoint=disjoint,
+        # One value that many rows have is rarely among those drawn by its hash, but often among the rows drawn.
+        repeated=max(repeated, _repeated(hash_vectors(vectors))),
         seconds=watch.seconds,
     )
 
@@ -72,18 +76,23 @@ def _training_rows(config: WriteConfig) -> int:
     """Size of the training sample; 0 where there is nothing to train."""
     if not isinstance(config.sharding, ClusterSharding | LshSharding):
         return 0
-    return config.sharding.training_rows or max(256 * config.num_dbs, 10_000)
+    return config.sharding.training_rows or max(256 * config.shards, 10_000)
 
 
 def _first_pass(
     build: Build, scanned: ScanReceipt, contract: RowContract, drawn: SmallestHashSample, folder: Path, path: Path
-) -> Counter[str]:
-    """Validates all rows, writes the rejects to ``path``, fills the sample; rejected rows by reason."""
+) -> tuple[Counter[str], float]:
+    """Validates all rows, writes the rejects to ``path``, fills the sample.
+
+    Returns:
+        Rejected rows by reason, and the part of the rows whose vector another row has, too.
+    """
     reasons: Counter[str] = Counter()
     listing = scanned.listing
     store = Store.open(listing.root, build.config.s3)
     duplicates = DuplicateFinder(folder, scanned.rows, contract.stored_schema.field("id").type)
-    done = 0
+    done, step = 0, np.uint64(max(1, scanned.rows // _DISTINCT))
+    seen: list[UInt64] = []
     with pq.ParquetWriter(path, REJECT_SCHEMA) as rejects:
         for number, file in enumerate(listing.files):
             span = Span(file=number, first_unit=0, last_unit=len(file.unit_rows))
@@ -92,6 +101,8 @@ def _first_pass(
                 hashes = hash_column(checked.ids)
                 duplicates.add(checked.ids, hashes, checked.rows)
                 drawn.add(checked.kept, hashes, checked.rows, checked.vectors)
+                vectors = hash_vectors(checked.vectors)
+                seen.append(vectors[vectors % step == 0])
                 if checked.rejects.num_rows:
                     reasons.update(checked.count_reasons())
                     rejects.write_batch(checked.rejects)
@@ -102,7 +113,13 @@ def _first_pass(
             if repeats.num_rows:
                 reasons[RejectReason.DUPLICATE_ID.value] += repeats.num_rows
                 rejects.write_table(_as_rejects(listing, repeats))
-    return reasons
+    return reasons, _repeated(np.concatenate(seen) if seen else np.empty(0, np.uint64))
+
+
+def _repeated(hashes: UInt64) -> float:
+    """Part of the rows that share their hash with another. Sampled by hash, equal rows are all in or all out."""
+    counts = np.unique(hashes, return_counts=True)[1]
+    return float(counts[counts > 1].sum() / max(1, len(hashes)))
 
 
 def _as_rejects(listing: SourceListing, repeats: pa.Table) -> pa.Table:
@@ -144,8 +161,8 @@ def check_rejects(build: Build, receipt: SampleReceipt) -> None:
         )
     if receipt.rows_kept == 0:
         raise SourceEmptyError(f"all {receipt.rows_in} rows were rejected ({reasons}); {where}")
-    if isinstance(build.config.sharding, ClusterSharding) and receipt.train_rows < build.config.num_dbs:
+    if isinstance(build.config.sharding, ClusterSharding) and receipt.train_rows < build.config.shards:
         raise ConfigError(
-            f"WriteConfig.num_dbs: {build.config.num_dbs} shards for {receipt.rows_kept} rows that satisfy the "
+            f"WriteConfig.num_dbs: {build.config.shards} shards for {receipt.rows_kept} rows that satisfy the "
             "contract; use fewer shards"
         )

@@ -206,7 +206,7 @@ def here(config: WriteConfig, rows: pa.Table, vector_fn: Any = None, lose: int |
             [piece for place in range(places) for piece in route_pieces(config, run_id, place)]
         )
         keys: list[str] = []
-        for db_id in range(config.num_dbs):
+        for db_id in range(config.shards):
             mine = pieces.filter(pc.field("shard") == db_id) if db_id != lose else pieces.slice(0, 0)
             keys += [key for key in [write_pieces(config, run_id, mine.to_batches())] if key is not None]
         return keys

@@ -242,6 +242,8 @@ class Lifecycle(RuleBasedStateMachine):
             return
         (build, run_id, version, base), self.paused = self.paused, None
         before = read_pointer(self.store)
+        # A build of the same version has gone on with it, and published it.
+        done_by_other = run_id in self.published()
         try:
             with build, killed_at(crash):
                 stages.gate(build, run_id)
@@ -256,8 +258,9 @@ class Lifecycle(RuleBasedStateMachine):
             assert before.fingerprint != base
             assert self.pointer() == self.model.served
         else:
-            if version in self.model.held:
+            if version in self.model.held or done_by_other:
                 assert not promoted.published
+                assert self.pointer() == self.model.served
             else:
                 assert promoted.published
                 assert before.fingerprint == base, "somebody had published in between"

@@ -27,6 +27,10 @@ IdArray = NDArray[Any]
 FLAT_ROWS = 4_000
 # `auto`: up to this many rows IVF_SQ is built 10 to 90 times faster than a graph, at similar latency.
 IVF_ROWS = 200_000
+# `auto`: the current snapshot's family is kept up to so far beyond these, for with another every shard is built anew.
+_LEEWAY = 1.5
+# `auto`: a graph loses rows where more than this part of them are equal to others.
+_REPEATED = 0.05
 
 
 class IndexFamily(StrEnum):
@@ -43,13 +47,22 @@ class IndexFamily(StrEnum):
     HNSW_FLAT = "hnsw_flat"
 
 
-def choose_family(index_type: str, largest_shard_rows: int, *, eight_bit: bool = False) -> IndexFamily:
+def choose_family(
+    index_type: str,
+    largest_shard_rows: int,
+    *,
+    eight_bit: bool = False,
+    served: str | None = None,
+    repeated: float = 0.0,
+) -> IndexFamily:
     """The one family of a snapshot.
 
     Args:
         index_type: ``auto`` or a family's name.
         largest_shard_rows: rows of the largest shard.
         eight_bit: ``auto`` must choose a family that indexes 8-bit numbers.
+        served: family of the current snapshot, which ``auto`` keeps where the rows are near enough to its own.
+        repeated: part of the rows whose vector another row has, too.
 
     Raises:
         ConfigError: no such family.
@@ -60,9 +73,18 @@ def choose_family(index_type: str, largest_shard_rows: int, *, eight_bit: bool =
         except ValueError as error:
             names = ", ".join(["auto", *IndexFamily])
             raise ConfigError(f"index_type {index_type!r} is unknown; use one of {names}") from error
-    if largest_shard_rows < FLAT_ROWS and not eight_bit:
+    flat = FLAT_ROWS * _leeway(served, IndexFamily.FLAT)
+    if largest_shard_rows < flat and not eight_bit:
         return IndexFamily.FLAT
-    return IndexFamily.IVF_SQ if largest_shard_rows <= IVF_ROWS else IndexFamily.HNSW
+    ivf = IVF_ROWS / _leeway(served, IndexFamily.HNSW)
+    return IndexFamily.IVF_SQ if largest_shard_rows <= ivf or repeated > _REPEATED else IndexFamily.HNSW
+
+
+def _leeway(served: str | None, favoured: IndexFamily) -> float:
+    """What stretches a bound for the family on its one side; it shrinks where IVF_SQ, on its other side, is served."""
+    if served == favoured:
+        return _LEEWAY
+    return 1 / _LEEWAY if served == IndexFamily.IVF_SQ else 1.0
 
 
 @dataclass(frozen=True)

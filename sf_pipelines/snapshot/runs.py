@@ -44,17 +44,22 @@ def _say_promoted(build: Build, ledger: Ledger, pointer: Pointer) -> None:
     manifest = ledger.find(ManifestReceipt)
     if manifest is None or manifest.manifest_digest != pointer.manifest_digest:
         return
-    number, key = ledger.next_number(PromoteReceipt), publish.manifest_key(pointer)
-    receipt = PromoteReceipt(
+    number = ledger.next_number(PromoteReceipt)
+    ledger.commit(_as_pointed(build, pointer, inputs_of(manifest=manifest.manifest_digest)), number=number)
+
+
+def _as_pointed(build: Build, pointer: Pointer, inputs: str) -> PromoteReceipt:
+    """The receipt of what is current, as the pointer says it."""
+    key = publish.manifest_key(pointer)
+    return PromoteReceipt(
         run_id=pointer.run_id,
-        inputs=inputs_of(manifest=manifest.manifest_digest),
+        inputs=inputs,
         manifest_key=key,
         manifest_ref=build.store.url_of(key),
-        manifest_digest=manifest.manifest_digest,
+        manifest_digest=pointer.manifest_digest or "",
         previous_run_id=pointer.previous.run_id if pointer.previous else None,
         seq=pointer.seq or 0,
     )
-    ledger.commit(receipt, number=number)
 
 
 def held_run(build: Build, view: publish.PointerView, build_key: str) -> ScanReceipt | None:
@@ -120,18 +125,7 @@ def standing_shards(build: Build, scanned: ScanReceipt) -> Standing | None:
 
 def held_back(build: Build, scanned: ScanReceipt, pointer: Pointer, inputs: str) -> PromoteReceipt:
     """What stays current, in place of what a rollback holds; the build's record says why it ended."""
-    reason, key = hold_reason(build, scanned, pointer), publish.manifest_key(pointer)
+    reason = hold_reason(build, scanned, pointer)
     if not scanned.published:
         record.finish(build.store, scanned.record_key, "failed", error=GateError(reason))
-    return PromoteReceipt(
-        run_id=pointer.run_id,
-        inputs=inputs,
-        manifest_key=key,
-        manifest_ref=build.store.url_of(key),
-        manifest_digest=pointer.manifest_digest or "",
-        previous_run_id=pointer.previous.run_id if pointer.previous else None,
-        seq=pointer.seq or 0,
-        published=False,
-        held=True,
-        reason=reason,
-    )
+    return _as_pointed(build, pointer, inputs).model_copy(update={"published": False, "held": True, "reason": reason})

@@ -189,6 +189,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def has_published(self, run_id: str, version: int) -> None:
         self.notice(version)
+        assert run_id in self.model.data, "what is served is not in the history"
         assert self.model.data[run_id] == version
         self.model.served, self.model.held = run_id, set()
 

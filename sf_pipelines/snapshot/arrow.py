@@ -5,7 +5,7 @@ plain form once, so that all other code knows one type for each kind of value.
 """
 
 import binascii
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,7 +102,7 @@ def plain_column(array: pa.Array, *, uuids: bool = True) -> pa.Array:  # noqa: P
     return column.cast(kind)
 
 
-def plain_rows(rows: pa.RecordBatch, *, bytes_cols: Sequence[str] = ()) -> pa.RecordBatch:
+def plain_rows(rows: pa.RecordBatch, *, bytes_cols: Collection[str] = ()) -> pa.RecordBatch:
     """A batch of plain columns.
 
     Args:

@@ -32,7 +32,8 @@ RESERVED_COLUMNS = frozenset({"id", "vector", "payload", "_distance", "_rowid", 
 _RESERVED_PREFIXES = ("_row", "_kv_")
 # sqlite-vec allows 16 metadata columns, and each filter column needs a second one for its nulls (``…__null``).
 _SQLITE_VEC_FILTERS = 8
-_SQLITE_VEC_NAME = re.compile(r"^(?!.*__null\Z)[a-z][a-z0-9_]*\Z", re.IGNORECASE)
+_SQLITE_VEC_NAME = re.compile(r"^(?!.*__null\Z)[a-zA-Z][a-zA-Z0-9_]*\Z")
+_SQLITE_VEC_DIM = 8192
 _SQLITE_VEC_TAKEN = frozenset({"rowid", "embedding", "distance", "k"})
 
 KeyEncoding = Literal["u64be", "u32be", "utf8", "raw"]
@@ -176,10 +177,18 @@ class VectorSpec(ConfigModel):
             raise ValueError(
                 f"quantization i8 needs an 8-bit index, but index_type is {self.index_type!r}; use auto, ivf_sq or hnsw"
             )
-        if self.backend != "sqlite-vec":
-            return self
+        if self.backend == "sqlite-vec":
+            self._check_sqlite_vec()
+        return self
+
+    def _check_sqlite_vec(self) -> None:
         if self.metric is DistanceMetric.DOT_PRODUCT:
             raise ValueError("backend sqlite-vec has no dot_product; use metric cosine or l2, or backend lancedb")
+        if self.dim > _SQLITE_VEC_DIM:
+            raise ValueError(
+                f"backend sqlite-vec holds vectors of up to {_SQLITE_VEC_DIM} numbers, and dim is {self.dim}; use "
+                "backend lancedb"
+            )
         if self.quantization is not None:
             raise ValueError(
                 f"backend sqlite-vec has no quantization {self.quantization!r}; leave it out or use backend lancedb"
@@ -188,7 +197,6 @@ class VectorSpec(ConfigModel):
             raise ValueError(
                 f"backend sqlite-vec scans and has no index_type {self.index_type!r}; use auto, or backend lancedb"
             )
-        return self
 
     def _check_index_params(self) -> None:
         """A knob that the index does not have would change nothing, and nobody would know."""
@@ -273,8 +281,9 @@ class WriteConfig(ConfigModel):
         id_col: unique id of a row: integers, strings or UUIDs (which become text); with ``key_value`` always the key.
         payload_cols: columns that a search returns with each hit, as JSON values. NaN and infinity become null, dates
             and times ISO 8601 text, decimals text, UUIDs text, bytes hex digits, maps objects.
-        filter_cols: columns stored beside the vector with their type (float16 as float32). A name has no dot and does
-            not begin with ``_row``.
+        filter_cols: columns stored beside the vector with their type (float16 as float32). A name has no
+            dot, backtick or NUL and does not begin with ``_row``; on sqlite-vec it is a letter, then ASCII letters,
+            digits and underscores.
         key_value: the key and the value of each row, for a unified snapshot; None is vectors only.
         vector_spec: the vector and its index.
         recall_gate: what must be proven before publishing.
@@ -358,10 +367,11 @@ class WriteConfig(ConfigModel):
         return self
 
     def _check_filter_names(self) -> None:
-        dotted = sorted(name for name in self.filter_cols if "." in name or "`" in name)
-        if dotted:
+        odd = sorted(name for name in self.filter_cols if any(mark in name for mark in ".`\0"))
+        if odd:
             raise ValueError(
-                f"filter_cols: {', '.join(dotted)} has a dot or a backtick, which mean nested fields; rename the column"
+                f"filter_cols: {', '.join(odd)} has a dot or a backtick, which mean nested fields, or a NUL, which "
+                "ends a name; rename the column"
             )
         clash = sorted(
             name for name in self.filter_cols if name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIXES)
@@ -523,6 +533,15 @@ class WriteConfig(ConfigModel):
             *self.routing_columns.values(),
         )
         return tuple(dict.fromkeys(names))
+
+    @property
+    def bytes_columns(self) -> frozenset[str]:
+        """Source columns in which 16 bytes are bytes: anywhere else they are a UUID, and so text."""
+        keyed, sharding = self.key_value, self.sharding
+        named = set() if keyed is None else {keyed.key_col} | ({keyed.value_col} if keyed.value_col else set())
+        if isinstance(sharding, CelSharding):
+            named |= {self.routing_columns[name] for name, kind in sharding.cel_columns.items() if kind == "bytes"}
+        return frozenset(named)
 
     @property
     def optional_columns(self) -> frozenset[str]:

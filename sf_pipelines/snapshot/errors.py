@@ -334,6 +334,11 @@ class TasksFailedError(EngineError):
         return TasksFailedError, (str(self), self.causes)
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust met a bug of its own: what Python sees of that is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
 def error_of_kind(kind: str, message: str) -> SfPipelinesError:
     """A typed error that has come from another process.
 

@@ -38,6 +38,7 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
     StoreUnavailableError,
     WriteUncertainError,
+    is_panic,
 )
 
 if TYPE_CHECKING:
@@ -420,8 +421,7 @@ class Store:
         except (obstore_errors.BaseError, OSError, ValueError) as error:
             raise store_error(where, error) from cause_of(error)
         except BaseException as error:
-            # What the library makes of a bug of its own is no Exception.
-            if type(error).__name__ != "PanicException":
+            if not is_panic(error):
                 raise
             raise StoreError(f"{where}: the client library panicked: {first_line(error)}") from cause_of(error)
 

@@ -26,6 +26,7 @@ CEL = {"strategy": "cel", "cel_expr": "a", "cel_columns": {"a": "int"}}
         ({"sharding": CEL | {"cel_expr": "a" * 5000}}, r"sharding\.cel_expr"),
         ({"sharding": CEL | {"cel_columns": {}}}, r"sharding\.cel_columns"),
         ({"backend": "sqlite-vec", "index_params": {"m": 64}}, r"index_params\.m means nothing"),
+        ({"backend": "sqlite-vec", "dim": 8193, "metric": "l2"}, "up to 8192 numbers, and dim is 8193"),
         ({"index_type": "flat", "index_params": {"num_partitions": 4}}, r"index_params\.num_partitions means nothing"),
         ({"index_type": "ivf_sq", "index_params": {"ef_construction": 40}}, r"index_params\.ef_construction"),
         ({"vector_fn_version": "2"}, "vector_fn_version means nothing without vector_fn"),
@@ -39,8 +40,8 @@ def test_a_vector_spec_that_makes_no_sense_is_refused(spec: dict[str, Any], mess
         WriteConfig(**BASE, vector_spec={"dim": 4, **spec})  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["a.b", "a`b"])
-def test_a_filter_column_that_looks_nested_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["a.b", "a`b", "a\0b"])
+def test_a_filter_column_that_looks_nested_or_would_be_cut_off_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="a dot or a backtick"):
         WriteConfig(**BASE, filter_cols=(name,), vector_spec={"dim": 4})  # pyright: ignore[reportArgumentType]
 

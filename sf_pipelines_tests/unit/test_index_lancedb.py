@@ -316,6 +316,24 @@ def test_building_fails_loudly(tmp_path: Path) -> None:
         backend.build(rows, tmp_path, params=IndexParams(), **options)
 
 
+class PanicException(BaseException):
+    """What a bug of a library in Rust becomes in Python."""
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(_: str) -> Any:
+        raise PanicException("index out of bounds")
+
+    make(tmp_path, clustered(5, DIM)).close()
+    monkeypatch.setattr(lancedb, "connect", panic)
+    with pytest.raises(IntegrityError, match=r"cannot open the LanceDB table in .*: index out of bounds"):
+        LanceDBBackend().open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
+    rows = table_of([1, 2], np.eye(2, DIM, dtype=np.float32))
+    options = {"family": IndexFamily.FLAT, "metric": DistanceMetric.L2, "params": IndexParams()}
+    with pytest.raises(IndexBuildError, match=r"cannot build a flat index of 2 rows.*: index out of bounds"):
+        LanceDBBackend().build(rows, tmp_path / "other", **options)
+
+
 def test_a_closed_shard_says_so(tmp_path: Path) -> None:
     shard = make(tmp_path, clustered(5, DIM), in_memory=True)
     shard.search(clustered(1, DIM), 1)

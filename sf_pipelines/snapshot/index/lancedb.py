@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError, is_panic
 from sf_pipelines.snapshot.index.lance_file import check_within
 from sf_pipelines.snapshot.index.payloads import parse_payload
 from sf_pipelines.snapshot.index.protocol import (
@@ -479,8 +479,8 @@ def _library(kind: type[IntegrityError] | type[IndexBuildError], what: str) -> I
     """Errors of the library as ours: a local, verified shard that cannot be read is broken."""
     try:
         yield
-    except _LIBRARY_ERRORS as error:
-        if isinstance(error, kind):
+    except BaseException as error:
+        if isinstance(error, kind) or not (isinstance(error, _LIBRARY_ERRORS) or is_panic(error)):
             raise
         # The first line, without the places in the library's own source that it appends.
         text = (str(error).strip() or type(error).__name__).splitlines()[0].split(", /rustc/")[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.arrow import compute, plain_rows, plain_type
+from sf_pipelines.snapshot.arrow import column_errors, compute, plain_rows, plain_type
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import SourceSchemaError
 from sf_pipelines.snapshot.metric import Float32
@@ -124,7 +124,7 @@ class RowContract:
             ]
         )
         self._routed_by = config.routing_columns
-        self._bytes_cols = () if keyed is None else tuple(name for name in (keyed.key_col, keyed.value_col) if name)
+        self._bytes_cols = config.bytes_columns
         if placer is not None:
             placer.check_schema(self.routing_rows(_no_rows(schema)).schema)
         companions = {} if placer is None else self._companions(_no_rows(schema), Faults(0))
@@ -249,7 +249,11 @@ def _rejects(batch: SourceBatch, ids: pa.Array, faults: Faults) -> pa.RecordBatc
 
 
 def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.record_batch([column.combine_chunks() for column in schema.empty_table().columns], schema=schema)
+    columns = []
+    for field in schema:
+        with column_errors(field.name):
+            columns.append(pa.nulls(0, field.type))
+    return pa.record_batch(columns, schema=schema)
 
 
 def _id_type(field: pa.Field, keys: KeyValueColumns | None) -> IdType:

@@ -29,7 +29,7 @@ from sf_pipelines.snapshot.routing.protocol import VectorRouting
 
 Metadata = dict[str, Any]
 
-_CONSTANT = frozenset({"k", "limit", "queries", "min_recall", "fields"})
+_CONSTANT = frozenset({"compared", "k", "limit", "queries", "min_recall", "fields"})
 # Rows of a table that the UI still shows at a glance.
 _TABLE_ROWS = 100
 
@@ -221,7 +221,7 @@ def verdict_metadata(verdict: Verdict) -> Metadata:
     reason = {"reason": verdict.reason} if verdict.reason else {}
     # What the configuration says is text: Dagster plots every number over time.
     figures = {name: str(value) if name in _CONSTANT else value for name, value in verdict.figures.items()}
-    return readable({**figures, "message": verdict.message, **reason}) | ({"table": table(rows)} if rows else {})
+    return readable({**figures, **reason}) | ({"table": table(rows)} if rows else {})
 
 
 def _columns(receipt: ScanReceipt, wanted: Sequence[str]) -> dg.TableSchema:

@@ -382,7 +382,7 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 _LONG = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

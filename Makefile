@@ -13,7 +13,7 @@ export DAGSTER_HOME := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev snapshot ui test lint types walls fast-tests test-all test-rest chromium docs bench clean
+.PHONY: help install install-dev snapshot ui test lint types walls fast-tests test-all test-rest chromium docs bench size clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,9 @@ docs: install  ## write docs/reference.md from the models
 
 bench: install-dev  ## measure build, engines, memory, recall, search and look-ups (readers)
 	$(BIN)/python -m sf_pipelines_tests.benchmarks
+
+size:  ## lines, code, modules and classes of each folder
+	@$(PYTHON) -m sf_pipelines_tests.size
 
 clean:  ## remove the environment, the demo's data and Dagster's runs
 	rm -rf $(VENV) data history schedules storage logs .logs_queue .tmp_dagster_home_*

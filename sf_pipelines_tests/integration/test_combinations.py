@@ -15,8 +15,8 @@ from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig,
 from sf_pipelines.snapshot.errors import ConfigError, SourceSchemaError
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.routing.protocol import VectorRouting
-from sf_pipelines.snapshot.testing.format_checker import assert_format
 from sf_pipelines_tests.combinations import CHOSEN, ILLEGAL, LEGAL, Combination, covering, every_combination
+from sf_pipelines_tests.format_checker.checker import assert_format
 from sf_pipelines_tests.tables import exact_scores
 
 DIM = 12

@@ -13,8 +13,8 @@ from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history
 from sf_pipelines.snapshot.receipts import ShardReceipt, TrainReceipt
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.testing import assert_format
 from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines_tests.format_checker.checker import assert_format
 from sf_pipelines_tests.tables import clustered, small_config, vector_table, write_source
 
 ROWS = 600

@@ -12,7 +12,7 @@ import yaml
 from sf_pipelines import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
-from sf_pipelines.snapshot.testing.format_checker import assert_format
+from sf_pipelines_tests.format_checker.checker import assert_format
 from sf_pipelines_tests.orchestration.conftest import failures
 from sf_pipelines_tests.orchestration.test_component import load
 

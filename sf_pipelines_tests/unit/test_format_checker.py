@@ -12,9 +12,6 @@ import pytest
 from sf_pipelines import build_snapshot
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.testing.format_checker import assert_format, check_format
-from sf_pipelines.snapshot.testing.format_report import STOCK_DEFECTS, Duty
-from sf_pipelines.snapshot.testing.format_routing import CelFormula, hash_of
 from sf_pipelines_tests.checking import (
     DIM,
     GONE,
@@ -30,6 +27,9 @@ from sf_pipelines_tests.checking import (
     shard_key,
 )
 from sf_pipelines_tests.conftest import make_bucket
+from sf_pipelines_tests.format_checker.checker import assert_format, check_format
+from sf_pipelines_tests.format_checker.report import STOCK_DEFECTS, Duty
+from sf_pipelines_tests.format_checker.routing import CelFormula, hash_of
 from sf_pipelines_tests.golden.snapshots import UNIFIED, VECTOR, fill
 from sf_pipelines_tests.tables import small_config, write_source
 

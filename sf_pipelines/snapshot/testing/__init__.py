@@ -1,7 +1,6 @@
-"""Tests for other people's parts, and for what this package publishes.
+"""Tests for other people's parts: the tests of a new store, index, routing or engine inherit one of these classes.
 
-``check_format`` says whether a stock reader can read a snapshot. The conformance classes are inherited by the tests of
-a new store, index, routing or engine. Everything is loaded on first use.
+Everything is loaded on first use.
 """
 
 from importlib import import_module
@@ -9,32 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot.testing.engine import EngineConformance
-    from sf_pipelines.snapshot.testing.format_checker import assert_format, check_format
-    from sf_pipelines.snapshot.testing.format_report import FormatReport
     from sf_pipelines.snapshot.testing.index import IndexConformance
     from sf_pipelines.snapshot.testing.routing import RowRoutingConformance, VectorRoutingConformance
     from sf_pipelines.snapshot.testing.store import StoreConformance
 
 _HOMES = {
     "EngineConformance": "engine",
-    "FormatReport": "format_report",
     "IndexConformance": "index",
     "RowRoutingConformance": "routing",
     "StoreConformance": "store",
     "VectorRoutingConformance": "routing",
-    "assert_format": "format_checker",
-    "check_format": "format_checker",
 }
 
 __all__ = [
     "EngineConformance",
-    "FormatReport",
     "IndexConformance",
     "RowRoutingConformance",
     "StoreConformance",
     "VectorRoutingConformance",
-    "assert_format",
-    "check_format",
 ]
 
 

@@ -7,7 +7,7 @@ shard is copied, hashed and cached as the files below its directory, so nothing 
 from collections.abc import Iterator
 from pathlib import Path
 
-from sf_pipelines.snapshot.testing.format_report import Duty, Findings, some
+from sf_pipelines_tests.format_checker.report import Duty, Findings, some
 
 # Field of Lance's protobuf message Manifest, and the path within a BasePath.
 _BASE_PATHS = 18

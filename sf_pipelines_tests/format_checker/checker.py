@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.errors import ObjectMissingError
 from sf_pipelines.snapshot.store import Credentials, ObjectInfo, Store
-from sf_pipelines.snapshot.testing.format_lance import DATASET, StoredVectors, check_lance, check_one_family
-from sf_pipelines.snapshot.testing.format_manifest import (
+from sf_pipelines_tests.format_checker.lance import DATASET, StoredVectors, check_lance, check_one_family
+from sf_pipelines_tests.format_checker.manifest import (
     ManifestContent,
     Place,
     check_history,
@@ -28,7 +28,7 @@ from sf_pipelines.snapshot.testing.format_manifest import (
     is_int,
     read_manifest,
 )
-from sf_pipelines.snapshot.testing.format_report import (
+from sf_pipelines_tests.format_checker.report import (
     STOCK_DEFECTS,
     CannotGoOnError,
     Duty,
@@ -36,7 +36,7 @@ from sf_pipelines.snapshot.testing.format_report import (
     FormatReport,
     some,
 )
-from sf_pipelines.snapshot.testing.format_routing import (
+from sf_pipelines_tests.format_checker.routing import (
     check_cel_key,
     check_cluster,
     check_hash,
@@ -44,9 +44,9 @@ from sf_pipelines.snapshot.testing.format_routing import (
     check_lsh,
     decode_keys,
 )
-from sf_pipelines.snapshot.testing.format_shard_rows import ShardEntry, check_shard_rows, other_runs
-from sf_pipelines.snapshot.testing.format_sqlite import DATABASE, SqliteShard, check_sqlite
-from sf_pipelines.snapshot.testing.format_vector_fields import VectorFields, check_vector_fields
+from sf_pipelines_tests.format_checker.shard_rows import ShardEntry, check_shard_rows, other_runs
+from sf_pipelines_tests.format_checker.sqlite import DATABASE, SqliteShard, check_sqlite
+from sf_pipelines_tests.format_checker.vector_fields import VectorFields, check_vector_fields
 
 _COMPOSITE = "vector"
 # What numpy raises for damaged headers, which it parses as Python, and for archives; warnings where they are errors.

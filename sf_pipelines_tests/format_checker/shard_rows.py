@@ -5,7 +5,7 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
-from sf_pipelines.snapshot.testing.format_manifest import (
+from sf_pipelines_tests.format_checker.manifest import (
     RUN_FOLDER,
     SHARD_COUNTS,
     SQLITE_MAGIC,
@@ -16,7 +16,7 @@ from sf_pipelines.snapshot.testing.format_manifest import (
     json_of,
     tables_of,
 )
-from sf_pipelines.snapshot.testing.format_report import CannotGoOnError, Duty, Findings, some
+from sf_pipelines_tests.format_checker.report import CannotGoOnError, Duty, Findings, some
 
 # S3 takes keys of up to 1,024 bytes; scheme and bucket come before.
 _LONGEST_URL = 1200

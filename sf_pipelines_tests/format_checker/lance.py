@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.testing.format_distance import Scores, check_search
-from sf_pipelines.snapshot.testing.format_lance_bases import check_own_files
-from sf_pipelines.snapshot.testing.format_report import Duty, Findings, some
+from sf_pipelines_tests.format_checker.distance import Scores, check_search
+from sf_pipelines_tests.format_checker.lance_bases import check_own_files
+from sf_pipelines_tests.format_checker.report import Duty, Findings, some
 
 TABLE = "vector_index"
 DATASET = f"{TABLE}.lance"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.testing.format_distance import Scores, check_search, sampled
-from sf_pipelines.snapshot.testing.format_lance import StoredVectors, check_numbers, is_payload
-from sf_pipelines.snapshot.testing.format_report import Duty, Findings, some
+from sf_pipelines_tests.format_checker.distance import Scores, check_search, sampled
+from sf_pipelines_tests.format_checker.lance import StoredVectors, check_numbers, is_payload
+from sf_pipelines_tests.format_checker.report import Duty, Findings, some
 
 if TYPE_CHECKING:
     import apsw

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.testing.format_report import Duty, Findings
+from sf_pipelines_tests.format_checker.report import Duty, Findings
 
 # Rows that a reader asks each shard for by default.
 TOP_K = 10

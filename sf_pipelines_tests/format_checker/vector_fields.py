@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sf_pipelines.snapshot.testing.format_manifest import ManifestContent, Place, is_int, is_plain
-from sf_pipelines.snapshot.testing.format_report import Duty, Findings
-from sf_pipelines.snapshot.testing.format_routing import CelFormula
+from sf_pipelines_tests.format_checker.manifest import ManifestContent, Place, is_int, is_plain
+from sf_pipelines_tests.format_checker.report import Duty, Findings
+from sf_pipelines_tests.format_checker.routing import CelFormula
 
 _METRICS = ("cosine", "l2", "dot_product")
 _STRATEGIES = ("cluster", "lsh", "explicit", "cel")

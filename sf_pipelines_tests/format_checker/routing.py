@@ -7,7 +7,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.testing.format_report import Duty, Findings, some
+from sf_pipelines_tests.format_checker.report import Duty, Findings, some
 
 # Rows between two centroids may fall to either: sums of other order differ by a few float32 steps.
 _TIE = 1e-5

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.testing.format_report import CannotGoOnError, Duty, Findings
+from sf_pipelines_tests.format_checker.report import CannotGoOnError, Duty, Findings
 
 POINTER_KEY = "_CURRENT"
 SQLITE_MAGIC = b"SQLite format 3\x00"

@@ -1,0 +1,1 @@
+"""The checker of the stock format: says whether a stock reader can read a snapshot, with none of the package's code."""

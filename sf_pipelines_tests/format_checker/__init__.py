@@ -1,1 +1,1 @@
-"""The checker of the stock format: says whether a stock reader can read a snapshot, with none of the package's code."""
+"""Whether a stock reader can read a snapshot, told without the package's manifest, routing or index code."""

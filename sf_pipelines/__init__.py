@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from sf_pipelines.api import build_snapshot
     from sf_pipelines.snapshot.config import IndexParams, KeyValueSpec, RecallGate, S3Options, VectorSpec, WriteConfig
     from sf_pipelines.snapshot.metric import DistanceMetric
-    from sf_pipelines.snapshot.pipeline import BuildResult
     from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader, AsyncUnifiedShardedReader
     from sf_pipelines.snapshot.reader.events import EventField, EventName, ReaderEvents
     from sf_pipelines.snapshot.reader.opening import open_reader
@@ -32,13 +31,14 @@ if TYPE_CHECKING:
         HashSharding,
         LshSharding,
     )
+    from sf_pipelines.snapshot.stages.pipeline import BuildResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncShardedVectorReader": "sf_pipelines.snapshot.reader.asynchronous",
     "AsyncUnifiedShardedReader": "sf_pipelines.snapshot.reader.asynchronous",
-    "BuildResult": "sf_pipelines.snapshot.pipeline",
+    "BuildResult": "sf_pipelines.snapshot.stages.pipeline",
     "CelSharding": "sf_pipelines.snapshot.sharding",
     "ClusterSharding": "sf_pipelines.snapshot.sharding",
     "DistanceMetric": "sf_pipelines.snapshot.metric",

@@ -6,10 +6,10 @@ from typing import Any
 
 from sf_pipelines.engines.config import engine_spec
 from sf_pipelines.engines.opening import DeferredEngine, Spec
-from sf_pipelines.snapshot.build import Progress
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Engine
-from sf_pipelines.snapshot.pipeline import BuildResult, run_build
+from sf_pipelines.snapshot.run.build import Progress
+from sf_pipelines.snapshot.run.tasks import Engine
+from sf_pipelines.snapshot.stages.pipeline import BuildResult, run_build
 
 
 def build_snapshot(

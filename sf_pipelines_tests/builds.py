@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sf_pipelines import WriteConfig
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.run.build import Build
 
 
 def routed(build: Build, *, force: bool = False) -> str:

@@ -30,8 +30,8 @@ from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.pipeline import BuildResult
-    from sf_pipelines.snapshot.verification import Verification
+    from sf_pipelines.snapshot.operations.verify import Verification
+    from sf_pipelines.snapshot.stages.pipeline import BuildResult
 
 commands = typer.Typer()
 
@@ -163,7 +163,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Hash every object again, open every shard, count rows, measure recall. Exit code 1 when anything is off."""
-    from sf_pipelines.snapshot.verification import verify_snapshot
+    from sf_pipelines.snapshot.operations.verify import verify_snapshot
 
     with typed_errors(), progress() as watch:
         found = verify_snapshot(store, s3=s3_options(endpoint_url), manifest_key=manifest, progress=watch)

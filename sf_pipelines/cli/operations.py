@@ -29,7 +29,7 @@ from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.manifest.pointer import Hold
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.gate import RecallFigures
+    from sf_pipelines.snapshot.gate.verdicts import RecallFigures
     from sf_pipelines.snapshot.operations.cleanup import CleanupResult
     from sf_pipelines.snapshot.operations.diff import SnapshotDiff
     from sf_pipelines.snapshot.operations.status import SnapshotStatus

@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sf_pipelines.snapshot.build import scratch
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Engine
 from sf_pipelines.snapshot.errors import ConfigError, SourceEmptyError, SourceSchemaError
-from sf_pipelines.snapshot.ledger import STAGING
-from sf_pipelines.snapshot.pipeline import BuildResult, run_build
-from sf_pipelines.snapshot.shuffling import Shuffle, StagedFrame
+from sf_pipelines.snapshot.run.build import scratch
+from sf_pipelines.snapshot.run.ledger import STAGING
+from sf_pipelines.snapshot.run.tasks import Engine
 from sf_pipelines.snapshot.source.vectors import call_vector_fn
+from sf_pipelines.snapshot.stages.pipeline import BuildResult, run_build
+from sf_pipelines.snapshot.stages.shuffle import Shuffle, StagedFrame
 from sf_pipelines.snapshot.store import Store
 
 # Vectors of one row group: input ranges are cut between these.

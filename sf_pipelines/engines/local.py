@@ -10,8 +10,9 @@ from queue import SimpleQueue
 from typing import Self
 
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import EngineError, TaskCrashedError, WorkerLostError
+from sf_pipelines.snapshot.run.tasks import Outcome, Task
+from sf_pipelines.snapshot.stages.worker import run_task
 
 _Work = tuple[WriteConfig, Task, "Future[Outcome]"]
 # What libraries look at that would have a thread for each core in each process.

@@ -13,7 +13,7 @@ from sf_pipelines.engines.config import (
     engine_spec,
 )
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Engine, Outcome, Task
+from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 
 Spec = LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec
 

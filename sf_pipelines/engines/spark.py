@@ -16,10 +16,11 @@ import pyarrow as pa
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
 from sf_pipelines.snapshot.addresses import cause_of
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Outcome, Task, run_task
 from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
-from sf_pipelines.snapshot.pipeline import BuildResult
-from sf_pipelines.snapshot.shuffling import route_pieces, write_pieces
+from sf_pipelines.snapshot.run.tasks import Outcome, Task
+from sf_pipelines.snapshot.stages.pipeline import BuildResult
+from sf_pipelines.snapshot.stages.shuffle import route_pieces, write_pieces
+from sf_pipelines.snapshot.stages.worker import run_task
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

@@ -14,9 +14,9 @@ from sf_pipelines.orchestration.metadata import materialized
 from sf_pipelines.orchestration.pointer_sensor import tell_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import ReceiptMissingError
-from sf_pipelines.snapshot.receipts import Receipt, ScanReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import Receipt, ScanReceipt
 
 # Only errors that may pass are retried (see resources.surfaced).
 RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)

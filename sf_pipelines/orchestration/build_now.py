@@ -23,9 +23,9 @@ from sf_pipelines.orchestration.pointer_sensor import tell_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.orchestration.shards import tell_sealed
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.engine import Engine, Outcome, Task
-from sf_pipelines.snapshot.receipts import Receipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import Receipt
+from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 
 _NOUN = "build_now"
 _DESCRIPTION = (

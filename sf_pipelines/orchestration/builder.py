@@ -18,10 +18,10 @@ from sf_pipelines.orchestration.resources import snapshot_resource
 from sf_pipelines.orchestration.schedule import build_schedule
 from sf_pipelines.orchestration.shards import build_shard_indexes
 from sf_pipelines.orchestration.source_sensor import build_source_sensor
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.routing import needs_training
+from sf_pipelines.snapshot.run.build import Build
 
 if TYPE_CHECKING:
     from dagster_aws.s3 import S3Resource

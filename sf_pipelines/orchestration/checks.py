@@ -10,9 +10,9 @@ from sf_pipelines.orchestration.io_manager import Reference
 from sf_pipelines.orchestration.metadata import verdict_metadata
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import GateFailedError
-from sf_pipelines.snapshot.gate import CHECKS, required_checks
+from sf_pipelines.snapshot.gate.verdicts import CHECKS, required_checks
+from sf_pipelines.snapshot.run.build import Build
 
 _DESCRIPTIONS = {
     "manifest_custom_fields": "The fields that readers need are there and agree with the configuration and the files.",

@@ -6,14 +6,16 @@ from typing import Any
 import dagster as dg
 
 from sf_pipelines.orchestration import pictures
-from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.gate import Verdict, judged_recall
-from sf_pipelines.snapshot.ledger import STAGING
+from sf_pipelines.snapshot.gate.verdicts import Verdict, judged_recall
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.projection import project
 from sf_pipelines.snapshot.reader.state import load_pointed
-from sf_pipelines.snapshot.receipts import (
+from sf_pipelines.snapshot.routing.projection import project
+from sf_pipelines.snapshot.routing.protocol import VectorRouting
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import STAGING
+from sf_pipelines.snapshot.run.receipts import (
     CurvePoint,
     ManifestReceipt,
     PromoteReceipt,
@@ -24,8 +26,6 @@ from sf_pipelines.snapshot.receipts import (
     ShardReceipt,
     TrainReceipt,
 )
-from sf_pipelines.snapshot.routed import vectors_of
-from sf_pipelines.snapshot.routing.protocol import VectorRouting
 
 Metadata = dict[str, Any]
 

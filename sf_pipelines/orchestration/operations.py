@@ -25,7 +25,7 @@ from sf_pipelines.snapshot.operations.cleanup import CleanupResult, cleanup
 from sf_pipelines.snapshot.operations.diff import SnapshotDiff, diff
 from sf_pipelines.snapshot.operations.pins import pin, unpin
 from sf_pipelines.snapshot.operations.rollback import RollbackResult, open_published, release, rollback
-from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
 
 _TABLE_ROWS = 100
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import numpy as np
 
-from sf_pipelines.snapshot.projection import Projection
-from sf_pipelines.snapshot.receipts import CurvePoint, RoutedShard
+from sf_pipelines.snapshot.routing.projection import Projection
+from sf_pipelines.snapshot.run.receipts import CurvePoint, RoutedShard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

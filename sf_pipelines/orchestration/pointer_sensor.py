@@ -13,11 +13,11 @@ from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.orchestration.metadata import readable, served_metadata
 from sf_pipelines.orchestration.options import PointerSensorOptions, sensor_status
 from sf_pipelines.orchestration.resources import SnapshotAccess
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import SnapshotNotFoundError
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer
 from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
+from sf_pipelines.snapshot.run.build import Build
 
 _MOVE = "pointer_sha256"
 

@@ -12,10 +12,10 @@ import dagster as dg
 from sf_pipelines.engines import engine_spec
 from sf_pipelines.engines.opening import DeferredEngine, Spec
 from sf_pipelines.orchestration.options import S3ResourceOptions
-from sf_pipelines.snapshot.build import Build, Progress
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
-from sf_pipelines.snapshot.engine import Engine
 from sf_pipelines.snapshot.errors import ConfigError, ObjectMissingError, SfPipelinesError
+from sf_pipelines.snapshot.run.build import Build, Progress
+from sf_pipelines.snapshot.run.tasks import Engine
 from sf_pipelines.snapshot.store import Store
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from sf_pipelines.orchestration.metadata import reference, shard_metadata
 from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Outcome, Task
-from sf_pipelines.snapshot.receipts import ShardReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import ShardReceipt
+from sf_pipelines.snapshot.run.tasks import Outcome, Task
 
 _DESCRIPTION = (
     "One index a shard, built from its own rows, sealed: re-opened after the upload, counted, every object digested. "

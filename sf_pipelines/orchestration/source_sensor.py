@@ -11,9 +11,9 @@ from sf_pipelines.orchestration.options import SourceSensorOptions, sensor_statu
 from sf_pipelines.orchestration.resources import SnapshotAccess
 from sf_pipelines.orchestration.source_watch import Decision, SourceCursor, decide, fingerprint
 from sf_pipelines.snapshot.errors import SourceNotFoundError
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.receipts import ScanReceipt
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import ScanReceipt
 from sf_pipelines.snapshot.source.files import find_files
 from sf_pipelines.snapshot.store import ObjectInfo
 

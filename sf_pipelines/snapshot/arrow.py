@@ -7,13 +7,14 @@ plain form once, so that all other code knows one type for each kind of value.
 import binascii
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from sf_pipelines.snapshot.errors import SfPipelinesError, SourceSchemaError
+from sf_pipelines.snapshot.metric import Float32
 
 # Arrow makes its functions when it is imported, so type checkers see none of them.
 compute: Any = pyarrow.compute
@@ -161,3 +162,13 @@ def _uuid_texts(column: pa.Array) -> pa.Array:
     """16 bytes as ``xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx``."""
     parts = r"(.{8})(.{4})(.{4})(.{4})(.{12})"
     return compute.replace_substring_regex(hex_texts(column), parts, r"\1-\2-\3-\4-\5")
+
+
+def vectors_of(rows: pa.RecordBatch | pa.Table) -> Float32:
+    """The vector column as a matrix, shape (rows, dim)."""
+    column = rows.column("vector")
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+        column = cast("pa.Array", column)
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(rows), column.type.list_size)

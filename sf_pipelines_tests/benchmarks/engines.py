@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from sf_pipelines.snapshot.config import WriteConfig
-    from sf_pipelines.snapshot.engine import Engine, Outcome, Task
+    from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 
 ROWS, MANY_ROWS, DIM, SHARDS = 200_000, 800_000, 128, 16
 ENGINES, WORKERS = ("local", "dask", "ray", "spark"), (1, 2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sf_pipelines.snapshot.engine import Engine
+from sf_pipelines.snapshot.run.tasks import Engine
 
 Opener = Callable[[], Engine]
 WORKERS = 2

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pyarrow.ipc as pa_ipc
 
-from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.receipts import RangeReceipt, RouteReceipt
-from sf_pipelines.snapshot.routed import vectors_of
+from sf_pipelines.snapshot.arrow import vectors_of
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import RangeReceipt, RouteReceipt
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from sf_pipelines.snapshot import routed
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.store import Store
 
 # The module that cuts the source, in the driver and in workers alike, and what makes a range of each row group.
-CUTTER = routed
+CUTTER = import_module("sf_pipelines.snapshot.stages.route")
 RANGE_BYTES = 100 * 16 * 4
 LINGER_SECONDS = 3.0
 _HELD_SECONDS = 120.0
@@ -52,7 +52,7 @@ class Misbehaving(WriteConfig):
 def _obey(folder: Path) -> None:
     global _folder  # noqa: PLW0603 - a worker serves many tests, one at a time
     if _folder is None:
-        CUTTER._RANGE_BYTES = RANGE_BYTES
+        setattr(CUTTER, "_RANGE_BYTES", RANGE_BYTES)  # noqa: B010
         for name in ("put", "create", "upload"):
             setattr(Store, name, _obedient(getattr(Store, name)))
     _folder = folder

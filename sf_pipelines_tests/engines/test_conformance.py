@@ -2,7 +2,7 @@
 
 import pytest
 
-from sf_pipelines.snapshot.engine import Engine
+from sf_pipelines.snapshot.run.tasks import Engine
 from sf_pipelines.snapshot.testing import EngineConformance
 from sf_pipelines_tests.engines.conftest import Opener
 

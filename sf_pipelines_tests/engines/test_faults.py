@@ -10,16 +10,16 @@ import pytest
 
 from sf_pipelines import WriteConfig, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.engine import Engine, Task
 from sf_pipelines.snapshot.errors import IntegrityError, TasksFailedError
 from sf_pipelines.snapshot.manifest.pointer import CURRENT
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.manifest.record import read_record
-from sf_pipelines.snapshot.receipts import ManifestReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.tasks import Engine, Task
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.engines import misbehaving
 from sf_pipelines_tests.engines.conftest import Opener
 from sf_pipelines_tests.engines.damage import damage

@@ -15,9 +15,7 @@ import pytest
 
 from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig, build_snapshot
 from sf_pipelines.engines.frames import build_from_frame, frame_columns, write_part
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.engine import InProcess
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
@@ -28,13 +26,16 @@ from sf_pipelines.snapshot.errors import (
     VectorFunctionError,
     WorkerLostError,
 )
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.operations.cleanup_plan import plan_cleanup
 from sf_pipelines.snapshot.operations.protection import CleanupRules
-from sf_pipelines.snapshot.pipeline import BuildResult
-from sf_pipelines.snapshot.receipts import SampleReceipt
-from sf_pipelines.snapshot.shuffling import route_pieces, write_pieces
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import SampleReceipt
+from sf_pipelines.snapshot.run.tasks import InProcess
+from sf_pipelines.snapshot.stages.pipeline import BuildResult
+from sf_pipelines.snapshot.stages.shard import build_shard
+from sf_pipelines.snapshot.stages.shuffle import route_pieces, write_pieces
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.engines import misbehaving
 from sf_pipelines_tests.engines.misbehaving import Misbehaving
@@ -211,7 +212,7 @@ def here(config: WriteConfig, rows: pa.Table, vector_fn: Any = None, lose: int |
             keys += [key for key in [write_pieces(config, run_id, mine.to_batches())] if key is not None]
         return keys
 
-    with Build(config) as build, InProcess(build, slots=1) as engine:
+    with Build(config) as build, InProcess(1, lambda task: build_shard(build, task.run_id, task.number)) as engine:
         return build_from_frame(config, vector_fn, engine, stage, shuffle)
 
 

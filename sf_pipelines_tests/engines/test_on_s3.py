@@ -10,14 +10,14 @@ import pytest
 
 from sf_pipelines import UnifiedShardedReader, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.engine import Engine
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.receipts import RoutedShard, RouteReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
 from sf_pipelines.snapshot.routing import needs_training
-from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import RoutedShard, RouteReceipt
+from sf_pipelines.snapshot.run.tasks import Engine
 from sf_pipelines_tests.conftest import make_bucket
 from sf_pipelines_tests.engines import misbehaving
 from sf_pipelines_tests.engines.conftest import Opener

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from sf_pipelines import ShardedVectorReader, build_snapshot
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
-from sf_pipelines.snapshot.receipts import PromoteReceipt, ScanReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import PromoteReceipt, ScanReceipt
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.tables import small_config, write_source
 
 # Runs a build that kills itself at a write: before it, or right after it was applied.

@@ -12,7 +12,6 @@ import pytest
 
 from sf_pipelines import S3Options, ShardedVectorReader, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     DataContractError,
@@ -26,12 +25,13 @@ from sf_pipelines.snapshot.errors import (
     SourceSchemaError,
     StoreError,
 )
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.manifest.record import read_record
-from sf_pipelines.snapshot.receipts import SampleReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import SampleReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.tables import clustered, exact_scores, small_config, vector_table, write_source
 

@@ -15,7 +15,6 @@ import pytest
 
 from sf_pipelines import S3Options, WriteConfig, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import (
     GateFailedError,
     IntegrityError,
@@ -26,7 +25,6 @@ from sf_pipelines.snapshot.errors import (
     SnapshotNotFoundError,
     StoreUnavailableError,
 )
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.manifest.pointer import CURRENT
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
@@ -35,11 +33,13 @@ from sf_pipelines.snapshot.operations.cleanup_plan import CleanupPlan, plan_clea
 from sf_pipelines.snapshot.operations.pins import pin, unpin
 from sf_pipelines.snapshot.operations.protection import CleanupRules
 from sf_pipelines.snapshot.operations.rollback import rollback
+from sf_pipelines.snapshot.operations.verify import check_whole, verify_snapshot
 from sf_pipelines.snapshot.reader.state import load_state
-from sf_pipelines.snapshot.receipts import RangeReceipt, RouteReceipt, ScanReceipt
-from sf_pipelines.snapshot.routed import read_shard
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import RangeReceipt, RouteReceipt, ScanReceipt
+from sf_pipelines.snapshot.stages.route import read_shard
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import check_whole, verify_snapshot
 from sf_pipelines_tests.builds import routed
 from sf_pipelines_tests.golden.snapshots import UNIFIED, VECTOR, fill
 from sf_pipelines_tests.tables import small_config, write_source

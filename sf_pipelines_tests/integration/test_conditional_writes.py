@@ -8,10 +8,10 @@ import pytest
 
 from sf_pipelines import WriteConfig, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import ConditionalWritesError
 from sf_pipelines.snapshot.manifest import probe
+from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.proxy import losing_headers

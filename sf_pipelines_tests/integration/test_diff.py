@@ -11,12 +11,12 @@ from scipy.optimize import linear_sum_assignment
 
 from sf_pipelines import S3Options, ShardedVectorReader, WriteConfig, build_snapshot
 from sf_pipelines.snapshot.errors import OperationError, RunNotFoundError, SnapshotKindError, SnapshotNotFoundError
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.publish import history
 from sf_pipelines.snapshot.operations.diff import diff
 from sf_pipelines.snapshot.operations.rollback import rollback
-from sf_pipelines.snapshot.receipts import SampleReceipt
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import SampleReceipt
 from sf_pipelines.snapshot.source import duplicates
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.golden.snapshots import CLUSTER, fill

@@ -9,15 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import BuildResult, ShardedVectorReader, build_snapshot
-from sf_pipelines.snapshot import drift, gate, stages
-from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import DriftLimits
 from sf_pipelines.snapshot.errors import GateFailedError
-from sf_pipelines.snapshot.gate import Verdict
+from sf_pipelines.snapshot.gate import drift
+from sf_pipelines.snapshot.gate import verdicts as gate
+from sf_pipelines.snapshot.gate.verdicts import Verdict
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.operations.diff import diff
-from sf_pipelines.snapshot.receipts import ManifestReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.golden.snapshots import CLUSTER, fill

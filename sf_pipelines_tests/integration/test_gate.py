@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import ShardedVectorReader, build_snapshot
-from sf_pipelines.snapshot.assembly import shard_receipts
-from sf_pipelines.snapshot.evaluation import merge_truth, recall_by_id, row_numbers
-from sf_pipelines.snapshot.gate import judged_recall
-from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.gate.recall import merge_truth, recall_by_id, row_numbers
+from sf_pipelines.snapshot.gate.verdicts import judged_recall
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.operations.diff import diff
 from sf_pipelines.snapshot.reader.state import load_current
-from sf_pipelines.snapshot.receipts import ManifestReceipt, SampleReceipt
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, SampleReceipt
+from sf_pipelines.snapshot.stages.assemble import shard_receipts
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.snapshots import point_at

@@ -1,5 +1,6 @@
 """A source that changed a little: centroids are kept, unchanged shards are copied."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import BuildResult, ShardedVectorReader, WriteConfig, build_snapshot
-from sf_pipelines.snapshot import sealing
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import history
-from sf_pipelines.snapshot.receipts import ShardReceipt, TrainReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import ShardReceipt, TrainReceipt
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.format_checker.checker import assert_format
 from sf_pipelines_tests.tables import clustered, small_config, vector_table, write_source
 
@@ -127,7 +127,7 @@ def test_another_kind_of_index_is_built(tmp_path: Path) -> None:
 def test_a_gate_that_fails_with_kept_centroids_asks_for_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sf_pipelines.snapshot import training
+    training = import_module("sf_pipelines.snapshot.stages.train")
     from sf_pipelines.snapshot.errors import GateFailedError
 
     write_source(tmp_path / "source.parquet")
@@ -151,7 +151,7 @@ def test_a_gate_that_fails_with_kept_centroids_asks_for_new_ones(
 def test_centroids_that_failed_a_gate_are_not_kept_when_the_source_is_new_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sf_pipelines.snapshot import training
+    training = import_module("sf_pipelines.snapshot.stages.train")
     from sf_pipelines.snapshot.errors import GateFailedError
 
     write_source(tmp_path / "source.parquet")
@@ -187,7 +187,7 @@ def test_a_damaged_shard_is_built_in_place_of_copied(
         store.put(key, b"\0" * old[0].objects[0].size)
     if damage == "changed in the copy":
         # Nobody looked before the copy was made.
-        monkeypatch.setattr(sealing, "is_intact", lambda *_: True)
+        monkeypatch.setattr(import_module("sf_pipelines.snapshot.stages.shard"), "is_intact", lambda *_: True)
     second = build(small_config(tmp_path), tmp_path)
     _, shards = receipts(tmp_path, second.run_id)
     assert [shard.reused for shard in shards] == [None, None, old[2].db_key]

@@ -1,5 +1,6 @@
 """What only some kinds of snapshots can get wrong, and what notices."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import ShardedVectorReader, UnifiedShardedReader, WriteConfig, build_snapshot
-from sf_pipelines.snapshot import assembly
 from sf_pipelines.snapshot.errors import GateFailedError, VectorFunctionError
 from sf_pipelines.snapshot.manifest.models import Manifest
-from sf_pipelines.snapshot.receipts import SampleReceipt
-from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.receipts import SampleReceipt
 from sf_pipelines_tests.combinations import CHOSEN
 from sf_pipelines_tests.integration import test_combinations as combos
 from sf_pipelines_tests.tables import vector_table
@@ -96,6 +96,7 @@ KEYED: dict[str, Any] = {
 def test_a_manifest_that_says_something_else_is_not_published(
     kind: str, field: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assembly = import_module("sf_pipelines.snapshot.stages.assemble")
     made = assembly._manifest
 
     def wrong(*arguments: Any) -> Manifest:

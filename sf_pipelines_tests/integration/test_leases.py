@@ -2,20 +2,21 @@
 
 import threading
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sf_pipelines import S3Options, build_snapshot
-from sf_pipelines.snapshot import build as builds
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot import store as stores
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import StoreUnavailableError
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest import record
-from sf_pipelines.snapshot.receipts import PromoteReceipt, ShardReceipt
+from sf_pipelines.snapshot.run import build as builds
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import PromoteReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.builds import assembled, routed
 from sf_pipelines_tests.tables import small_config, write_source
@@ -36,7 +37,8 @@ def beating() -> bool:
 @pytest.mark.usefixtures("fast_beats")
 def test_a_lease_is_renewed_while_one_shard_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_source(tmp_path / "source.parquet", seed=0)
-    seal, beats = stages.seal_shard, threading.Semaphore(0)
+    sealing = import_module("sf_pipelines.snapshot.stages.shard")
+    seal, beats = sealing.seal_shard, threading.Semaphore(0)
     renew = record.renew
 
     def counted(store: Store, record_key: str) -> record.BuildRecord:
@@ -53,7 +55,7 @@ def test_a_lease_is_renewed_while_one_shard_takes_long(tmp_path: Path, monkeypat
     with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
         run_id = routed(build)
         monkeypatch.setattr(record, "renew", counted)
-        monkeypatch.setattr(stages, "seal_shard", slow)
+        monkeypatch.setattr(sealing, "seal_shard", slow)
         stages.build_shard(build, run_id, 0)
     assert not beating()
 

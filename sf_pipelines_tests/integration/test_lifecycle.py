@@ -28,7 +28,6 @@ from hypothesis.stateful import (
 
 from sf_pipelines import ShardedVectorReader, WriteConfig, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import (
     IntegrityError,
     ObjectMissingError,
@@ -47,9 +46,10 @@ from sf_pipelines.snapshot.operations.cleanup_plan import plan_cleanup
 from sf_pipelines.snapshot.operations.pins import pin, pinned_runs, unpin
 from sf_pipelines.snapshot.operations.protection import CleanupRules
 from sf_pipelines.snapshot.operations.rollback import release, rollback
+from sf_pipelines.snapshot.operations.verify import check_whole
 from sf_pipelines.snapshot.reader.state import load_state
+from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import check_whole
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.tables import small_config, write_source
 

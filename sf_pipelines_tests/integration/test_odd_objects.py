@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 from sf_pipelines import ShardedVectorReader, build_snapshot
-from sf_pipelines.snapshot import build as builds
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.errors import ConfigError, DiskFullError, IntegrityError, SfPipelinesError
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.manifest.record import read_record
 from sf_pipelines.snapshot.operations.cleanup import cleanup
 from sf_pipelines.snapshot.operations.pins import pin, pins
 from sf_pipelines.snapshot.operations.rollback import rollback
-from sf_pipelines.snapshot.receipts import ScanReceipt
+from sf_pipelines.snapshot.run import build as builds
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import ScanReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.tables import small_config, write_source
 

@@ -9,9 +9,9 @@ import pytest
 
 from sf_pipelines import WriteConfig, build_snapshot
 from sf_pipelines.snapshot.errors import GateFailedError
-from sf_pipelines.snapshot.gate import Verdict
+from sf_pipelines.snapshot.gate.verdicts import Verdict
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.pipeline import BuildResult
+from sf_pipelines.snapshot.stages.pipeline import BuildResult
 from sf_pipelines_tests.tables import small_config, vector_table, write_source
 
 _DIM = 32

@@ -1,6 +1,7 @@
 """What a build may go on with, and what it must not."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import ShardedVectorReader, VectorSpec, build_snapshot
-from sf_pipelines.snapshot import sealing, stages
-from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.errors import ConfigError, IntegrityError
-from sf_pipelines.snapshot.evaluation import RecallEstimate
-from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.gate.recall import RecallEstimate
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.receipts import SampleReceipt, ShardReceipt, TrainReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import SampleReceipt, ShardReceipt, TrainReceipt
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled, routed
 from sf_pipelines_tests.tables import clustered, small_config, vector_table, write_source
 
@@ -137,15 +138,16 @@ def test_of_two_attempts_at_one_shard_the_first_receipt_wins(tmp_path: Path, mon
     config = small_config(tmp_path)
     with Build(config, cache_dir=tmp_path / "cache") as build:
         run_id = routed(build)
+        sealing = import_module("sf_pipelines.snapshot.stages.shard")
         plain = sealing.seal_shard
 
         def overtaken(*arguments: object) -> ShardReceipt:
             # While this attempt works, another process does everything and publishes.
-            monkeypatch.setattr(stages, "seal_shard", plain)
+            monkeypatch.setattr(sealing, "seal_shard", plain)
             build_snapshot(config, cache_dir=tmp_path / "cache")
-            return plain(*arguments)  # pyright: ignore[reportArgumentType]
+            return plain(*arguments)
 
-        monkeypatch.setattr(stages, "seal_shard", overtaken)
+        monkeypatch.setattr(sealing, "seal_shard", overtaken)
         late = stages.build_shard(build, run_id, 0)
         assert late.key.endswith("/0000.json")
         assert late == build.ledger(run_id).need(ShardReceipt, "db=00000")

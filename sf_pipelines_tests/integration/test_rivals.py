@@ -10,9 +10,9 @@ import pytest
 
 from sf_pipelines import S3Options, WriteConfig
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import PublishConflictError
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
+from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.tables import small_config, write_source

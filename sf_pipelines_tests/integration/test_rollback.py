@@ -13,7 +13,6 @@ import pytest
 
 from sf_pipelines import S3Options, ShardedVectorReader, WriteConfig, build_snapshot
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import (
     IntegrityError,
     ManifestError,
@@ -23,15 +22,16 @@ from sf_pipelines.snapshot.errors import (
     SfPipelinesError,
     SnapshotDamagedError,
 )
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, MAX_REMEMBERED, Pointer, manifest_key
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.pins import pin, pins, unpin
 from sf_pipelines.snapshot.operations.rollback import release, rollback
 from sf_pipelines.snapshot.operations.status import snapshots
-from sf_pipelines.snapshot.receipts import ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import verify_snapshot
 from sf_pipelines_tests.builds import assembled
 from sf_pipelines_tests.tables import small_config, write_source
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sf_pipelines import BuildResult, ShardedVectorReader, WriteConfig, build_snapshot
-from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.evaluation import halves
+from sf_pipelines.snapshot.gate.recall import halves
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.receipts import SampleReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import SampleReceipt
 from sf_pipelines_tests.tables import vector_table
 
 ROWS, DIM, SHARDS, K = 700, 8, 4, 10

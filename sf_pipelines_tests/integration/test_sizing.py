@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines import ShardedVectorReader, WriteConfig, build_snapshot
-from sf_pipelines.snapshot import sizing
 from sf_pipelines.snapshot.errors import ConfigError
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.operations.rollback import rollback
-from sf_pipelines.snapshot.receipts import SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.run import sizing
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import SampleReceipt, ScanReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.tables import small_config, vector_table, write_source
 

@@ -9,8 +9,8 @@ import pytest
 
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
-from sf_pipelines.snapshot import sizing
 from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.run import sizing
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures, launch, make_config
 from sf_pipelines_tests.orchestration.test_conditions import Daemon, published
 

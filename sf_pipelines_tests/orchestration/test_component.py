@@ -25,7 +25,7 @@ from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
 from sf_pipelines.orchestration.graph import Done, StageContext
 from sf_pipelines.snapshot.errors import ConfigError
-from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines.snapshot.gate.verdicts import CHECKS
 from sf_pipelines_tests.orchestration.conftest import make_config
 from sf_pipelines_tests.orchestration.described import describe
 

@@ -14,10 +14,10 @@ from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
 from sf_pipelines.orchestration.resources import EngineResource
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.receipts import RouteReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import RouteReceipt, ShardReceipt
 from sf_pipelines_tests.engines.conftest import WORKERS, need
 from sf_pipelines_tests.engines.damage import Damaged, damage
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures

@@ -16,12 +16,12 @@ from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
 from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import IndexBuildError
-from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines.snapshot.gate.verdicts import CHECKS
 from sf_pipelines.snapshot.manifest.record import read_record
-from sf_pipelines.snapshot.receipts import ShardReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import ShardReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.orchestration.conftest import ROWS, failures, launch, make_config, run_job
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sf_pipelines.definitions import defs
-from sf_pipelines.snapshot.gate import CHECKS
+from sf_pipelines.snapshot.gate.verdicts import CHECKS
 from sf_pipelines_tests.orchestration.test_component import ROOT
 from sf_pipelines_tests.tables import clustered, vector_table
 

@@ -10,7 +10,7 @@ import pytest
 
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
-from sf_pipelines.snapshot.verification import verify_snapshot
+from sf_pipelines.snapshot.operations.verify import verify_snapshot
 from sf_pipelines_tests.orchestration import deployment as live
 from sf_pipelines_tests.orchestration.browser import Served, serve
 

@@ -9,7 +9,7 @@ import pytest
 
 from sf_pipelines import WriteConfig
 from sf_pipelines.engines.local import LocalEngine
-from sf_pipelines.snapshot.engine import Task
+from sf_pipelines.snapshot.run.tasks import Task
 
 _NAMES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "LANCE_CPU_THREADS")
 

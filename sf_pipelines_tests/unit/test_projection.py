@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.projection import project
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
+from sf_pipelines.snapshot.routing.projection import project
 from sf_pipelines_tests.tables import clustered
 
 CENTROIDS = clustered(4, 12, seed=3)

@@ -5,7 +5,7 @@ import pytest
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
-from sf_pipelines.snapshot.sizing import Size, shards_for
+from sf_pipelines.snapshot.run.sizing import Size, shards_for
 
 
 def size(rows: int, dim: int = 384) -> Size:

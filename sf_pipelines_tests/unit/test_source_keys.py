@@ -5,9 +5,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, SourceSchemaError
+from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.files import SourceBatch
 

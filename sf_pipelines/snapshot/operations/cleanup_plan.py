@@ -10,7 +10,7 @@ from typing import Literal
 
 from sf_pipelines.snapshot.operations.layout import Inventory, Item, Kind, newest
 from sf_pipelines.snapshot.operations.protection import CleanupRules, Guard, Protection
-from sf_pipelines.snapshot.receipts import ScanReceipt
+from sf_pipelines.snapshot.run.receipts import ScanReceipt
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 Rule = Literal[

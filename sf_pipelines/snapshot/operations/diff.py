@@ -6,18 +6,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sf_pipelines.snapshot.build import Progress, scratch, silent
-from sf_pipelines.snapshot.comparison.answers import AnswerOverlap, compare_answers
-from sf_pipelines.snapshot.comparison.ids import IdChanges, compare_ids
-from sf_pipelines.snapshot.comparison.routing import RoutingShift, routing_shift
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import OperationError
-from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
+from sf_pipelines.snapshot.gate.compare_answers import AnswerOverlap, compare_answers
+from sf_pipelines.snapshot.gate.compare_ids import IdChanges, compare_ids
+from sf_pipelines.snapshot.gate.compare_routing import RoutingShift, routing_shift
+from sf_pipelines.snapshot.gate.verdicts import RecallFigures, judged_recall
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.rollback import open_published
 from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
+from sf_pipelines.snapshot.run.build import Progress, scratch, silent
 from sf_pipelines.snapshot.store import Store
 
 

@@ -8,7 +8,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, ObjectMissingError, OperationError
-from sf_pipelines.snapshot.ledger import STAGING
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, history, read_pointer
@@ -16,7 +15,8 @@ from sf_pipelines.snapshot.manifest.record import RUNS, BuildRecord, read_record
 from sf_pipelines.snapshot.operations.layout import Kind, recognise
 from sf_pipelines.snapshot.operations.pins import pinned_runs
 from sf_pipelines.snapshot.operations.trail import Trail
-from sf_pipelines.snapshot.receipts import RangeReceipt, RouteReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.ledger import STAGING
+from sf_pipelines.snapshot.run.receipts import RangeReceipt, RouteReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 # Of a snapshot that nobody builds on these receipts name only its own shards and rows.

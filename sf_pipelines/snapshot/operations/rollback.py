@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sf_pipelines.snapshot.build import Progress
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
     IntegrityError,
@@ -24,10 +23,11 @@ from sf_pipelines.snapshot.manifest.pointer import (
 )
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, PointerView, history, move, read_pointer, successor
 from sf_pipelines.snapshot.operations.trail import Trail
+from sf_pipelines.snapshot.operations.verify import Wholeness, check_whole, verify_snapshot
 from sf_pipelines.snapshot.reader.core import open_root
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state, read_current
+from sf_pipelines.snapshot.run.build import Progress
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.verification import Wholeness, check_whole, verify_snapshot
 
 # Faults that an error message names.
 _SHOWN = 5

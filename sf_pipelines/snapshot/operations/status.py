@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, ObjectMissingError
-from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
+from sf_pipelines.snapshot.gate.verdicts import RecallFigures, judged_recall
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations.pins import pins

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Engine, Task
 from sf_pipelines.snapshot.errors import TasksFailedError, VectorFunctionError
-from sf_pipelines.snapshot.receipts import RouteReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.receipts import RouteReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.tasks import Engine, Task
 
 _FUNCTIONS = "sf_pipelines.snapshot.testing.engine_functions"
 _ROWS = 600

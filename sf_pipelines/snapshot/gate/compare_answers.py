@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import DigestMismatchError, ObjectMissingError
-from sf_pipelines.snapshot.evaluation import id_array
-from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.gate.recall import id_array
 from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.state import SnapshotState
-from sf_pipelines.snapshot.receipts import SampleReceipt
-from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.protocol import Int32
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import SampleReceipt
 from sf_pipelines.snapshot.source.contract import SHARD_COLUMN
 from sf_pipelines.snapshot.store import Store
 

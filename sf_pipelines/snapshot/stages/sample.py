@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, DataContractError, SourceEmptyError
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.receipts import Ref, SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import Ref, SampleReceipt, ScanReceipt
 from sf_pipelines.snapshot.sharding import ClusterSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
@@ -29,6 +29,25 @@ _FEWEST_QUERIES = 200
 _DISTINCT = 100_000
 # Rows beside the samples, for each sample query: small shards get more queries from them. At most a fifth of the rows.
 _POOL, _POOL_SHARE = 4, 0.2
+
+
+def sample(build: Build, run_id: str) -> SampleReceipt:
+    """Validates every row, writes the reject table, and draws the training and the query sample.
+
+    Raises:
+        DataContractError: more rows were rejected than ``max_reject_fraction`` allows.
+        SourceEmptyError: no row was left.
+        SourceChangedError: a file changed since the scan.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    number = ledger.next_number(SampleReceipt)
+    receipt = ledger.find_whole(SampleReceipt, inputs=scanned.build_key, published=scanned.published)
+    if receipt is not None:
+        receipt = receipt.model_copy(update={"reason": "this source was validated and sampled before"})
+    else:
+        receipt = ledger.commit(validate_and_sample(build, scanned, ledger), number=number)
+    check_rejects(build, receipt)
+    return receipt
 
 
 def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> SampleReceipt:

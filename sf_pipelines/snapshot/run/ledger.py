@@ -10,7 +10,7 @@ import pyarrow.ipc as pa_ipc
 from pydantic import ValidationError
 
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError, ReceiptMissingError
-from sf_pipelines.snapshot.receipts import Receipt, Ref
+from sf_pipelines.snapshot.run.receipts import Receipt, Ref, RouteReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 STAGING = "staging"
@@ -172,3 +172,40 @@ def get_verified(store: Store, ref: Ref) -> bytes:
     if found != ref.sha256:
         raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
     return data
+
+
+def is_intact(store: Store, receipt: ShardReceipt) -> bool:
+    """Whether every sealed object is still the version that was sealed."""
+    return not changed_objects(store, receipt)
+
+
+def changed_objects(store: Store, receipt: ShardReceipt) -> list[str]:
+    """What is wrong with a sealed shard's objects, one line each; nothing when all are as they were sealed."""
+    if receipt.db_key is None:
+        return []
+    found = {info.key: info for info in store.objects(receipt.db_key)}
+    faults: list[str] = []
+    for item, etag in zip(receipt.objects, receipt.etags, strict=True):
+        key = f"{receipt.db_key}/{item.path}"
+        info = found.pop(key, None)
+        if info is None:
+            faults.append(f"{store.url_of(key)} is missing")
+        elif (info.size, info.etag) != (item.size, etag):
+            faults.append(f"{store.url_of(key)} was changed after it was sealed")
+    faults.extend(f"{store.url_of(key)} does not belong to the shard" for key in found)
+    return faults
+
+
+def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
+    """The newest receipt of every shard, all made from the rows of this routing.
+
+    Raises:
+        ReceiptMissingError: naming the shards that have none.
+    """
+    found = ledger.find_parts(ShardReceipt, inputs=routed.inputs)
+    parts = [f"db={shard.db_id:05d}" for shard in routed.shards]
+    missing = [part for part in parts if part not in found]
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise ReceiptMissingError(f"build {ledger.run_id}: {len(missing)} shards have not been built: {shown}")
+    return [found[part] for part in parts]

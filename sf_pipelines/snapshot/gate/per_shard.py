@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.checks import Figures, Finding, Judged
-from sf_pipelines.snapshot.evaluation import (
+from sf_pipelines.snapshot.arrow import vectors_of
+from sf_pipelines.snapshot.gate.checks import Figures, Finding, Judged
+from sf_pipelines.snapshot.gate.recall import (
     ROUNDING,
     RecallEstimate,
     Truth,
@@ -18,7 +19,6 @@ from sf_pipelines.snapshot.evaluation import (
     recall_per_query,
 )
 from sf_pipelines.snapshot.metric import Float32, pair_distances
-from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.sharding import ClusterSharding, LshSharding
 
 # A shard's bound may lie so far below min_recall before it is worth a warning.

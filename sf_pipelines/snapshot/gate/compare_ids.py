@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 
-from sf_pipelines.snapshot.build import scratch
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.handles import open_index
 from sf_pipelines.snapshot.reader.state import SnapshotState
+from sf_pipelines.snapshot.run.build import scratch
 from sf_pipelines.snapshot.source.duplicates import Buckets
 from sf_pipelines.snapshot.source.hashing import UInt64, hash_column, hash_vectors
 from sf_pipelines.snapshot.store import Store

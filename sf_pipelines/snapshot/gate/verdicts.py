@@ -7,30 +7,29 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from sf_pipelines.snapshot.build import Build
-from sf_pipelines.snapshot.checks import RUNNERS as CORE_RUNNERS
-from sf_pipelines.snapshot.checks import Check, Figures, Finding, Judged
-from sf_pipelines.snapshot.drift import drift
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     GateFailedError,
     GateMissingError,
     IntegrityError,
 )
-from sf_pipelines.snapshot.ledger import STAGING
+from sf_pipelines.snapshot.gate.checks import RUNNERS as CORE_RUNNERS
+from sf_pipelines.snapshot.gate.checks import Check, Figures, Finding, Judged
+from sf_pipelines.snapshot.gate.drift import drift
+from sf_pipelines.snapshot.gate.per_shard import recall_spread, rows_reachable
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.model import Model
-from sf_pipelines.snapshot.per_shard import recall_spread, rows_reachable
-from sf_pipelines.snapshot.receipts import (
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import STAGING, changed_objects
+from sf_pipelines.snapshot.run.receipts import (
     ManifestReceipt,
     PromoteReceipt,
+    Ref,
     ShardReceipt,
     TrainReceipt,
 )
-from sf_pipelines.snapshot.sealing import changed_objects
 from sf_pipelines.snapshot.store import Store
-from sf_pipelines.snapshot.training import outworn_key
 
 Severity = Literal["ERROR", "WARN"]
 
@@ -207,6 +206,16 @@ def _newest(store: Store, folder: str) -> Verdict | None:
         raise IntegrityError(f"verdict {store.url_of(keys[-1])} cannot be understood: {error}") from error
 
 
+def outworn_key(ref: Ref) -> str:
+    """Key of the note that a snapshot which kept this artifact has failed its gate."""
+    return f"{STAGING}/outworn/{ref.sha256}.json"
+
+
+def is_outworn(build: Build, ref: Ref) -> bool:
+    """Whether a snapshot that kept this artifact has failed its gate, whatever the source was then."""
+    return build.store.exists(outworn_key(ref))
+
+
 def _note_outworn(build: Build, verdict: Verdict) -> None:
     """Leaves a note where a snapshot fails with a routing artifact that it kept: it is not kept again."""
     trained = build.ledger(verdict.run_id).find(TrainReceipt)
@@ -264,3 +273,26 @@ def require_whole(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
 
 def _folder(receipt: ManifestReceipt, name: str) -> str:
     return f"{STAGING}/run_id={receipt.run_id}/verdicts/{receipt.manifest_digest}/{name}"
+
+
+def check(build: Build, run_id: str, name: str) -> Verdict:
+    """Runs one check on the run's staged manifest and stores its verdict.
+
+    A manifest that is published already was judged before; its verdict is re-emitted.
+
+    Raises:
+        ConfigError: no such check.
+        ReceiptMissingError: there is no manifest yet.
+    """
+    scanned = build.scanned(run_id)
+    with build.working(scanned):
+        return run_check(build, run_id, name, held=scanned.held)
+
+
+def gate(build: Build, run_id: str) -> list[Verdict]:
+    """All checks, in order."""
+    verdicts: list[Verdict] = []
+    for number, name in enumerate(CHECKS):
+        verdicts.append(check(build, run_id, name))
+        build.report("gate", number + 1, len(CHECKS), "checks")
+    return verdicts

@@ -8,14 +8,16 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig, digest_json
-from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.ledger import STAGING, get_verified
+from sf_pipelines.snapshot.errors import ConfigError, IntegrityError, ObjectMissingError
+from sf_pipelines.snapshot.gate.verdicts import is_outworn
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.receipts import Ref, ScanReceipt, TrainReceipt
-from sf_pipelines.snapshot.routing import Fit, fit_of
+from sf_pipelines.snapshot.routing import Fit, fit_of, needs_training
 from sf_pipelines.snapshot.routing import train as train_routing
+from sf_pipelines.snapshot.run.build import Build, Stopwatch
+from sf_pipelines.snapshot.run.ledger import get_verified
+from sf_pipelines.snapshot.run.receipts import Ref, SampleReceipt, ScanReceipt, TrainReceipt, inputs_of
 
 # Fit is measured on samples, so it varies by some percent between equal ones. From a tenth on, centroids that are
 # trained anew are noticeably better; a fullest shard that grows by a quarter is noticeably slower.
@@ -23,6 +25,30 @@ _SPREAD = 1.10
 _BALANCE = 1.25
 # A spread that is only rounding.
 _NOTHING = 1e-6
+
+
+def train(build: Build, run_id: str) -> TrainReceipt:
+    """Trains centroids or hyperplanes, or keeps the current snapshot's, and stores them where the manifest will point.
+
+    Raises:
+        ConfigError: fewer training vectors than shards, or a strategy that trains nothing.
+    """
+    config = build.config
+    if not needs_training(config.sharding):
+        raise ConfigError(f"snapshot {config.name!r} is sharded by {config.sharding.strategy}, which trains nothing")
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled = ledger.need(SampleReceipt)
+    inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
+    number = ledger.next_number(TrainReceipt)
+    found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
+    # What was kept has had its chance; what was trained for this very sample would come out the same.
+    may_go = not scanned.published and config.retrain == "auto"
+    if found is not None and not (found.kept and may_go and is_outworn(build, found.ref)):
+        what = "kept" if found.kept else "trained"
+        return found.model_copy(update={"reason": f"these {found.artifact} were {what} before"})
+    vectors = vectors_of(ledger.get_table(sampled.training))
+    with build.working(scanned):
+        return ledger.commit(train_or_keep(build, scanned, vectors, inputs), number=number)
 
 
 @dataclass(frozen=True)
@@ -40,16 +66,6 @@ class _Found:
     data: bytes
     drift: float | None
     fault: str
-
-
-def outworn_key(ref: Ref) -> str:
-    """Key of the note that a snapshot which kept this artifact has failed its gate."""
-    return f"{STAGING}/outworn/{ref.sha256}.json"
-
-
-def is_outworn(build: Build, ref: Ref) -> bool:
-    """Whether a snapshot that kept this artifact has failed its gate, whatever the source was then."""
-    return build.store.exists(outworn_key(ref))
 
 
 def train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs: str) -> TrainReceipt:

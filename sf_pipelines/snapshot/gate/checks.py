@@ -12,28 +12,27 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.assembly import judged_record, shard_receipts
-from sf_pipelines.snapshot.build import Build
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.errors import DigestMismatchError
-from sf_pipelines.snapshot.evaluation import (
+from sf_pipelines.snapshot.gate.recall import (
     ROUNDING,
     RecallEstimate,
     Truth,
     halves,
     id_array,
+    judged_record,
     recall_by_id,
     recall_per_query,
 )
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines.snapshot.reader.state import load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
-from sf_pipelines.snapshot.receipts import ManifestReceipt, RouteReceipt, RunReceipts, SampleReceipt, ShardReceipt
-from sf_pipelines.snapshot.routed import vectors_of
-from sf_pipelines.snapshot.sealing import changed_objects
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import Ledger, changed_objects, shard_receipts
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, RouteReceipt, RunReceipts, SampleReceipt, ShardReceipt
 from sf_pipelines.snapshot.sharding import CelSharding, ClusterSharding, HashSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import CONTEXT_PREFIX, SHARD_COLUMN
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN

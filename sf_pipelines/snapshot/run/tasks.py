@@ -12,18 +12,17 @@ import re
 import resource
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
-from sf_pipelines.snapshot.build import Build, Stopwatch
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import SfPipelinesError, TaskCrashedError, TasksFailedError, error_of_kind
 from sf_pipelines.snapshot.model import Model
-from sf_pipelines.snapshot.receipts import RangeReceipt, Receipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.build import Build, Stopwatch
+from sf_pipelines.snapshot.run.receipts import RangeReceipt, Receipt, ScanReceipt, ShardReceipt
 
 # How often a task is tried whose failure may pass: a store that does not answer, a worker that is lost.
 TRIES = 4
@@ -128,34 +127,6 @@ class Engine(Protocol):
         ...
 
 
-def perform(build: Build, task: Task) -> RangeReceipt | ShardReceipt:
-    """Does the work of a task in this process."""
-    # A task is a stage, and stages spread tasks.
-    from sf_pipelines.snapshot import stages
-
-    if task.stage == "route_range":
-        return stages.route_range(build, task.run_id, task.number)
-    return stages.build_shard(build, task.run_id, task.number, rebuild=task.rebuild)
-
-
-def run_task(config: WriteConfig, task: Task) -> Outcome:
-    """What a worker runs: the work of a task; a typed error becomes part of the outcome.
-
-    Args:
-        config: the snapshot, credentials included.
-        task: what to do.
-    """
-    watch = Stopwatch()
-    receipt, fault = None, None
-    try:
-        # The driver decides what an error means for the build: the task may be tried again.
-        with closing(Build(config)) as build:
-            receipt = perform(build, task)
-    except SfPipelinesError as error:
-        fault = Fault(kind=error.kind, message=str(error))
-    return Outcome(receipt=receipt, fault=fault, seconds=watch.seconds, peak_bytes=peak_bytes(), worker=_worker())
-
-
 def peak_bytes() -> int:
     """Most memory that this process has ever used; Linux counts it in KiB.
 
@@ -167,7 +138,8 @@ def peak_bytes() -> int:
     return 1024 * (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def _worker() -> str:
+def worker_name() -> str:
+    """``host:pid`` of this process."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -177,9 +149,9 @@ class InProcess:
     name = "in_process"
     remote = False
 
-    def __init__(self, build: Build, slots: int) -> None:
+    def __init__(self, slots: int, work: Callable[[Task], RangeReceipt | ShardReceipt]) -> None:
         self.slots = slots
-        self._build = build
+        self._do = work
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="sf-pipelines-build")
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
@@ -189,8 +161,8 @@ class InProcess:
 
     def _perform(self, task: Task) -> Outcome:
         watch = Stopwatch()
-        receipt = perform(self._build, task)
-        return Outcome(receipt=receipt, seconds=watch.seconds, peak_bytes=peak_bytes(), worker=_worker())
+        receipt = self._do(task)
+        return Outcome(receipt=receipt, seconds=watch.seconds, peak_bytes=peak_bytes(), worker=worker_name())
 
     def stop(self) -> None:
         """Nothing new is begun; waits for what runs."""

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.build import Progress, scratch, silent
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.evaluation import (
+from sf_pipelines.snapshot.gate.recall import (
     RecallEstimate,
     Truth,
     merge_truth,
@@ -22,11 +21,10 @@ from sf_pipelines.snapshot.evaluation import (
     row_numbers,
     truth_table,
 )
-from sf_pipelines.snapshot.gate import RecallFigures, judged_recall
+from sf_pipelines.snapshot.gate.verdicts import RecallFigures, judged_recall
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
 from sf_pipelines.snapshot.index.protocol import IdArray
 from sf_pipelines.snapshot.index.scan import MemoryScan
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.core import open_root
@@ -34,10 +32,12 @@ from sf_pipelines.snapshot.reader.handles import open_index
 from sf_pipelines.snapshot.reader.opening import open_reader
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
 from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
-from sf_pipelines.snapshot.receipts import ManifestReceipt, PromoteReceipt, ShardReceipt
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.protocol import Int32
+from sf_pipelines.snapshot.run.build import Progress, scratch, silent
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, PromoteReceipt, ShardReceipt
 from sf_pipelines.snapshot.store import Store
 
 _QUERIES = 200

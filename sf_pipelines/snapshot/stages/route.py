@@ -6,8 +6,8 @@ builder reads just its own batches. Memory is bounded by the write buffer, not b
 
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,23 +16,30 @@ import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, SourceChangedError
+from sf_pipelines.snapshot.arrow import vectors_of
+from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, ObjectMissingError, SourceChangedError
+from sf_pipelines.snapshot.gate.recall import stratified_queries
+from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.receipts import (
+from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting, VectorRouting
+from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.receipts import (
     RangeReceipt,
     Ref,
     RoutedPart,
     RoutedShard,
+    RouteReceipt,
     SampleReceipt,
     ScanReceipt,
     TrainReceipt,
     inputs_of,
 )
-from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting, VectorRouting
+from sf_pipelines.snapshot.run.tasks import Engine, InProcess, Task, spread
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.files import SourceBatch, Span, plan_ranges, read_span
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
+from sf_pipelines.snapshot.stages.shuffle import Shuffle
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 BUFFER_BYTES = 32 * 1024 * 1024
@@ -40,7 +47,111 @@ BUFFER_BYTES = 32 * 1024 * 1024
 _RANGE_BYTES = 64 * 1024 * 1024
 
 
-def route_range(
+def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: Shuffle | None = None) -> RouteReceipt:
+    """Sends every row that satisfies the contract to its shard, range by range.
+
+    Args:
+        build: what to build.
+        run_id: the build.
+        engine: where the ranges are routed; None is this process.
+        shuffle: an engine's own shuffle, which routes the ranges and brings each shard's rows together; in place of
+            tasks.
+
+    Raises:
+        SourceChangedError: a file changed since the scan.
+        CountMismatchError: routed and rejected rows do not add up to the rows of the source.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
+    inputs = routing_inputs(scanned, sampled, trained)
+    number = ledger.next_number(RouteReceipt)
+    found = ledger.find(RouteReceipt, inputs=inputs)
+    if found is not None and (scanned.published or all(_is_routed(ledger, key) for key in found.ranges)):
+        return found.model_copy(update={"reason": "these rows were routed before"})
+    watch = Stopwatch()
+    places = len(spans_of(build, scanned))
+    if shuffle is not None:
+        with build.working(scanned):
+            ranges = [ledger.read(RangeReceipt, key) for key in shuffle(build.config, run_id, places)]
+    else:
+        tasks = [Task(stage="route_range", run_id=run_id, number=place) for place in range(places)]
+        with (
+            nullcontext(engine)
+            if engine
+            else InProcess(1, lambda task: route_range(build, run_id, task.number)) as where
+        ):
+            done = spread(build, scanned, where, tasks)
+        ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
+    shards = _sum_shards(ranges, build.config.shards)
+    rows = sum(shard.rows for shard in shards)
+    if rows + sampled.rejected != sampled.rows_in:
+        raise CountMismatchError(
+            f"build {run_id}: {rows} rows routed and {sampled.rejected} rejected do not make the {sampled.rows_in} read"
+        )
+    receipt = RouteReceipt(
+        run_id=run_id,
+        inputs=inputs,
+        ranges=tuple(receipt.key for receipt in ranges),
+        shards=shards,
+        index_family=_family(build, scanned, sampled, shards).value,
+        queries=ledger.put_table("samples/asked", stratified_queries(build, ledger, sampled, trained)),
+        seconds=watch.seconds,
+    )
+    return ledger.commit(receipt, number=number)
+
+
+def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
+    """Sends the rows of one input range to their shards.
+
+    Raises:
+        SourceChangedError: a file changed since the scan.
+    """
+    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
+    sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
+    part, inputs = f"range-{place:05d}", routing_inputs(scanned, sampled, trained)
+    receipt = ledger.find(RangeReceipt, part, inputs=inputs)
+    if receipt is not None and _is_routed(ledger, receipt.key):
+        return receipt
+    spans = spans_of(build, scanned)[place]
+    return _route_spans(build, scanned, sampled, build.routing(trained), spans, part, inputs)
+
+
+def _family(build: Build, scanned: ScanReceipt, sampled: SampleReceipt, shards: tuple[RoutedShard, ...]) -> IndexFamily:
+    """The one family of a snapshot; sqlite-vec has no other than the exact scan."""
+    spec = build.config.vector_spec
+    if spec.backend == "sqlite-vec":
+        return IndexFamily.FLAT
+    base = scanned.base_run_id
+    served = None if base is None or scanned.forced else build.ledger(base).find(RouteReceipt)
+    return choose_family(
+        spec.index_type,
+        max(shard.rows for shard in shards),
+        eight_bit=spec.quantization == "i8",
+        served=None if served is None else served.index_family,
+        repeated=sampled.repeated,
+    )
+
+
+def _is_routed(ledger: Ledger, key: str) -> bool:
+    """Whether a range's routed file is there; its rows are checked by whoever reads them."""
+    receipt = ledger.read(RangeReceipt, key)
+    try:
+        return ledger.store.head(receipt.routed_key).size == receipt.routed_size
+    except ObjectMissingError:
+        return False
+
+
+def _sum_shards(ranges: list[RangeReceipt], num_dbs: int) -> tuple[RoutedShard, ...]:
+    digests = [RowSetDigest() for _ in range(num_dbs)]
+    for receipt in ranges:
+        for shard in receipt.shards:
+            digests[shard.db_id].merge(shard.digest, shard.rows)
+    return tuple(
+        RoutedShard(db_id=db_id, rows=digest.rows, digest=digest.hexdigest()) for db_id, digest in enumerate(digests)
+    )
+
+
+def _route_spans(
     build: Build,
     scanned: ScanReceipt,
     sampled: SampleReceipt,
@@ -260,16 +371,6 @@ def _read_batches(store: Store, receipt: RangeReceipt, numbers: list[int]) -> It
             raise IntegrityError(
                 f"the routed rows in {store.url_of(info.key)} cannot be read: {error}; route again, or build with force"
             ) from error
-
-
-def vectors_of(rows: pa.RecordBatch | pa.Table) -> Float32:
-    """The vector column as a matrix, shape (rows, dim)."""
-    column = rows.column("vector")
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-        column = cast("pa.Array", column)
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(rows), column.type.list_size)
 
 
 def add_rows(digest: RowSetDigest, batch: pa.RecordBatch) -> None:

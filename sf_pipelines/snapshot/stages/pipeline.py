@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.build import Build, Progress, Stopwatch
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.engine import Engine
-from sf_pipelines.snapshot.gate import Verdict
-from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.gate.verdicts import Verdict
 from sf_pipelines.snapshot.routing import needs_training
-from sf_pipelines.snapshot.shuffling import Shuffle, StagedFrame
+from sf_pipelines.snapshot.run.build import Build, Progress, Stopwatch
+from sf_pipelines.snapshot.run.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.tasks import Engine
+from sf_pipelines.snapshot.stages.shuffle import Shuffle, StagedFrame
 
 _Done = TypeVar("_Done")
 

@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from sf_pipelines.snapshot.build import scratch
-from sf_pipelines.snapshot.checks import Figures, Finding, Judged
-from sf_pipelines.snapshot.comparison.answers import compare_answers
-from sf_pipelines.snapshot.comparison.ids import compare_ids, rows_to_read
-from sf_pipelines.snapshot.comparison.routing import routing_shift
 from sf_pipelines.snapshot.config import DriftLimits
 from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError
+from sf_pipelines.snapshot.gate.checks import Figures, Finding, Judged
+from sf_pipelines.snapshot.gate.compare_answers import compare_answers
+from sf_pipelines.snapshot.gate.compare_ids import compare_ids, rows_to_read
+from sf_pipelines.snapshot.gate.compare_routing import routing_shift
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed, load_state
+from sf_pipelines.snapshot.run.build import scratch
 
 # Beyond so many rows in shards that have changed, of both snapshots, ids are not compared: it would take over a minute.
 MOST_ROWS = 2_000_000

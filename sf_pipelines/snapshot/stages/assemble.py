@@ -7,25 +7,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sf_pipelines.snapshot.build import Build, Stopwatch
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.config import RecallGate, WriteConfig
-from sf_pipelines.snapshot.errors import ReceiptMissingError
-from sf_pipelines.snapshot.evaluation import (
+from sf_pipelines.snapshot.errors import CountMismatchError
+from sf_pipelines.snapshot.gate.recall import (
     RecallEstimate,
     Truth,
     asked_queries,
     halves,
     id_array,
+    judged_record,
     merge_truth,
     recall_per_query,
     row_numbers,
 )
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest, ShardingRecord, ShardRow, SnapshotExtras
 from sf_pipelines.snapshot.metric import Float64
-from sf_pipelines.snapshot.receipts import CurvePoint, ManifestReceipt, Ref, RouteReceipt, RunReceipts, ShardReceipt
-from sf_pipelines.snapshot.routed import vectors_of
+from sf_pipelines.snapshot.run import find
+from sf_pipelines.snapshot.run.build import Build, Stopwatch
+from sf_pipelines.snapshot.run.fork import fork_run
+from sf_pipelines.snapshot.run.ledger import Ledger, shard_receipts
+from sf_pipelines.snapshot.run.receipts import (
+    CurvePoint,
+    ManifestReceipt,
+    PromoteReceipt,
+    Ref,
+    RunReceipts,
+    ShardReceipt,
+    inputs_of,
+)
 
 # Their hits from every shard are held at once, with ids that may be long.
 _QUERIES_AT_A_TIME = 256
@@ -35,19 +46,45 @@ _TIMED_POINTS = 8
 _STEPS = 3
 
 
-def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
-    """The newest receipt of every shard, all made from the rows of this routing.
+def assemble(build: Build, run_id: str) -> ManifestReceipt:
+    """Joins the shards of one run into a manifest under ``staging/`` and chooses ``num_probes``.
+
+    A published run never changes: if a shard of it was built anew, the manifest is that of a fork (a copy under a new
+    run id), and checks and promotion go on with the receipt's ``run_id``.
 
     Raises:
-        ReceiptMissingError: naming the shards that have none.
+        ReceiptMissingError: a shard has not been built.
+        CountMismatchError: the shards' rows and the rejects do not add up to the rows of the source.
     """
-    found = ledger.find_parts(ShardReceipt, inputs=routed.inputs)
-    parts = [f"db={shard.db_id:05d}" for shard in routed.shards]
-    missing = [part for part in parts if part not in found]
-    if missing:
-        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise ReceiptMissingError(f"build {ledger.run_id}: {len(missing)} shards have not been built: {shown}")
-    return [found[part] for part in parts]
+    run, ledger = build.receipts(run_id), build.ledger(run_id)
+    scanned, sampled = run.scanned, run.sampled
+    shards, standing = shard_receipts(ledger, run.routed), find.standing_shards(build, scanned)
+    if standing is not None:
+        shards = [standing.of(ledger, shard) for shard in shards]
+    inputs = inputs_of(
+        queries=sampled.queries.sha256,
+        routing=run.routing_digest,
+        gate_key=build.config.gate_key(),
+        root=build.store.url,
+        shards=[(shard.db_id, shard.digest) for shard in shards],
+    )
+    number = ledger.next_number(ManifestReceipt)
+    found = ledger.find_whole(ManifestReceipt, inputs=inputs, published=scanned.published)
+    if found is None and scanned.held:
+        # Under another gate, or with a shard built anew, it would be that of a fork, which is held back as well.
+        found = ledger.find(ManifestReceipt)
+    if found is not None:
+        return found.model_copy(update={"reason": "this manifest was assembled before"})
+    if ledger.find(PromoteReceipt) is not None:
+        return assemble(build, fork_run(build, run, shards))
+    rows = sum(shard.rows for shard in shards)
+    if rows + sampled.rejected != sampled.rows_in:
+        raise CountMismatchError(
+            f"build {run_id}: {rows} rows in shards and {sampled.rejected} rejected do not make the "
+            f"{sampled.rows_in} read"
+        )
+    with build.working(scanned):
+        return ledger.commit(assemble_manifest(build, run, shards, inputs), number=number)
 
 
 def assemble_manifest(build: Build, run: RunReceipts, shards: list[ShardReceipt], inputs: str) -> ManifestReceipt:
@@ -231,18 +268,6 @@ def measure_curve(
             )
             found.setdefault(probes, []).append(recalls)
     return {probes: (np.concatenate(parts), float(covered[probes - 1])) for probes, parts in found.items()}
-
-
-def judged_record(recalls: Float64, num_probes: int, *, census: bool) -> JudgedRecord:
-    """The recall of a snapshot from that of each judging query."""
-    estimate = RecallEstimate.of(recalls, census=census)
-    return JudgedRecord(
-        num_probes=num_probes,
-        queries=estimate.queries,
-        recall=estimate.mean,
-        lower=estimate.lower,
-        percentile_5=float(np.quantile(recalls, 0.05, method="lower")),
-    )
 
 
 def measure_latencies(build: Build, manifest_key: str, queries: pa.Table, probes: list[int]) -> dict[int, float]:

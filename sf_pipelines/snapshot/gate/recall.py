@@ -8,17 +8,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.index.protocol import ShardHits
 from sf_pipelines.snapshot.index.ranking import Ids
-from sf_pipelines.snapshot.ledger import Ledger
+from sf_pipelines.snapshot.manifest.models import JudgedRecord
 from sf_pipelines.snapshot.metric import Float64
-from sf_pipelines.snapshot.routed import vectors_of
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
+from sf_pipelines.snapshot.run.ledger import Ledger
 from sf_pipelines.snapshot.source.hashing import hash_column
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.build import Build
-    from sf_pipelines.snapshot.receipts import RunReceipts, SampleReceipt, TrainReceipt
+    from sf_pipelines.snapshot.run.build import Build
+    from sf_pipelines.snapshot.run.receipts import RunReceipts, SampleReceipt, TrainReceipt
 
 TRUTH_FIELDS = ("query", "row", "distance")
 
@@ -271,3 +272,15 @@ class RecallEstimate:
             return self.lower
         other = self.deviation / math.sqrt(queries)
         return self.mean - quantile(queries - 1) * other - quantile(self.queries - 1) * math.hypot(self.error, other)
+
+
+def judged_record(recalls: Float64, num_probes: int, *, census: bool) -> JudgedRecord:
+    """The recall of a snapshot from that of each judging query."""
+    estimate = RecallEstimate.of(recalls, census=census)
+    return JudgedRecord(
+        num_probes=num_probes,
+        queries=estimate.queries,
+        recall=estimate.mean,
+        lower=estimate.lower,
+        percentile_5=float(np.quantile(recalls, 0.05, method="lower")),
+    )

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 
-from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.receipts import RangeReceipt, SampleReceipt
-from sf_pipelines.snapshot.routed import (
+from sf_pipelines.snapshot.routing.protocol import Int32
+from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.run.receipts import RangeReceipt, SampleReceipt
+from sf_pipelines.snapshot.stages.route import (
     BUFFER_BYTES,
     RoutedWriter,
     by_shard,
@@ -25,7 +26,6 @@ from sf_pipelines.snapshot.routed import (
     routing_inputs,
     spans_of,
 )
-from sf_pipelines.snapshot.routing.protocol import Int32
 
 # Large: an engine may put all pieces of a partition into one array.
 PIECES = pa.schema([pa.field("shard", pa.int32()), pa.field("rows", pa.large_binary())])

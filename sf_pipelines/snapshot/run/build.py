@@ -16,11 +16,13 @@ import pyarrow as pa
 from sf_pipelines.snapshot.client import first_line, is_disk_full
 from sf_pipelines.snapshot.config import WriteConfig, digest_json
 from sf_pipelines.snapshot.errors import ConfigError, DiskFullError, IntegrityError, SfPipelinesError, StoreError
-from sf_pipelines.snapshot.ledger import Ledger, get_verified
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.receipts import (
+from sf_pipelines.snapshot.routing import needs_training, routing_for
+from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting
+from sf_pipelines.snapshot.run.ledger import Ledger, get_verified
+from sf_pipelines.snapshot.run.receipts import (
     PromoteReceipt,
     RouteReceipt,
     RunReceipts,
@@ -28,8 +30,6 @@ from sf_pipelines.snapshot.receipts import (
     ScanReceipt,
     TrainReceipt,
 )
-from sf_pipelines.snapshot.routing import needs_training, routing_for
-from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting
 from sf_pipelines.snapshot.sharding import CelSharding, ExplicitSharding
 from sf_pipelines.snapshot.source.contract import SHARD_COLUMN, RowContract
 from sf_pipelines.snapshot.source.files import SourceListing

@@ -7,11 +7,11 @@ everything that is published or judged is copied inside the store.
 import uuid
 from datetime import UTC, datetime
 
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import DigestMismatchError
-from sf_pipelines.snapshot.ledger import STAGING, ReceiptType
 from sf_pipelines.snapshot.manifest import publish
-from sf_pipelines.snapshot.receipts import (
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import STAGING, ReceiptType, is_intact
+from sf_pipelines.snapshot.run.receipts import (
     PromoteReceipt,
     Receipt,
     Ref,
@@ -20,7 +20,6 @@ from sf_pipelines.snapshot.receipts import (
     ScanReceipt,
     ShardReceipt,
 )
-from sf_pipelines.snapshot.sealing import is_intact
 from sf_pipelines.snapshot.store import Store
 
 

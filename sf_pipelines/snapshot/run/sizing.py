@@ -13,10 +13,10 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
+from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.source.files import SourceListing
 
 ROWS = 50_000

@@ -2,7 +2,8 @@
 
 import hashlib
 import uuid
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,53 +11,116 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sf_pipelines.snapshot.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.config import BUILD_VERSION, KeyEncoding, digest_json
 from sf_pipelines.snapshot.errors import (
+    ConfigError,
     CountMismatchError,
     IndexBuildError,
     IntegrityError,
     StoreError,
     VectorFunctionError,
 )
-from sf_pipelines.snapshot.evaluation import NOBODY, asked_queries, row_numbers, truth_table
+from sf_pipelines.snapshot.gate.recall import NOBODY, asked_queries, row_numbers, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
 from sf_pipelines.snapshot.index.protocol import BuildReport, IndexFamily
 from sf_pipelines.snapshot.index.scan import MemoryScan
-from sf_pipelines.snapshot.ledger import Ledger
 from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.reader.cache import ShardCache, shard_digest
-from sf_pipelines.snapshot.receipts import RoutedShard, RunReceipts, ShardReceipt
-from sf_pipelines.snapshot.routed import vectors_of
+from sf_pipelines.snapshot.run import find
+from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
+from sf_pipelines.snapshot.run.ledger import Ledger, is_intact
+from sf_pipelines.snapshot.run.receipts import RangeReceipt, RoutedShard, RunReceipts, ShardReceipt
+from sf_pipelines.snapshot.run.tasks import Engine, InProcess, OnDone, Outcome, Task, nobody, spread
 from sf_pipelines.snapshot.source.hashing import hash_column
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
+from sf_pipelines.snapshot.stages.route import read_shard
 from sf_pipelines.snapshot.store import Store
 
+# Shards in the making at a time: while one is indexed, another is read, uploaded or digested. Each holds its rows.
+_SHARDS_AT_A_TIME = 2
 # Rows of each shard that the round trip must find again.
 _WITNESSES = 4
 
 
-def is_intact(store: Store, receipt: ShardReceipt) -> bool:
-    """Whether every sealed object is still the version that was sealed."""
-    return not changed_objects(store, receipt)
+def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False) -> ShardReceipt:
+    """Builds, uploads, re-opens and seals one shard's index.
+
+    Where the current snapshot holds the same rows in the same kind of index, that is copied inside the store instead.
+
+    Args:
+        build: what to build.
+        run_id: the build.
+        db_id: the shard, 0 to num_dbs - 1.
+        rebuild: make a new attempt although a sealed one is there. A sealed attempt whose objects are gone or changed
+            is made again in any case. A new attempt at a shard of a published run goes into a fork of that run.
+
+    Raises:
+        ConfigError: no such shard.
+        IndexBuildError: the index does not cover the shard's rows.
+        IntegrityError: the routed rows, or what was uploaded, are not what they should be.
+    """
+    if not 0 <= db_id < build.config.shards:
+        raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.shards - 1}")
+    run, ledger = build.receipts(run_id), build.ledger(run_id)
+    shard, part = run.routed.shards[db_id], f"db={db_id:05d}"
+    attempt = ledger.next_number(ShardReceipt, part)
+    found = ledger.find(ShardReceipt, part, inputs=run.routed.inputs)
+    standing = find.standing_shards(build, run.scanned)
+    if found is not None and standing is not None:
+        found = standing.of(ledger, found)
+    # A cleanup may have taken the tables of a run that nobody seemed to work on any more.
+    usable = found is not None and (run.scanned.published or ledger.is_whole(found))
+    if found is not None and usable and not rebuild and (run.scanned.held or is_intact(build.store, found)):
+        return found.model_copy(update={"reason": "this shard was built and sealed before"})
+    ranges = [ledger.read(RangeReceipt, key) for key in run.routed.ranges]
+    rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
+    same = None if rebuild else same_shard(build, run, shard)
+    with build.working(run.scanned):
+        return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt, same), part, number=attempt)
 
 
-def changed_objects(store: Store, receipt: ShardReceipt) -> list[str]:
-    """What is wrong with a sealed shard's objects, one line each; nothing when all are as they were sealed."""
-    if receipt.db_key is None:
-        return []
-    found = {info.key: info for info in store.objects(receipt.db_key)}
-    faults: list[str] = []
-    for item, etag in zip(receipt.objects, receipt.etags, strict=True):
-        key = f"{receipt.db_key}/{item.path}"
-        info = found.pop(key, None)
-        if info is None:
-            faults.append(f"{store.url_of(key)} is missing")
-        elif (info.size, info.etag) != (item.size, etag):
-            faults.append(f"{store.url_of(key)} was changed after it was sealed")
-    faults.extend(f"{store.url_of(key)} does not belong to the shard" for key in found)
-    return faults
+def build_shards(
+    build: Build,
+    run_id: str,
+    shards: Sequence[int],
+    *,
+    engine: Engine | None = None,
+    rebuild: bool = False,
+    keep_going: bool = False,
+    on_done: OnDone = nobody,
+) -> list[ShardReceipt]:
+    """Builds several shards; see ``build_shard``.
+
+    Args:
+        build: what to build.
+        run_id: the build.
+        shards: their numbers.
+        engine: where they are built; None is this process, a few at a time.
+        rebuild: make new attempts although sealed ones are there.
+        keep_going: build all others although one has failed; those that are built need not be built again.
+        on_done: told of each shard that is built.
+
+    Raises:
+        TasksFailedError: shards failed; names each with its cause.
+        SfPipelinesError: in this process, the error of the one that failed.
+    """
+    tasks = [Task(stage="build_shard", run_id=run_id, number=db_id, rebuild=rebuild) for db_id in shards]
+    done = 0
+
+    def one(task: Task) -> ShardReceipt:
+        return build_shard(build, run_id, task.number, rebuild=task.rebuild)
+
+    def one_more(task: Task, outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        build.report("shards", done, len(tasks), "shards")
+        on_done(task, outcome)
+
+    with nullcontext(engine) if engine else InProcess(_SHARDS_AT_A_TIME, one) as where:
+        receipts = spread(build, build.scanned(run_id), where, tasks, keep_going=keep_going, on_done=one_more)
+    return [receipt for receipt in receipts if isinstance(receipt, ShardReceipt)]
 
 
 def same_shard(build: Build, run: RunReceipts, shard: RoutedShard) -> ShardReceipt | None:

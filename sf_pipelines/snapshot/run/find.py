@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from sf_pipelines.snapshot.build import Build
 from sf_pipelines.snapshot.errors import GateError, IntegrityError, ObjectMissingError
-from sf_pipelines.snapshot.ledger import STAGING, Ledger
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
-from sf_pipelines.snapshot.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt, inputs_of
+from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.ledger import STAGING, Ledger
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt, inputs_of
 from sf_pipelines.snapshot.store import Store
 
 

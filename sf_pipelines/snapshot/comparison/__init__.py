@@ -1,1 +1,0 @@
-"""How two snapshots differ: their answers, their ids, what routes. Used by the gate's drift check and by ``diff``."""

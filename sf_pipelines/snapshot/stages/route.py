@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -39,15 +40,17 @@ from sf_pipelines.snapshot.run.tasks import Engine, InProcess, Task, spread
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.files import SourceBatch, Span, plan_ranges, read_span
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
-from sf_pipelines.snapshot.stages.shuffle import Shuffle
 from sf_pipelines.snapshot.store import ObjectInfo, Store
+
+if TYPE_CHECKING:
+    from sf_pipelines.snapshot.stages.shuffle import Shuffle
 
 BUFFER_BYTES = 32 * 1024 * 1024
 # Decoded vectors of one input range.
 _RANGE_BYTES = 64 * 1024 * 1024
 
 
-def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: Shuffle | None = None) -> RouteReceipt:
+def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: "Shuffle | None" = None) -> RouteReceipt:
     """Sends every row that satisfies the contract to its shard, range by range.
 
     Args:

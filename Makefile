@@ -72,7 +72,7 @@ chromium:
 	  else echo "chromium or chromedriver is missing: the browser tests will be skipped"; fi; fi
 
 docs: install  ## write docs/reference.md from the models
-	@$(BIN)/python -m sf_pipelines.components.reference docs/reference.md
+	@$(BIN)/python docs/reference.py docs/reference.md
 
 bench: install-dev  ## measure build, engines, memory, recall, search and look-ups (readers)
 	$(BIN)/python -m sf_pipelines_tests.benchmarks

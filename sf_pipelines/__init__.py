@@ -11,12 +11,9 @@ if TYPE_CHECKING:
     from sf_pipelines.api import build_snapshot
     from sf_pipelines.snapshot.config import IndexParams, KeyValueSpec, RecallGate, S3Options, VectorSpec, WriteConfig
     from sf_pipelines.snapshot.metric import DistanceMetric
-    from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader, AsyncUnifiedShardedReader
-    from sf_pipelines.snapshot.reader.events import EventField, EventName, ReaderEvents
-    from sf_pipelines.snapshot.reader.opening import open_reader
-    from sf_pipelines.snapshot.reader.opentelemetry import OpenTelemetryEvents
+    from sf_pipelines.snapshot.reader.async_reader import AsyncShardedVectorReader, AsyncUnifiedShardedReader
     from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader, open_reader
     from sf_pipelines.snapshot.reader.types import (
         Explanation,
         Health,
@@ -36,14 +33,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncShardedVectorReader": "sf_pipelines.snapshot.reader.asynchronous",
-    "AsyncUnifiedShardedReader": "sf_pipelines.snapshot.reader.asynchronous",
+    "AsyncShardedVectorReader": "sf_pipelines.snapshot.reader.async_reader",
+    "AsyncUnifiedShardedReader": "sf_pipelines.snapshot.reader.async_reader",
     "BuildResult": "sf_pipelines.snapshot.stages.pipeline",
     "CelSharding": "sf_pipelines.snapshot.sharding",
     "ClusterSharding": "sf_pipelines.snapshot.sharding",
     "DistanceMetric": "sf_pipelines.snapshot.metric",
-    "EventField": "sf_pipelines.snapshot.reader.events",
-    "EventName": "sf_pipelines.snapshot.reader.events",
     "Explanation": "sf_pipelines.snapshot.reader.types",
     "ExplicitSharding": "sf_pipelines.snapshot.sharding",
     "HashSharding": "sf_pipelines.snapshot.sharding",
@@ -51,20 +46,18 @@ _HOMES = {
     "IndexParams": "sf_pipelines.snapshot.config",
     "KeyValueSpec": "sf_pipelines.snapshot.config",
     "LshSharding": "sf_pipelines.snapshot.sharding",
-    "OpenTelemetryEvents": "sf_pipelines.snapshot.reader.opentelemetry",
     "RateLimiter": "sf_pipelines.snapshot.reader.rate_limit",
-    "ReaderEvents": "sf_pipelines.snapshot.reader.events",
     "RecallGate": "sf_pipelines.snapshot.config",
     "RefreshOutcome": "sf_pipelines.snapshot.reader.types",
     "S3Options": "sf_pipelines.snapshot.config",
     "SearchResult": "sf_pipelines.snapshot.reader.types",
-    "ShardedVectorReader": "sf_pipelines.snapshot.reader.sync",
-    "UnifiedShardedReader": "sf_pipelines.snapshot.reader.sync",
+    "ShardedVectorReader": "sf_pipelines.snapshot.reader.reader",
+    "UnifiedShardedReader": "sf_pipelines.snapshot.reader.reader",
     "VectorSearchResponse": "sf_pipelines.snapshot.reader.types",
     "VectorSpec": "sf_pipelines.snapshot.config",
     "WriteConfig": "sf_pipelines.snapshot.config",
     "build_snapshot": "sf_pipelines.api",
-    "open_reader": "sf_pipelines.snapshot.reader.opening",
+    "open_reader": "sf_pipelines.snapshot.reader.reader",
 }
 
 __all__ = [
@@ -74,8 +67,6 @@ __all__ = [
     "CelSharding",
     "ClusterSharding",
     "DistanceMetric",
-    "EventField",
-    "EventName",
     "Explanation",
     "ExplicitSharding",
     "HashSharding",
@@ -83,9 +74,7 @@ __all__ = [
     "IndexParams",
     "KeyValueSpec",
     "LshSharding",
-    "OpenTelemetryEvents",
     "RateLimiter",
-    "ReaderEvents",
     "RecallGate",
     "RefreshOutcome",
     "S3Options",

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sf_pipelines.engines.config import engine_spec
-from sf_pipelines.engines.opening import DeferredEngine, Spec
+from sf_pipelines.engines.config import DeferredEngine, Spec, engine_spec
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.run.build import Progress
 from sf_pipelines.snapshot.run.tasks import Engine

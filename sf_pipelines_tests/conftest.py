@@ -1,5 +1,6 @@
 """Fixtures that every kind of test shares."""
 
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,12 @@ from pydantic import SecretStr
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines_tests.faces import FACES, Face
 from sf_pipelines_tests.flaky import FlakyServer
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from sf_pipelines.snapshot.manifest.pointer import manifest_name
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.core import ReaderCore, Serving
-from sf_pipelines.snapshot.reader.facing import Facing
+from sf_pipelines.snapshot.reader.reader import ReaderBase
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
 from sf_pipelines.snapshot.routing.hash import HashRouting
 from sf_pipelines.snapshot.store import Store
@@ -178,22 +178,22 @@ class Servings:
         for at, serving in enumerate(self.made):
             check_idle(serving)
             if at < len(self.made) - but:
-                assert serving.handles.open_shards == []
+                assert serving.shards.open_shards == []
 
 
-def serving_of(reader: Facing) -> Serving:
+def serving_of(reader: ReaderBase) -> Serving:
     """What a reader serves."""
     return reader._core.served
 
 
 def users_of(serving: Serving) -> list[int]:
     """Users of the snapshot and of each open shard."""
-    return [serving.users, *(handle.users for handle in serving.handles._handles.values())]
+    return [serving.users, *(handle.users for handle in serving.shards._handles.values())]
 
 
 def check_idle(serving: Serving) -> None:
     """Checks that everything that was borrowed comes back."""
-    eventually(lambda: not any(users_of(serving)) and not serving.handles._waiting)
+    eventually(lambda: not any(users_of(serving)) and not serving.shards._waiting)
 
 
 def eventually(holds: Callable[[], bool]) -> None:

@@ -3,8 +3,6 @@
 import numpy as np
 import pyarrow as pa
 
-calls = 0
-
 
 def doubled(rows: pa.RecordBatch) -> pa.Array:
     """Twice the number in ``x``, and ``y``, as lists of two."""
@@ -31,13 +29,6 @@ def too_few(rows: pa.RecordBatch) -> pa.Array:
 def no_lists(rows: pa.RecordBatch) -> pa.Array:
     """Gives numbers."""
     return rows.column("x")
-
-
-def changes_its_mind(rows: pa.RecordBatch) -> np.ndarray:
-    """Good vectors the first time, none the second."""
-    global calls  # noqa: PLW0603 a function that remembers is what is tested
-    calls += 1
-    return as_matrix(rows) if calls == 1 else np.full((rows.num_rows, 2), np.nan)
 
 
 NOT_CALLABLE = 3

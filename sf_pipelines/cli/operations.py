@@ -30,9 +30,9 @@ from sf_pipelines.snapshot.manifest.pointer import Hold
 
 if TYPE_CHECKING:
     from sf_pipelines.snapshot.gate.verdicts import RecallFigures
-    from sf_pipelines.snapshot.operations.cleanup import CleanupResult
+    from sf_pipelines.snapshot.operations.cleanup import CleanupReport
     from sf_pipelines.snapshot.operations.diff import SnapshotDiff
-    from sf_pipelines.snapshot.operations.status import SnapshotStatus
+    from sf_pipelines.snapshot.operations.history import SnapshotStatus
 
 commands = typer.Typer()
 
@@ -49,7 +49,7 @@ def history(
     as_json: AsJson = False,
 ) -> None:
     """List what was published, newest first: what is current, withdrawn by a rollback, held, pinned."""
-    from sf_pipelines.snapshot.operations.status import snapshots
+    from sf_pipelines.snapshot.operations.history import snapshots
 
     with typed_errors():
         found = snapshots(store, limit=limit, s3=s3_options(endpoint_url), figures=True)
@@ -167,9 +167,9 @@ def unpin(store: Store, run: Run, endpoint_url: Endpoint = None, as_json: AsJson
     with typed_errors():
         result = unpin_run(store, run, s3=s3_options(endpoint_url))
     if as_json:
-        typer.echo(json.dumps(result.pin.model_dump(mode="json")))
+        typer.echo(json.dumps(result.model_dump(mode="json")))
         return
-    Console().print(f"unpinned {safe(run)}; it was pinned for: {safe(result.pin.reason)}", highlight=False)
+    Console().print(f"unpinned {safe(run)}; it was pinned for: {safe(result.reason)}", highlight=False)
 
 
 @commands.command()
@@ -196,7 +196,7 @@ def cleanup(
         str | None, typer.Option("--older-than", help="Keep what was built since: 90m, 12h, 30d, 4w.")
     ] = None,
     stale_after: Annotated[
-        str, typer.Option("--stale-after", help="Age of failed builds, lost attempts and left-over files to remove.")
+        str, typer.Option("--stale-after", help="Age of failed builds, routed rows and left-over files to remove.")
     ] = "7d",
     apply: Annotated[bool, typer.Option("--apply", help="Do it; without this it is only shown.")] = False,
     endpoint_url: Endpoint = None,
@@ -218,33 +218,28 @@ def cleanup(
             s3=s3_options(endpoint_url),
         )
     if as_json:
-        print_json(result, objects=result.plan.objects, bytes=result.plan.bytes)
+        print_json(result, objects=result.objects, bytes=result.bytes)
     else:
         _show_cleanup(Console(), result)
-    if any(outcome.refused for outcome in result.outcomes):
+    if any(group.refused for group in result.groups):
         raise typer.Exit(FAILED)
 
 
-def _show_cleanup(out: Console, result: "CleanupResult") -> None:
-    plan = result.plan
-    refused = {id(outcome.group): outcome.refused for outcome in result.outcomes}
+def _show_cleanup(out: Console, result: "CleanupReport") -> None:
     table = Table("rule", "run", "objects", "size", "why")
-    for group in plan.groups:
-        stays = refused.get(id(group))
-        why = safe(group.why) if stays is None else f"[yellow]stays[/] {safe(stays)}"
+    for group in result.groups:
+        why = safe(group.why) if group.refused is None else f"[yellow]stays[/] {safe(group.refused)}"
         table.add_row(group.rule, safe(group.run_id or ""), f"{group.objects:,}", size(group.bytes), why)
-    out.print(table if plan.groups else "nothing to remove", highlight=False)
-    for kept in plan.kept:
-        out.print(f"  keeps {safe(kept.run_id)}: {safe(kept.why)}", highlight=False, soft_wrap=True)
-    for left in plan.left_alone:
-        said = f"{safe(left.what)} ({left.objects} objects, {size(left.bytes)}): {safe(left.why)}"
-        out.print(f"  leaves alone {said}", highlight=False, soft_wrap=True)
-    if not plan.groups:
+    out.print(table if result.groups else "nothing to remove", highlight=False)
+    for verb, runs in (("keeps", result.kept), ("leaves alone", result.left_alone)):
+        for what, why in runs.items():
+            out.print(f"  {verb} {safe(what)}: {safe(why)}", highlight=False, soft_wrap=True)
+    if not result.groups:
         return
     if result.applied:
-        out.print(f"removed {size(result.bytes_freed)} of {size(plan.bytes)}", highlight=False)
+        out.print(f"removed {size(result.bytes_freed)} of {size(result.bytes)}", highlight=False)
     else:
-        said = f"would remove {plan.objects:,} objects, {size(plan.bytes)}; nothing was changed: --apply does it"
+        said = f"would remove {result.objects:,} objects, {size(result.bytes)}; nothing was changed: --apply does it"
         out.print(said, highlight=False)
 
 

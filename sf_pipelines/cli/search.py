@@ -27,7 +27,7 @@ from sf_pipelines.cli.console import (
 from sf_pipelines.snapshot.errors import QueryError
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
     from sf_pipelines.snapshot.reader.types import ShardDetail, SnapshotInfo
 
 commands = typer.Typer()
@@ -119,7 +119,7 @@ def get(
 
     Values are shown as text; those that are none as 0x and their hexadecimal digits.
     """
-    from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.reader import UnifiedShardedReader
 
     with typed_errors(), UnifiedShardedReader(store, s3=s3_options(endpoint_url)) as reader:
         whole = reader.snapshot_info().key_encoding in {"u64be", "u32be"}
@@ -185,7 +185,7 @@ def _show_info(out: Console, facts: "SnapshotInfo", shards: "list[ShardDetail]")
 
 
 def _reader(store: str, endpoint_url: str | None) -> "ShardedVectorReader | UnifiedShardedReader":
-    from sf_pipelines.snapshot.reader.opening import open_reader
+    from sf_pipelines.snapshot.reader.reader import open_reader
 
     return open_reader(store, s3=s3_options(endpoint_url))
 

@@ -7,8 +7,8 @@ from sf_pipelines.engines.config import (
     RayEngineSpec,
     SparkEngineSpec,
     engine_spec,
+    open_engine,
 )
-from sf_pipelines.engines.opening import open_engine
 
 __all__ = [
     "DaskEngineSpec",

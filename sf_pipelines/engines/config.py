@@ -1,12 +1,16 @@
-"""What a user says about an engine: the same words in YAML, in Python and as a Dagster resource."""
+"""What a user says about an engine, the same words in YAML, in Python and as a Dagster resource; and opening it."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.model import ConfigModel, describe_validation
+from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 
 
 def _without_password(address: str | None) -> str | None:
@@ -97,13 +101,12 @@ def _only_local(spec: Any, address: str | None) -> Any:
     return spec
 
 
-EngineSpec = Annotated[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec, Field(discriminator="type")]
-_ADAPTER: TypeAdapter[LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec] = TypeAdapter(
-    EngineSpec, config=ConfigDict(hide_input_in_errors=True)
-)
+Spec = LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec
+EngineSpec = Annotated[Spec, Field(discriminator="type")]
+_ADAPTER: TypeAdapter[Spec] = TypeAdapter(EngineSpec, config=ConfigDict(hide_input_in_errors=True))
 
 
-def engine_spec(fields: Mapping[str, Any]) -> LocalEngineSpec | DaskEngineSpec | RayEngineSpec | SparkEngineSpec:
+def engine_spec(fields: Mapping[str, Any]) -> Spec:
     """A specification from its fields, as in ``{"type": "dask", "address": "tcp://scheduler:8786"}``.
 
     Raises:
@@ -113,3 +116,59 @@ def engine_spec(fields: Mapping[str, Any]) -> LocalEngineSpec | DaskEngineSpec |
         return _ADAPTER.validate_python(dict(fields))
     except ValidationError as error:
         raise ConfigError(describe_validation("engine", error)) from error
+
+
+def open_engine(spec: Spec | Mapping[str, Any]) -> Engine:
+    """Starts or connects to an engine; close it, or use it as a context manager."""
+    found = engine_spec(spec) if isinstance(spec, Mapping) else spec
+    if isinstance(found, LocalEngineSpec):
+        from sf_pipelines.engines.local import LocalEngine
+
+        return LocalEngine(found.workers)
+    if isinstance(found, DaskEngineSpec):
+        from sf_pipelines.engines.dask import DaskEngine
+
+        return DaskEngine.open(found.address, found.workers)
+    if isinstance(found, RayEngineSpec):
+        from sf_pipelines.engines.ray import RayEngine
+
+        return RayEngine.open(found.address, found.workers, found.task_cpus)
+    from sf_pipelines.engines.spark import SparkEngine
+
+    return SparkEngine.open(found.address, found.workers)
+
+
+class DeferredEngine(Engine):
+    """An engine that is opened when there is something to do: most scheduled builds find that nothing is new.
+
+    Args:
+        spec: which one.
+    """
+
+    remote = True
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self.name = spec.type
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return open_engine(self._spec)
+
+    @property
+    def slots(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - known when it is opened
+        return self._engine.slots
+
+    def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
+        """Opens the engine, if this is the first task."""
+        return self._engine.submit(config, task)
+
+    def stop(self) -> None:
+        """Stops the engine, if it was opened."""
+        if "_engine" in self.__dict__:
+            self._engine.stop()
+
+    def close(self) -> None:
+        """Closes the engine, if it was opened."""
+        if "_engine" in self.__dict__:
+            self._engine.close()

@@ -5,13 +5,14 @@ import threading
 import time
 import uuid
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
-from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
+from sf_pipelines.engines.base import ClusterEngine
+from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, write_part
 from sf_pipelines.engines.local import THREAD_VARIABLES
-from sf_pipelines.snapshot.addresses import cause_of
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import (
     EngineError,
@@ -19,10 +20,10 @@ from sf_pipelines.snapshot.errors import (
     SfPipelinesError,
     TaskCrashedError,
     WorkerLostError,
+    cause_of,
 )
 from sf_pipelines.snapshot.run.tasks import Outcome, Task
 from sf_pipelines.snapshot.stages.pipeline import BuildResult
-from sf_pipelines.snapshot.stages.shuffle import PIECES, route_pieces, write_pieces
 from sf_pipelines.snapshot.stages.worker import run_task
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _lock = threading.Lock()
 _running = 0
 
 
-class DaskEngine:
+class DaskEngine(ClusterEngine):
     """A client of ``distributed``, which stays the caller's.
 
     Dask itself runs a task again whose worker is lost (``distributed.scheduler.allowed-failures``).
@@ -48,23 +49,17 @@ class DaskEngine:
     """
 
     name = "dask"
-    remote = True
 
     def __init__(self, client: "Client") -> None:
+        super().__init__()
         # Its methods are typed as if they were all coroutines.
         self._client: Any = client
         self._owned: list[Any] = []
-        self._futures: dict[Any, Future[Outcome]] = {}
         self.slots = max(1, sum(self._client.nthreads().values()))
 
     @classmethod
     def open(cls, address: str | None, workers: int | None) -> Self:
-        """Connects to a scheduler, or starts a cluster on this machine, which ends with the engine.
-
-        Raises:
-            MissingExtraError: ``distributed`` is not installed.
-            EngineError: the scheduler does not answer.
-        """
+        """Connects to a scheduler, or starts a cluster on this machine, which ends with the engine."""
         try:
             from dask import config
             from distributed import Client, LocalCluster
@@ -89,35 +84,13 @@ class DaskEngine:
         """Runs the task on any worker."""
         key = f"sf-pipelines-{task.stage}-{task.number}-{uuid.uuid4().hex[:12]}"
         theirs = self._client.submit(_counted, config, task, key=key, pure=False)
-        ours: Future[Outcome] = Future()
-        ours.set_running_or_notify_cancel()
-        self._futures[theirs] = ours
-        theirs.add_done_callback(lambda done: self._settle(done, task))
+        ours = self._keep(theirs)
+        theirs.add_done_callback(lambda done: self._settle(done, partial(_result, done, task)))
         return ours
-
-    def _settle(self, theirs: Any, task: Task) -> None:
-        """Hands over what became of a task; called by a thread of the client."""
-        from distributed import KilledWorker
-
-        ours = self._futures.pop(theirs, None)
-        if ours is None or ours.done():
-            return
-        if theirs.status == "finished":
-            ours.set_result(theirs.result())
-        elif theirs.status == "error":
-            error = theirs.exception()
-            lost = isinstance(error, KilledWorker)
-            kind = WorkerLostError if lost else TaskCrashedError
-            ours.set_exception(kind(f"{task.label} on Dask: {type(error).__name__}: {error}"))
-        else:
-            ours.set_exception(EngineError(f"{task.label} was {theirs.status} on Dask, by somebody else"))
 
     def stop(self) -> None:
         """Cancels what is queued, and waits for what runs: a thread of a worker cannot be ended from outside."""
-        futures = list(self._futures)
-        for ours in [self._futures.pop(theirs) for theirs in futures]:
-            ours.set_exception(EngineError("the task was given up"))
-        self._client.cancel(futures, force=True)
+        self._client.cancel(self._give_up(), force=True)
         while any(self._client.run(_busy).values()):
             time.sleep(_POLL_SECONDS)
 
@@ -126,11 +99,18 @@ class DaskEngine:
         for item in self._owned:
             item.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+def _result(theirs: Any, task: Task) -> Outcome | EngineError:
+    """What became of a task: a future of Dask that is done, in the words of this package."""
+    from distributed import KilledWorker
+
+    if theirs.status == "finished":
+        return theirs.result()
+    if theirs.status == "error":
+        error = theirs.exception()
+        kind = WorkerLostError if isinstance(error, KilledWorker) else TaskCrashedError
+        return kind(f"{task.label} on Dask: {type(error).__name__}: {error}")
+    return EngineError(f"{task.label} was {theirs.status} on Dask, by somebody else")
 
 
 def _counted(config: WriteConfig, task: Task) -> Outcome:
@@ -153,8 +133,7 @@ def _busy() -> int:
 def write_sharded(frame: Any, config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
     """Builds, gates and publishes a snapshot of a Dask DataFrame, on the cluster of the active client.
 
-    The frame is computed once: its partitions are written to the store, and the build reads these. Dask's own shuffle
-    brings a shard's rows together.
+    The frame is computed once: its partitions are written to the store, and the build reads these.
 
     Args:
         frame: ``dask.dataframe.DataFrame``. Vectors are Arrow-backed lists, or arrays in an object column. A column has
@@ -187,35 +166,11 @@ def write_sharded(frame: Any, config: WriteConfig, vector_fn: VectorFn | None = 
         return _keys(client, tasks, "writing the frame")
 
     with DaskEngine(client) as engine:
-
-        def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
-            count = partitions(config, places, engine.slots)
-            place = delayed(_place_rows, pure=False)
-            placed = _pieces(config, run_id, places, count).shuffle("_partitions", npartitions=count)
-            tasks = [place(config, run_id, part) for part in placed.to_delayed()]
-            return _keys(client, tasks, "routing the frame")
-
-        return build_from_frame(config, vector_fn, engine, stage, shuffle)
-
-
-def _pieces(config: WriteConfig, run_id: str, places: int, count: int) -> Any:
-    """A frame of pieces, a partition for each input range; Dask brings a piece where ``_partitions`` says."""
-    import pandas as pd
-    from dask.dataframe import from_map
-
-    columns = {"_partitions": "int32", "shard": "int32", "rows": pd.ArrowDtype(pa.large_binary())}
-    meta = pd.DataFrame({name: pd.Series([], dtype=kind) for name, kind in columns.items()})
-    return from_map(_route_rows, range(places), args=(config, run_id, count), meta=meta)
+        return build_from_frame(config, vector_fn, engine, stage)
 
 
 def _keys(client: Any, tasks: list[Any], what: str) -> list[str]:
-    """The keys that tasks give; gives up the others where one fails.
-
-    Raises:
-        SfPipelinesError: what a task raised.
-        WorkerLostError: a worker was lost, more often than Dask runs a task again.
-        TaskCrashedError: a task failed in another way.
-    """
+    """The keys that tasks give; gives up the others where one fails."""
     from distributed import KilledWorker
 
     futures = client.compute(tasks)
@@ -232,22 +187,5 @@ def _keys(client: Any, tasks: list[Any], what: str) -> list[str]:
 
 
 def _write_rows(config: WriteConfig, folder: str, vector_fn: VectorFn | None, rows: Any) -> str | None:
-    return write_part(config, folder, vector_fn, _batches(rows))
-
-
-def _route_rows(place: int, config: WriteConfig, run_id: str, count: int) -> Any:
-    import pandas as pd
-
-    pieces = pa.Table.from_batches(list(route_pieces(config, run_id, place)), PIECES)
-    shards = pieces.column("shard").to_numpy()
-    rows = pd.Series(pieces.column("rows"), dtype=pd.ArrowDtype(pa.large_binary()))
-    return pd.DataFrame({"_partitions": shards % count, "shard": shards, "rows": rows})
-
-
-def _place_rows(config: WriteConfig, run_id: str, pieces: Any) -> str | None:
-    return write_pieces(config, run_id, _batches(pieces[PIECES.names], PIECES))
-
-
-def _batches(rows: Any, schema: pa.Schema | None = None) -> list[pa.RecordBatch]:
-    """A pandas frame as Arrow."""
-    return pa.Table.from_pandas(rows, schema, preserve_index=False).combine_chunks().to_batches()
+    batches = pa.Table.from_pandas(rows, preserve_index=False).combine_chunks().to_batches()
+    return write_part(config, folder, vector_fn, batches)

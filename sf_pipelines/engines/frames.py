@@ -15,13 +15,10 @@ from sf_pipelines.snapshot.run.ledger import STAGING
 from sf_pipelines.snapshot.run.tasks import Engine
 from sf_pipelines.snapshot.source.vectors import call_vector_fn
 from sf_pipelines.snapshot.stages.pipeline import BuildResult, run_build
-from sf_pipelines.snapshot.stages.shuffle import Shuffle, StagedFrame
 from sf_pipelines.snapshot.store import Store
 
 # Vectors of one row group: input ranges are cut between these.
 _GROUP_BYTES = 32 * 1024 * 1024
-# Parts of a shuffle for each input range, so that the largest of them is not what everybody waits for.
-_SPLIT = 4
 
 VectorFn = Callable[[pa.RecordBatch], Any]
 
@@ -35,16 +32,11 @@ class Staging(Protocol):
 
 
 def build_from_frame(
-    config: WriteConfig, vector_fn: VectorFn | None, engine: Engine, stage: Staging, shuffle: Shuffle
+    config: WriteConfig, vector_fn: VectorFn | None, engine: Engine | None, stage: Staging
 ) -> BuildResult:
     """Writes a frame once, builds, gates and publishes from that, and removes it.
 
     What a build that fails has read stays, for whoever looks at its rejects; cleanup removes it when it is stale.
-
-    Raises:
-        ConfigError: the vectors come from two places.
-        SourceEmptyError: the frame has no rows.
-        SfPipelinesError: see ``run_build``; the previous snapshot keeps serving.
     """
     if vector_fn is not None and config.vector_spec.vector_fn is not None:
         raise ConfigError(
@@ -57,17 +49,13 @@ def build_from_frame(
     if not keys:
         raise SourceEmptyError(f"the frame for snapshot {config.name!r} has no rows")
     pinned = config.model_copy(update={"source": store.url_of(folder)})
-    result = run_build(pinned, engine=engine, frame=StagedFrame(keys, shuffle))
+    result = run_build(pinned, engine=engine, parts=keys)
     store.delete_many([info.key for info in store.objects(folder)])
     return result
 
 
 def frame_columns(config: WriteConfig, names: Iterable[str], vector_fn: VectorFn | None) -> list[str]:
-    """Columns of a frame that its workers need: those that are read, or all where a function is given.
-
-    Raises:
-        SourceSchemaError: the frame lacks a column.
-    """
+    """Columns of a frame that its workers need: those that are read, or all where a function is given."""
     there = list(names)
     made = {config.vector_spec.vector_col} if vector_fn is not None else set[str]()
     missing = [name for name in config.row_columns if name not in there and name not in made]
@@ -79,20 +67,7 @@ def frame_columns(config: WriteConfig, names: Iterable[str], vector_fn: VectorFn
 def write_part(
     config: WriteConfig, folder: str, vector_fn: VectorFn | None, batches: Iterable[pa.RecordBatch]
 ) -> str | None:
-    """Writes one partition of a frame to a Parquet file of its own name; what a worker does.
-
-    Args:
-        config: the snapshot.
-        folder: of this frame in the store.
-        vector_fn: makes the vector column, where the frame has none.
-        batches: the partition.
-
-    Returns:
-        The file's key; None for a partition without rows.
-
-    Raises:
-        VectorFunctionError: the function failed or gave something else than vectors.
-    """
+    """Writes one partition of a frame to a Parquet file of its own name; what a worker does."""
     with scratch() as here:
         path, rows = here / "part.parquet", 0
         group_rows = max(1, _GROUP_BYTES // (4 * config.vector_spec.dim))
@@ -144,8 +119,3 @@ def _storage(column: pa.Array) -> pa.Array:
         # Tensors of several shapes: numbers beside a shape.
         return pc.call_function("struct_field", [storage], pc.StructFieldOptions("data"))
     return storage
-
-
-def partitions(config: WriteConfig, places: int, slots: int) -> int:
-    """Parts that a shuffle brings rows to: one for each shard, or for a few small ones, as all of one are in one."""
-    return min(config.shards, _SPLIT * max(places, slots))

@@ -7,11 +7,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import Self
 
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import EngineError, TaskCrashedError, WorkerLostError
-from sf_pipelines.snapshot.run.tasks import Outcome, Task
+from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 from sf_pipelines.snapshot.stages.worker import run_task
 
 _Work = tuple[WriteConfig, Task, "Future[Outcome]"]
@@ -19,7 +18,7 @@ _Work = tuple[WriteConfig, Task, "Future[Outcome]"]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "LANCE_CPU_THREADS")
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Processes that are started when there is work for them, and kept for the next task.
 
     They are spawned, not forked: the libraries that read stores and indexes have threads, which a fork would lose. So a
@@ -72,12 +71,6 @@ class LocalEngine:
     def close(self) -> None:
         """The same: a process that has nothing to do has nothing to lose."""
         self.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _attend(self) -> None:
         """What the thread of one process does: hands it tasks, and starts another one where it was lost."""

@@ -1,15 +1,14 @@
 """Tasks on a Ray cluster."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
-from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
-from sf_pipelines.snapshot.addresses import cause_of
+from sf_pipelines.engines.base import ClusterEngine
+from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, write_part
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import (
     EngineError,
@@ -17,10 +16,10 @@ from sf_pipelines.snapshot.errors import (
     SfPipelinesError,
     TaskCrashedError,
     WorkerLostError,
+    cause_of,
 )
 from sf_pipelines.snapshot.run.tasks import Outcome, Task
 from sf_pipelines.snapshot.stages.pipeline import BuildResult
-from sf_pipelines.snapshot.stages.shuffle import KEYS, PIECES, route_pieces, write_pieces
 from sf_pipelines.snapshot.stages.worker import run_task
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ _MISSING = "engine ray needs ray: pip install 'sf-pipelines[ray]'"
 _RERUNS = 3
 
 
-class RayEngine:
+class RayEngine(ClusterEngine):
     """The Ray that this process is connected to, which stays the caller's.
 
     Args:
@@ -39,13 +38,12 @@ class RayEngine:
     """
 
     name = "ray"
-    remote = True
 
     def __init__(self, task_cpus: float = 1) -> None:
         import ray
 
+        super().__init__()
         self._owned = False
-        self._futures: dict[Any, Future[Outcome]] = {}
         options = {"num_cpus": task_cpus, "max_retries": _RERUNS}
         self._run: Any = ray.remote(run_task).options(**options)
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1) / task_cpus))
@@ -55,10 +53,6 @@ class RayEngine:
         """Connects to a cluster, or starts Ray on this machine, which ends with the engine.
 
         A process that is connected already stays so: then ``address`` and ``workers`` are not looked at.
-
-        Raises:
-            MissingExtraError: ``ray`` is not installed.
-            EngineError: the cluster does not answer.
         """
         try:
             import ray
@@ -83,35 +77,15 @@ class RayEngine:
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
         """Runs the task on any node."""
         reference = self._run.remote(config, task)
-        ours: Future[Outcome] = Future()
-        ours.set_running_or_notify_cancel()
-        self._futures[reference] = ours
-        reference.future().add_done_callback(lambda done: self._settle(reference, done, task))
+        ours = self._keep(reference)
+        reference.future().add_done_callback(lambda done: self._settle(reference, partial(_result, done, task)))
         return ours
-
-    def _settle(self, reference: Any, done: "Future[Outcome]", task: Task) -> None:
-        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
-
-        ours = self._futures.pop(reference, None)
-        if ours is None or ours.done():
-            return
-        error = done.exception()
-        if error is None:
-            ours.set_result(done.result())
-        elif isinstance(error, WorkerCrashedError | NodeDiedError | OutOfMemoryError):
-            ours.set_exception(WorkerLostError(f"{task.label} on Ray: {type(error).__name__}: {error}"))
-        elif isinstance(error, RayError):
-            ours.set_exception(TaskCrashedError(f"{task.label} on Ray: {type(error).__name__}: {error}"))
-        else:
-            ours.set_exception(error)
 
     def stop(self) -> None:
         """Ends the processes of tasks that run, and cancels the others."""
         import ray
 
-        references = list(self._futures)
-        for ours in [self._futures.pop(reference) for reference in references]:
-            ours.set_exception(EngineError("the task was given up"))
+        references = self._give_up()
         for reference in references:
             ray.cancel(reference, force=True)
         if references:
@@ -124,18 +98,25 @@ class RayEngine:
         if self._owned:
             ray.shutdown()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+def _result(done: "Future[Outcome]", task: Task) -> Outcome | BaseException:
+    """What became of a task: a future of Ray that is done, in the words of this package."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
+
+    error = done.exception()
+    if error is None:
+        return done.result()
+    if not isinstance(error, RayError):
+        return error
+    lost = isinstance(error, WorkerCrashedError | NodeDiedError | OutOfMemoryError)
+    kind = WorkerLostError if lost else TaskCrashedError
+    return kind(f"{task.label} on Ray: {type(error).__name__}: {error}")
 
 
 def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
     """Builds, gates and publishes a snapshot of a Ray Dataset, on the Ray that this process is connected to.
 
-    The dataset is computed once: its blocks are written to the store, and the build reads these. Ray's own shuffle
-    brings a shard's rows together.
+    The dataset is computed once: its blocks are written to the store, and the build reads these.
 
     Args:
         frame: Vectors are lists or tensors. A column has the same Arrow type in all blocks.
@@ -144,15 +125,10 @@ def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | N
             of lists or a matrix.
 
     Raises:
-        MissingExtraError: what Ray's datasets need is not installed.
         SourceSchemaError: the dataset lacks a column, or one is of a type that cannot be used.
         TaskCrashedError: a task failed; has its cause.
         SfPipelinesError: see ``build_snapshot``; the previous snapshot keeps serving.
     """
-    try:
-        import ray.data
-    except ImportError as error:
-        raise MissingExtraError(_MISSING) from error
     names = frame_columns(config, frame.columns() or [], vector_fn)
 
     def stage(folder: str) -> list[str]:
@@ -163,27 +139,11 @@ def write_sharded(frame: "Dataset", config: WriteConfig, vector_fn: VectorFn | N
         return _keys(written, "writing the dataset")
 
     with RayEngine() as engine:
-
-        def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
-            count = partitions(config, places, engine.slots)
-            route: Any = partial(_route_rows, config=config, run_id=run_id, count=count)
-            place: Any = partial(_place_rows, config=config, run_id=run_id)
-            numbers = ray.data.range(places, override_num_blocks=places)
-            pieces = numbers.map_batches(route, batch_size=1, batch_format="pyarrow")
-            placed = pieces.groupby("part", num_partitions=count).map_groups(place, batch_format="pyarrow")
-            return _keys(placed, "routing the dataset")
-
-        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+        return build_from_frame(config, vector_fn, engine, stage)
 
 
 def _keys(dataset: "Dataset", what: str) -> list[str]:
-    """The keys that tasks give.
-
-    Raises:
-        SfPipelinesError: what a task raised.
-        WorkerLostError: a worker was lost, more often than Ray runs a task again.
-        TaskCrashedError: a task failed in another way.
-    """
+    """The keys that tasks give."""
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
     try:
@@ -201,16 +161,4 @@ def _keys(dataset: "Dataset", what: str) -> list[str]:
 
 def _write_rows(rows: pa.Table, config: WriteConfig, folder: str, vector_fn: VectorFn | None) -> pa.Table:
     key = write_part(config, folder, vector_fn, rows.combine_chunks().to_batches())
-    return pa.table([pa.array([] if key is None else [key], pa.string())], schema=KEYS)
-
-
-def _route_rows(numbers: pa.Table, config: WriteConfig, run_id: str, count: int) -> Iterator[pa.Table]:
-    for place in numbers.column("id").to_pylist():
-        for pieces in route_pieces(config, run_id, place):
-            parts = pa.array(pieces.column("shard").to_numpy() % count)
-            yield pa.Table.from_batches([pieces]).append_column("part", parts)
-
-
-def _place_rows(pieces: pa.Table, config: WriteConfig, run_id: str) -> pa.Table:
-    key = write_pieces(config, run_id, pieces.select(PIECES.names).to_batches())
-    return pa.table([pa.array([] if key is None else [key], pa.string())], schema=KEYS)
+    return pa.table([pa.array([] if key is None else [key], pa.string())], names=["key"])

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pyarrow as pa
 
-from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, partitions, write_part
-from sf_pipelines.snapshot.addresses import cause_of
+from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, write_part
 from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError
-from sf_pipelines.snapshot.run.tasks import Outcome, Task
+from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError, cause_of
+from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 from sf_pipelines.snapshot.stages.pipeline import BuildResult
-from sf_pipelines.snapshot.stages.shuffle import route_pieces, write_pieces
 from sf_pipelines.snapshot.stages.worker import run_task
 
 if TYPE_CHECKING:
@@ -28,16 +26,14 @@ if TYPE_CHECKING:
 # What Spark says where it was the worker that failed, and not the task.
 _LOST = ("worker exited unexpectedly", "ExecutorLostFailure", "executor lost", "Python worker failed to connect back")
 _RESULT = "outcome binary"
-# Spark's arrays have small offsets; it cuts batches by their bytes.
-_PIECES_SCHEMA = pa.schema([pa.field("shard", pa.int32()), pa.field("rows", pa.binary())])
 # Spark looks every 2 s for tasks to be ended, and gives a worker 2 s more (spark.python.task.killTimeout).
 _KILL_SECONDS = 5.0
 # More than any cluster has cores.
 _MANY = 1_000_000
-_PARTS, _PIECES, _KEYS = "number int, key string", "shard int, rows binary", "key string"
+_PARTS = "number int, key string"
 
 
-class SparkEngine:
+class SparkEngine(Engine):
     """A Spark session, which stays the caller's.
 
     Args:
@@ -62,16 +58,7 @@ class SparkEngine:
 
     @classmethod
     def open(cls, address: str | None, workers: int | None) -> Self:
-        """Connects to Spark, or starts it on this machine.
-
-        Args:
-            address: ``sc://…`` of a Spark Connect server, or a master; None takes the active session.
-            workers: tasks at a time.
-
-        Raises:
-            MissingExtraError: ``pyspark`` is not installed.
-            EngineError: Spark cannot be started or reached.
-        """
+        """Connects to Spark, or starts it on this machine."""
         try:
             from pyspark.errors import PySparkException
             from pyspark.sql import SparkSession
@@ -122,12 +109,6 @@ class SparkEngine:
         if self._owned:
             self.session.stop()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 class _Jobs(NamedTuple):
     """What a session calls the tags of its jobs. A classic one interrupts only what the very thread has tagged.
@@ -176,8 +157,7 @@ def _start(master: str | None, workers: int | None) -> "SparkSession":
 def write_sharded(frame: "DataFrame", config: WriteConfig, vector_fn: VectorFn | None = None) -> BuildResult:
     """Builds, gates and publishes a snapshot of a Spark DataFrame, whose session does the work.
 
-    The frame is computed once: its partitions are written to the store, and the build reads these. Spark's own shuffle
-    brings a shard's rows together.
+    The frame is computed once: its partitions are written to the store, and the build reads these.
 
     Args:
         frame: classic or Spark Connect. Vectors are ``array<float>`` or ``array<double>``.
@@ -199,24 +179,11 @@ def write_sharded(frame: "DataFrame", config: WriteConfig, vector_fn: VectorFn |
         return [row["key"] for row in sorted(rows, key=lambda row: row["number"])]
 
     with SparkEngine(session) as engine:
-
-        def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
-            pieces = session.range(0, places, 1, places).mapInArrow(partial(_route_rows, config, run_id), _PIECES)
-            count = partitions(config, places, engine.slots)
-            placed = pieces.selectExpr("*", f"shard % {count} AS part").repartitionById(count, "part")
-            rows = _collect(placed.mapInArrow(partial(_place_rows, config, run_id), _KEYS), "routing the frame")
-            return [row["key"] for row in rows]
-
-        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+        return build_from_frame(config, vector_fn, engine, stage)
 
 
 def _collect(frame: "DataFrame", what: str) -> list[Any]:
-    """The rows of a small result.
-
-    Raises:
-        WorkerLostError: a worker was lost.
-        TaskCrashedError: the work failed.
-    """
+    """The rows of a small result."""
     try:
         return frame.collect()
     except _errors() as error:
@@ -247,21 +214,6 @@ def _write_rows(
     if key is not None and context is not None:
         number = pa.array([context.partitionId()], pa.int32())
         yield pa.record_batch([number, pa.array([key], pa.string())], names=["number", "key"])
-
-
-def _route_rows(config: WriteConfig, run_id: str, places: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The pieces of input ranges, in place of their numbers."""
-    for batch in places:
-        for place in batch.column(0).to_pylist():
-            for pieces in route_pieces(config, run_id, place):
-                yield pieces.cast(_PIECES_SCHEMA)
-
-
-def _place_rows(config: WriteConfig, run_id: str, pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The key of the receipt, in place of the pieces."""
-    key = write_pieces(config, run_id, pieces)
-    if key is not None:
-        yield pa.record_batch([pa.array([key], pa.string())], names=["key"])
 
 
 def _run_rows(payload: bytes, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -1,25 +1,31 @@
-"""The assets of one snapshot. Each calls one stage and turns its receipt into metadata; none touches data."""
+"""The assets of one snapshot, and ``build_now``, which makes all of them in one step.
 
-from collections.abc import Callable, Sequence
+Each asset runs one stage and turns its receipt into metadata. ``build_now_<name>`` exists because Dagster's UI has no
+Launchpad for jobs over partitioned assets. It runs the same stages and writes the same events and references, so
+single assets can be materialized after it; a run that failed goes on from the receipts in the store.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
 from sf_pipelines.orchestration import metadata as described
-from sf_pipelines.orchestration.conditions import freshness_of
-from sf_pipelines.orchestration.graph import Graph
-from sf_pipelines.orchestration.io_manager import Reference
-from sf_pipelines.orchestration.metadata import materialized
-from sf_pipelines.orchestration.pointer_sensor import tell_move
-from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
+from sf_pipelines.orchestration.checks import run_checks
+from sf_pipelines.orchestration.graph import CODE_VERSION, RETRY, Graph, freshness_of
+from sf_pipelines.orchestration.io_manager import Reference, keep_latest
+from sf_pipelines.orchestration.metadata import data_version, event_metadata, reference
+from sf_pipelines.orchestration.pointer_sensor import report_move
+from sf_pipelines.orchestration.shards import seal_shards
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.errors import ReceiptMissingError
 from sf_pipelines.snapshot.run.build import Build
-from sf_pipelines.snapshot.run.receipts import Receipt, ScanReceipt
+from sf_pipelines.snapshot.run.receipts import Receipt
+from sf_pipelines.snapshot.run.tasks import Engine
 
-# Only errors that may pass are retried (see resources.surfaced).
-RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+Events = Iterator[dg.AssetMaterialization | dg.AssetCheckEvaluation | dg.Output[None]]
 
 
 class ScanOptions(dg.Config):
@@ -33,194 +39,164 @@ class ScanOptions(dg.Config):
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A stage that goes on from the reference of one asset before it."""
+class Step:
+    """An unpartitioned asset: the stage that makes it, and the asset before it."""
 
     noun: str
     after: str
-    stage: Callable[[Build, str], Any]
+    stage: Callable[..., Any]
     describe: Callable[[Build, Any], dict[str, Any]]
-    kinds: set[str]
+    kind: str
     description: str
 
+    def run(
+        self,
+        context: dg.OpExecutionContext | dg.AssetExecutionContext,
+        graph: Graph,
+        build: Build,
+        run_id: str,
+        *,
+        engine: Engine | None,
+        force: bool = False,
+    ) -> Receipt:
+        """Runs the stage; ``run_id`` is that of the scan, which has none before it."""
+        name = self.stage.__name__
+        options = {"scan": {"force": force}, "route": {"engine": engine}}.get(name, {})
+        # Looked up now and not when definitions were loaded, as checks and shards do.
+        work = partial(getattr(stages, name), build, *([run_id] if run_id else []), **options)
+        receipt = graph.execute(context, name, work)
+        if name == "scan":
+            graph.names.set_partitions(context.instance, build.config.shards)
+            if receipt.sizing:
+                context.log.info("%s", receipt.sizing)
+        if receipt.reason:
+            context.log.info("%s", receipt.reason)
+        if name == "promote":
+            report_move(context, graph, build)
+        return receipt
 
-_SAMPLE = _Step(
-    "training_data",
-    "source_vectors",
-    stages.sample,
-    described.sample_metadata,
-    {"arrow"},
-    "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
-)
-# What a strategy trains; the graph of one that trains nothing has no such asset.
+
 _TRAINED = {
-    "cluster": _Step(
+    "cluster": Step(
         "centroids",
         "training_data",
         stages.train,
         described.train_metadata,
-        {"scikitlearn"},
+        "scikitlearn",
         "One k-means centre a shard: they say which shard holds which vector.",
     ),
-    "lsh": _Step(
+    "lsh": Step(
         "hyperplanes",
         "training_data",
         stages.train,
         described.train_metadata,
-        {"numpy"},
+        "numpy",
         "Hyperplanes that cut the training data into balanced cells: they say which shard holds which vector.",
     ),
 }
-_PROMOTE = _Step(
-    "current_pointer",
-    "manifest",
-    stages.promote,
-    described.promote_metadata,
-    {"json"},
-    "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the verdicts "
-    "are read from the store, so launching this asset alone publishes nothing that has not passed.",
-)
 
 
-def steps_of(strategy: str) -> list[_Step]:
-    """The stages of a snapshot that each go on from one asset before them."""
+def steps_of(strategy: str) -> list[Step]:
+    """The unpartitioned assets in their order; a strategy that trains nothing has one less."""
     trained = _TRAINED.get(strategy)
-    route = _Step(
-        "routed_vectors",
-        trained.noun if trained else _SAMPLE.noun,
-        stages.route,
-        described.route_metadata,
-        {"arrow"},
-        "Every row sent to its shard, with a digest of each shard's rows.",
-    )
-    return [_SAMPLE, *([trained] if trained else []), route, _PROMOTE]
-
-
-def build_assets(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> list[dg.AssetsDefinition]:
-    """All assets except the partitioned ``shard_indexes``.
-
-    Args:
-        graph: of the snapshot.
-        source_assets: keys of the assets that write the source.
-    """
     return [
-        _source_vectors(graph, source_assets),
-        *(_step_asset(graph, step) for step in steps_of(graph.config.sharding.strategy)),
-        _manifest(graph),
+        Step(
+            "source_vectors",
+            "",
+            stages.scan,
+            described.scan_metadata,
+            "parquet",
+            "The source files, pinned: what a build reads is exactly these versions.",
+        ),
+        Step(
+            "training_data",
+            "source_vectors",
+            stages.sample,
+            described.sample_metadata,
+            "arrow",
+            "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
+        ),
+        *([trained] if trained else []),
+        Step(
+            "routed_vectors",
+            trained.noun if trained else "training_data",
+            stages.route,
+            described.route_metadata,
+            "arrow",
+            "Every row sent to its shard, with a digest of each shard's rows.",
+        ),
+        Step(
+            "manifest",
+            "shard_indexes",
+            stages.assemble,
+            described.manifest_metadata,
+            "sqlite",
+            "One manifest that names all shards, staged for the checks, and the measured number of probes.",
+        ),
+        Step(
+            "current_pointer",
+            "manifest",
+            stages.promote,
+            described.promote_metadata,
+            "json",
+            "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the "
+            "verdicts are read from the store, so launching this asset alone publishes nothing that has not passed.",
+        ),
     ]
 
 
-def _asset(
-    graph: Graph,
-    noun: str,
-    *,
-    stage: Callable[..., Any],
-    kinds: set[str],
-    description: str,
-    after: str | None = None,
-    deps: Sequence[dg.AssetKey] = (),
-) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
-    """A decorator with the settings of all unpartitioned assets; ``before`` is the input from the asset ``after``."""
-    names, freshness = graph.names, freshness_of(graph.options.freshness)
-    return dg.asset(
-        **graph.asset_settings(noun, kinds, stage),
-        ins={"before": dg.AssetIn(names.asset(after))} if after else None,
-        deps=list(deps),
-        description=description,
-        io_manager_key=names.io_manager,
-        required_resource_keys={names.resource},
-        freshness_policy=freshness if noun == _PROMOTE.noun and graph.options.pointer_sensor is None else None,
-        retry_policy=RETRY,
-    )
+def build_assets(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> list[dg.AssetsDefinition]:
+    """All assets except the partitioned ``shard_indexes``; ``source_assets`` are those that write the source."""
+    scan, *later = steps_of(graph.config.sharding.strategy)
 
-
-def run_stage(
-    context: dg.AssetExecutionContext,
-    graph: Graph,
-    stage: str,
-    work: Callable[[Build], Any],
-    describe: Callable[[Build, Any], dict[str, Any]],
-) -> dg.MaterializeResult:
-    """Runs one stage; its receipt becomes the materialization."""
-    access: SnapshotAccess = getattr(context.resources, graph.names.resource)
-    with surfaced(), access.build(context.log) as build:
-        receipt: Receipt = graph.execute(context, stage, lambda: work(build))
-        if receipt.reason:
-            context.log.info("%s", receipt.reason)
-        return materialized(receipt, describe(build, receipt))
-
-
-def scan_and_tell(
-    context: dg.OpExecutionContext | dg.AssetExecutionContext, graph: Graph, build: Build, *, force: bool
-) -> ScanReceipt:
-    """Pins the source; the instance is told of the shards that the build has chosen."""
-    scanned = stages.scan(build, force=force)
-    graph.names.tell_shards(context.instance, build.config.shards)
-    if scanned.sizing:
-        context.log.info("%s", scanned.sizing)
-    return scanned
-
-
-def _source_vectors(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
-    @_asset(
-        graph,
-        "source_vectors",
-        stage=stages.scan,
-        deps=source_assets,
-        kinds={"parquet"},
-        description="The source files, pinned: what a build reads is exactly these versions.",
-    )
+    @_asset(graph, scan, deps=list(source_assets))
     def source_vectors(context: dg.AssetExecutionContext, config: ScanOptions) -> dg.MaterializeResult:
-        def scan(build: Build) -> Receipt:
-            return scan_and_tell(context, graph, build, force=config.force)
+        return _materialize(context, graph, scan, force=config.force)
 
-        return run_stage(context, graph, "scan", scan, described.scan_metadata)
-
-    return source_vectors
+    return [source_vectors, *(_step_asset(graph, step) for step in later)]
 
 
-def _step_asset(graph: Graph, step: _Step) -> dg.AssetsDefinition:
-    @_asset(graph, step.noun, stage=step.stage, after=step.after, kinds=step.kinds, description=step.description)
+def _step_asset(graph: Graph, step: Step) -> dg.AssetsDefinition:
+    @_asset(graph, step, ins={"before": dg.AssetIn(graph.names.asset(step.after))})
     def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
-        def work(build: Build) -> Receipt:
-            if step.stage is not stages.route:
-                return step.stage(build, before["run_id"])
-            access: SnapshotAccess = getattr(context.resources, graph.names.resource)
-            with access.open_engine() as engine:
-                return stages.route(build, before["run_id"], engine=engine)
-
-        def describe(build: Build, receipt: Any) -> dict[str, Any]:
-            if step is _PROMOTE:
-                tell_move(context, graph, build)
-            return step.describe(build, receipt)
-
-        return run_stage(context, graph, step.stage.__name__, work, describe)
+        return _materialize(context, graph, step, before)
 
     return step_asset
 
 
-def _manifest(graph: Graph) -> dg.AssetsDefinition:
-    @_asset(
-        graph,
-        "manifest",
-        stage=stages.assemble,
-        after="shard_indexes",
-        kinds={"sqlite"},
-        description="One manifest that names all shards, staged for the checks, and the measured number of probes.",
+def _asset(
+    graph: Graph, step: Step, **inputs: Any
+) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
+    fresh = step.noun == "current_pointer" and graph.options.pointer_sensor is None
+    return dg.asset(
+        **graph.asset_settings(step.noun, {step.kind}, step.stage),
+        **inputs,
+        description=step.description,
+        io_manager_key=graph.names.io_manager,
+        required_resource_keys={graph.names.resource},
+        freshness_policy=freshness_of(graph.options.freshness) if fresh else None,
+        retry_policy=RETRY,
     )
-    def manifest(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
-        def assemble(build: Build) -> Receipt:
-            return stages.assemble(build, _common_run(before))
-
-        return run_stage(context, graph, "assemble", assemble, described.manifest_metadata)
-
-    return manifest
 
 
-def _common_run(shards: Reference) -> str:
-    """The one build that all shards are of."""
+def _materialize(
+    context: dg.AssetExecutionContext, graph: Graph, step: Step, before: Reference | None = None, *, force: bool = False
+) -> dg.MaterializeResult:
+    with graph.build(context) as build, graph.access(context).open_engine() as engine:
+        receipt = step.run(context, graph, build, _run_of(before) if before else "", engine=engine, force=force)
+        return dg.MaterializeResult(
+            value=reference(receipt),
+            metadata=event_metadata(receipt, step.describe(build, receipt)),
+            data_version=dg.DataVersion(data_version(receipt)),
+        )
+
+
+def _run_of(before: Reference) -> str:
+    """The build that an asset's reference, or those of all its partitions, are of."""
+    if "run_id" in before:
+        return before["run_id"]
     runs: dict[str, list[str]] = {}
-    for partition, value in shards.items():
+    for partition, value in before.items():
         runs.setdefault(value["run_id"], []).append(partition)
     if len(runs) > 1:
         shown = "; ".join(f"{run_id}: {', '.join(parts)}" for run_id, parts in sorted(runs.items()))
@@ -228,3 +204,81 @@ def _common_run(shards: Reference) -> str:
             f"the shard indexes are of {len(runs)} different builds ({shown}); materialize shard_indexes for all shards"
         )
     return next(iter(runs))
+
+
+def build_now_job(graph: Graph) -> dg.JobDefinition:
+    """The job ``build_now_<name>``."""
+    names = graph.names
+    description = (
+        "Builds the snapshot in one run of one step: open the Launchpad, press Launch Run. Stages, checks and events "
+        "are those of the assets."
+    )
+
+    @dg.op(
+        name=names.part("build_now"),
+        out=dg.Out(dg.Nothing),
+        required_resource_keys={names.resource},
+        description=description,
+        pool=names.pool,
+        retry_policy=RETRY,
+    )
+    def build_now(context: dg.OpExecutionContext, config: ScanOptions) -> Events:
+        with graph.build(context) as build, graph.access(context).open_engine() as engine:
+            yield from _build_now(context, graph, build, engine, force=config.force)
+        yield dg.Output(None)
+
+    @dg.job(name=names.job("build_now"), description=description, tags=names.run_tags, executor_def=graph.executor)
+    def job() -> None:
+        build_now()
+
+    return job
+
+
+def _build_now(
+    context: dg.OpExecutionContext, graph: Graph, build: Build, engine: Engine | None, *, force: bool
+) -> Events:
+    """Runs all stages; yields the events of their assets and checks."""
+    parents, run_id, routed = [dg.AssetKey(item.split("/")) for item in graph.options.source_assets], "", ""
+    for step in steps_of(build.config.sharding.strategy):
+        if step.noun == "manifest":
+            shards = list(range(build.config.shards))
+            task = {"run_id": run_id, "routed": routed, "shards": shards, "rebuild": False}
+            seal_shards(context, graph, build, engine, task, keep=True)
+        if step.noun == "current_pointer":
+            for result in run_checks(context, graph, build, run_id):
+                yield dg.AssetCheckEvaluation(
+                    asset_key=graph.names.asset("manifest"),
+                    check_name=str(result.check_name),
+                    passed=result.passed,
+                    metadata=result.metadata,
+                    severity=result.severity,
+                    description=result.description,
+                )
+        receipt = step.run(context, graph, build, run_id, engine=engine, force=force)
+        run_id, routed = receipt.run_id, receipt.digest
+        key, parents = graph.names.asset(step.noun), [graph.names.asset(step.after)] if step.after else parents
+        keep_latest(build.store, key, reference(receipt))
+        yield dg.AssetMaterialization(
+            key,
+            metadata=event_metadata(receipt, step.describe(build, receipt)),
+            tags={
+                "dagster/data_version": data_version(receipt),
+                "dagster/data_version_is_user_provided": "true",
+                "dagster/code_version": CODE_VERSION,
+                **_provenance(context.instance, parents),
+            },
+        )
+
+
+def _provenance(instance: dg.DagsterInstance, parents: Sequence[dg.AssetKey]) -> dict[str, str]:
+    """Tags that let Dagster tell whether an asset's parents have changed since."""
+    tags: dict[str, str] = {}
+    for key in parents:
+        records = instance.fetch_materializations(key, limit=1).records
+        event = records[0].asset_materialization if records else None
+        # What Dagster takes for an asset without events.
+        version = (event.tags or {}).get("dagster/data_version", "INITIAL") if event else "INITIAL"
+        name = key.to_user_string()
+        tags[f"dagster/input_data_version/{name}"] = version
+        tags[f"dagster/input_event_pointer/{name}"] = str(records[0].storage_id) if records else "NULL"
+    return tags

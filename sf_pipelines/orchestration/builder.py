@@ -1,21 +1,20 @@
 """One snapshot's Dagster definitions from its configuration, without YAML."""
 
 from collections.abc import Iterator, Sequence
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from sf_pipelines.orchestration.assets import build_assets
-from sf_pipelines.orchestration.build_now import build_now_job
+from sf_pipelines.orchestration.assets import build_assets, build_now_job
 from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, beta_accepted, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.names import SnapshotNames
-from sf_pipelines.orchestration.operations import build_cleanup_schedule, build_operation_jobs
-from sf_pipelines.orchestration.options import SnapshotOptions, sensor_status
+from sf_pipelines.orchestration.operations import CleanupConfig, build_operation_jobs
+from sf_pipelines.orchestration.options import CleanupScheduleOptions, ScheduleOptions, SnapshotOptions, sensor_status
 from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
 from sf_pipelines.orchestration.resources import snapshot_resource
-from sf_pipelines.orchestration.schedule import build_schedule
 from sf_pipelines.orchestration.shards import build_shard_indexes
 from sf_pipelines.orchestration.source_sensor import build_source_sensor
 from sf_pipelines.snapshot.config import WriteConfig
@@ -58,7 +57,7 @@ def build_snapshot_defs(
     if s3 is not None and chosen.s3_resource is not None:
         raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as s3 or as s3_resource, not both")
     if not needs_training(config.sharding):
-        # An expression that does not compile is told when the definitions are loaded.
+        # An expression that does not compile fails here, when the definitions are loaded.
         Build(config.sized(config.shard_count or 1)).routing(None)
     graph = Graph(config, chosen, SnapshotNames.of(config, chosen), execute)
     upstream = [dg.AssetKey(item.split("/")) for item in chosen.source_assets]
@@ -71,29 +70,67 @@ def build_snapshot_defs(
         assets=[*assets, *([build_published_snapshot(graph)] if chosen.pointer_sensor else [])],
         asset_checks=[build_checks(graph)],
         jobs=[
-            _job(graph, own, upstream if chosen.refresh_source else []),
+            dg.define_asset_job(
+                names.job("build"),
+                selection=dg.AssetSelection.assets(*own, *(upstream if chosen.refresh_source else [])),
+                # A run without partitions does everything: all shards, unpartitioned assets and checks.
+                tags=names.run_tags,
+                executor_def=graph.executor,
+                description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, "
+                "pointer.",
+            ),
             build_now_job(graph),
             *(build_operation_jobs(graph) if chosen.operations else []),
         ],
-        schedules=[
-            *([build_schedule(graph, chosen.schedule)] if chosen.schedule else []),
-            *([build_cleanup_schedule(graph, chosen.cleanup)] if chosen.cleanup else []),
-        ],
+        schedules=list(_schedules(graph)),
         sensors=list(_sensors(graph, own)),
         resources={names.resource: snapshot, names.io_manager: reference_io_manager(names.resource)},
     )
 
 
-def _job(graph: Graph, own: Sequence[dg.AssetKey], upstream: Sequence[dg.AssetKey]) -> Any:
-    names = graph.names
-    return dg.define_asset_job(
-        names.job,
-        selection=dg.AssetSelection.assets(*own, *upstream),
-        # With no partitions on the run, one run does everything: all shards, unpartitioned assets and checks.
-        tags=names.run_tags,
-        executor_def=graph.executor,
-        description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, pointer.",
+def _schedules(graph: Graph) -> Iterator[dg.ScheduleDefinition]:
+    names, options = graph.names, graph.options
+    if options.schedule:
+        forced = {"ops": {names.asset_step("source_vectors"): {"config": {"force": True}}}}
+        yield _schedule(
+            names.part("schedule"),
+            names.job("build"),
+            options.schedule,
+            f"Builds the snapshot {names.name!r}"
+            + (", also when nothing is new." if options.schedule.force else "; publishes nothing when nothing is new."),
+            run_key=names.scope,
+            tags=names.run_tags,
+            run_config=forced if options.schedule.force else None,
+        )
+    if options.cleanup:
+        config = options.cleanup.model_dump(include=set(CleanupConfig.model_fields))
+        yield _schedule(
+            names.part("cleanup_schedule"),
+            names.job("cleanup"),
+            options.cleanup,
+            f"{'Shows' if options.cleanup.dry_run else 'Removes'} what nobody needs any more of {names.name!r}.",
+            run_key=names.job("cleanup"),
+            run_config={"ops": {names.part("cleanup"): {"config": config}}},
+        )
+
+
+def _schedule(
+    name: str, job: str, options: ScheduleOptions | CleanupScheduleOptions, text: str, *, run_key: str, **request: Any
+) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=name,
+        job_name=job,
+        cron_schedule=options.cron,
+        execution_timezone=options.timezone,
+        default_status=dg.DefaultScheduleStatus[options.default_status.upper()],
+        description=text,
     )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        moment = context.scheduled_execution_time.astimezone(UTC)
+        # The key makes one run of a tick that is evaluated more than once.
+        return dg.RunRequest(run_key=f"{run_key}:{moment:%Y-%m-%dT%H:%M:%SZ}", **request)
+
+    return schedule
 
 
 def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefinition]:
@@ -104,7 +141,7 @@ def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefi
         yield build_pointer_sensor(graph, options.pointer_sensor)
     if options.automation:
         yield dg.AutomationConditionSensorDefinition(
-            graph.names.automation_sensor,
+            graph.names.part("automation_sensor"),
             target=dg.AssetSelection.assets(*own),
             minimum_interval_seconds=options.automation.interval_seconds,
             default_status=sensor_status(options.automation.default_status),

@@ -8,7 +8,6 @@ import dagster as dg
 from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.orchestration.io_manager import Reference
 from sf_pipelines.orchestration.metadata import verdict_metadata
-from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.errors import GateFailedError
 from sf_pipelines.snapshot.gate.verdicts import CHECKS, required_checks
@@ -37,16 +36,15 @@ def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
     ]
 
     @dg.multi_asset_check(
-        name=f"{names.scope}_gate",
+        name=names.part("gate"),
         specs=specs,
         can_subset=True,
         ins={"manifest": manifest},
         required_resource_keys={names.resource},
     )
     def gate(context: dg.AssetCheckExecutionContext, manifest: Reference) -> Iterator[dg.AssetCheckResult]:
-        access: SnapshotAccess = getattr(context.resources, names.resource)
         selected = {key.name for key in context.selected_asset_check_keys}
-        with surfaced(), access.build(context.log) as build:
+        with graph.build(context) as build:
             yield from run_checks(context, graph, build, manifest["run_id"], selected)
 
     return gate
@@ -59,17 +57,12 @@ def run_checks(
     run_id: str,
     selected: Collection[str] = CHECKS,
 ) -> Iterator[dg.AssetCheckResult]:
-    """Runs checks on a run's staged manifest, in their order.
-
-    Raises:
-        GateFailedError: after all results, where a required one has failed: says what was found.
-    """
+    """Runs checks on a run's staged manifest, in their order."""
     failed: list[str] = []
     for name in (name for name in CHECKS if name in selected):
         verdict = graph.execute(context, "check", partial(stages.check, build, run_id, name))
-        # A warning shows in the run's log as well as on the check.
-        told = context.log.info if verdict.passed else context.log.warning
-        told("%s: %s", name, verdict.reason or verdict.message)
+        log = context.log.info if verdict.passed else context.log.warning
+        log("%s: %s", name, verdict.reason or verdict.message)
         if verdict.severity == "ERROR" and not verdict.passed:
             failed.append(f"{name}: {verdict.message}")
         yield dg.AssetCheckResult(
@@ -81,7 +74,7 @@ def run_checks(
             description=verdict.message,
         )
     if failed:
-        # The pointer waits for these checks, so nothing comes after them that could say it.
+        # The pointer waits for these checks: no later step could report this.
         error = GateFailedError(" ".join(failed))
         build.give_up(error)
         raise error

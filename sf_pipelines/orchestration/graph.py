@@ -5,16 +5,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import dagster as dg
 
-from sf_pipelines.orchestration.conditions import condition_of
 from sf_pipelines.orchestration.names import SnapshotNames
-from sf_pipelines.orchestration.options import MultiprocessExecutor, SnapshotOptions
+from sf_pipelines.orchestration.options import FreshnessOptions, MultiprocessExecutor, SnapshotOptions
+from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig
+from sf_pipelines.snapshot.run.build import Build
 
 CODE_VERSION = str(BUILD_VERSION)
+# Only errors that may pass are retried (see resources.surfaced).
+RETRY = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 
 StageContext = dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext
 
@@ -25,14 +29,7 @@ class Execute(Protocol):
     """Called for each stage of a run, in the step's process."""
 
     def __call__(self, context: StageContext, stage: str, work: Callable[[], Done]) -> Done:
-        """Does the work of a stage.
-
-        Args:
-            context: of the step.
-            stage: ``scan``, ``sample``, ``train``, ``route``, ``build_shard``, ``assemble``, ``check`` or ``promote``.
-            work: does it and returns the receipt (of ``build_shard`` those of its shards: one, or on an engine all of
-                the run; of ``check`` the verdict).
-        """
+        """Does the work of a stage."""
         ...
 
 
@@ -58,20 +55,25 @@ class Graph:
     names: SnapshotNames
     execute: Execute
 
-    @property
-    def group(self) -> str:
-        """Asset group."""
-        return self.options.group or self.config.name
+    def access(self, context: Any) -> SnapshotAccess:
+        """The snapshot's resource in the context of a step or a tick."""
+        return getattr(context.resources, self.names.resource)
+
+    @contextmanager
+    def build(self, context: StageContext) -> Iterator[Build]:
+        """The build that a step works on; a typed error in the block fails the step."""
+        with surfaced(), self.access(context).build(context.log) as build:
+            yield build
 
     def is_built_by(self, run: dg.DagsterRun) -> bool:
-        """Whether a run is of one of the snapshot's build jobs, or has assets of the snapshot in any other way."""
+        """Whether a run is of a build job of the snapshot, or selects any of its assets."""
         own = [*self.names.key_prefix, self.config.name]
-        jobs = {self.names.job, self.names.operation("build_now")}
+        jobs = {self.names.job("build"), self.names.job("build_now")}
         return run.job_name in jobs or any(key.path[: len(own)] == own for key in run.asset_selection or ())
 
     @property
     def executor(self) -> dg.ExecutorDefinition | None:
-        """How the steps of this snapshot's jobs are executed; None where the deployment says it."""
+        """Executor of this snapshot's jobs; None takes the deployment's."""
         chosen = self.options.executor
         if isinstance(chosen, dg.ExecutorDefinition):
             return chosen
@@ -79,28 +81,36 @@ class Graph:
             return None
         if chosen == "in_process":
             return dg.in_process_executor
-        # Step processes are forked from one that has imported this, and start in a fraction of a second. What must not
-        # be forked (LanceDB's and scikit-learn's threads) is imported only by the steps themselves.
+        # A fork of a process that has imported this starts in a fraction of a second. Libraries that must not be
+        # forked (the threads of LanceDB and scikit-learn) are imported by the steps alone.
         config: dict[str, Any] = {"start_method": {"forkserver": {"preload_modules": ["sf_pipelines.components"]}}}
         if isinstance(chosen, MultiprocessExecutor) and chosen.max_concurrent is not None:
             config["max_concurrent"] = chosen.max_concurrent
         return dg.multiprocess_executor.configured(config, name="multiprocess")
 
     def asset_settings(self, noun: str, kinds: set[str], stage: Callable[..., Any]) -> dict[str, Any]:
-        """What all assets share, unpartitioned ones too: a single run can take the whole graph."""
+        """Settings of every asset that is built."""
+        code = inspect.unwrap(stage).__code__
+        with beta_accepted():
+            # Where the UI finds the function that does the work; dg adds the place in a component's YAML by itself.
+            place = dg.LocalFileCodeReference(
+                file_path=code.co_filename, line_number=code.co_firstlineno, label=f"stages.{stage.__name__}"
+            )
+            references = dg.CodeReferencesMetadataValue(code_references=[place])
         return {
             **self.described_settings(noun, kinds),
-            "metadata": {"dagster/code_references": _code_reference(stage)},
+            "metadata": {"dagster/code_references": references},
             "code_version": CODE_VERSION,
+            # A single run can take the whole graph.
             "backfill_policy": dg.BackfillPolicy.single_run(),
             "automation_condition": condition_of(noun) if self.options.automation else None,
         }
 
     def described_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
-        """What describes any asset, also one that Dagster only observes."""
+        """Settings of any asset, also one that Dagster only observes."""
         return {
             "key": self.names.asset(noun),
-            "group_name": self.group,
+            "group_name": self.options.group or self.config.name,
             "owners": list(self.options.owners),
             "tags": self.options.tags,
             "kinds": kinds | set(self.options.kinds),
@@ -109,17 +119,34 @@ class Graph:
 
 @contextmanager
 def beta_accepted() -> Iterator[None]:
-    """What this package uses of Dagster's beta is for it to keep up with, and nothing that its users could change."""
+    """Hides Dagster's warnings of beta features that this package uses; its users could change nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         yield
 
 
-def _code_reference(stage: Callable[..., Any]) -> dg.CodeReferencesMetadataValue:
-    """Where the UI finds the function that does the work; dg adds the place in a component's YAML by itself."""
-    code = inspect.unwrap(stage).__code__
-    with beta_accepted():
-        place = dg.LocalFileCodeReference(
-            file_path=code.co_filename, line_number=code.co_firstlineno, label=f"stages.{stage.__name__}"
-        )
-        return dg.CodeReferencesMetadataValue(code_references=[place])
+def condition_of(noun: str) -> dg.AutomationCondition:
+    """When declarative automation requests an asset.
+
+    ``eager`` alone requests the manifest as soon as one shard is new, and the pointer before the checks have run. So
+    an asset with several parents waits until none of these waits for something itself, and the pointer for the checks.
+    The source is read whole, whatever partitions its writers have: a missing partition keeps nothing waiting.
+    """
+    eager = dg.AutomationCondition.eager()
+    if noun == "source_vectors":
+        there = ~dg.AutomationCondition.missing() | dg.AutomationCondition.will_be_requested()
+        whole = eager.without(~dg.AutomationCondition.any_deps_missing())
+        return whole & dg.AutomationCondition.all_deps_match(there.with_label("any_partition_there"))
+    if noun not in {"manifest", "current_pointer"}:
+        return eager
+    stale = dg.AutomationCondition.any_deps_updated().since(dg.AutomationCondition.newly_updated())
+    settled = eager & ~dg.AutomationCondition.any_deps_match(stale)
+    return settled & dg.AutomationCondition.all_deps_blocking_checks_passed() if noun == "current_pointer" else settled
+
+
+def freshness_of(options: FreshnessOptions | None) -> dg.FreshnessPolicy | None:
+    """How old an asset's last materialization may get."""
+    if options is None:
+        return None
+    warn = None if options.warn_hours is None else timedelta(hours=options.warn_hours)
+    return dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=options.fail_hours), warn_window=warn)

@@ -9,14 +9,14 @@ from sf_pipelines.orchestration import pictures
 from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.gate.verdicts import Verdict, judged_recall
+from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.reader.state import load_pointed
+from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed
 from sf_pipelines.snapshot.routing.projection import project
 from sf_pipelines.snapshot.routing.protocol import VectorRouting
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.ledger import STAGING
 from sf_pipelines.snapshot.run.receipts import (
-    CurvePoint,
     ManifestReceipt,
     PromoteReceipt,
     Receipt,
@@ -26,6 +26,7 @@ from sf_pipelines.snapshot.run.receipts import (
     ShardReceipt,
     TrainReceipt,
 )
+from sf_pipelines.snapshot.store import Store
 
 Metadata = dict[str, Any]
 
@@ -39,18 +40,10 @@ def reference(receipt: Receipt) -> dict[str, str]:
     return {"run_id": receipt.run_id, "key": receipt.key, "digest": receipt.digest}
 
 
-def materialized(receipt: Receipt, metadata: Mapping[str, Any]) -> dg.MaterializeResult:
-    """A stage's receipt as its asset's materialization; the same receipt again is the same data version."""
-    return dg.MaterializeResult(
-        value=reference(receipt),
-        metadata=told(receipt, metadata),
-        data_version=dg.DataVersion(data_version(receipt)),
-    )
-
-
-def told(receipt: Receipt, metadata: Mapping[str, Any]) -> Metadata:
-    """What an asset's event says: its figures first, ids and receipts last."""
-    return readable({**metadata, **receipt_metadata(receipt)})
+def event_metadata(receipt: Receipt, figures: Mapping[str, Any]) -> Metadata:
+    """Metadata of an asset's event: its figures first, ids and receipts last."""
+    common = {"run_id": receipt.run_id, "receipt": receipt.key, "seconds": round(receipt.seconds, 3)}
+    return readable({**figures, **common, **({"reason": receipt.reason} if receipt.reason else {})})
 
 
 def readable(metadata: Mapping[str, Any]) -> Metadata:
@@ -69,7 +62,7 @@ def _short(value: float) -> float:
 
 
 def data_version(receipt: Receipt) -> str:
-    """What changes exactly when the asset's content does, and not with the circumstances that a receipt tells too."""
+    """Changes exactly when the asset's content does; a receipt also records circumstances."""
     if isinstance(receipt, ScanReceipt):
         return receipt.build_key
     if isinstance(receipt, ManifestReceipt | PromoteReceipt):
@@ -77,23 +70,14 @@ def data_version(receipt: Receipt) -> str:
     return receipt.digest
 
 
-def receipt_metadata(receipt: Receipt) -> Metadata:
-    """What every receipt says."""
-    common: Metadata = {
-        "run_id": receipt.run_id,
-        "receipt": receipt.key,
-        "seconds": round(receipt.seconds, 3),
-    }
-    return common | ({"reason": receipt.reason} if receipt.reason else {})
-
-
 def scan_metadata(build: Build, receipt: ScanReceipt) -> Metadata:
     """The pinned source."""
-    files = receipt.listing.files
+    files, schema = receipt.listing.files, receipt.listing.arrow_schema
+    columns = [dg.TableColumn(name, str(schema.field(name).type)) for name in build.config.row_columns]
     sizing = {"sizing": receipt.sizing} if receipt.sizing else {}
     return {
         "dagster/uri": receipt.listing.root,
-        "dagster/column_schema": _columns(receipt, build.config.row_columns),
+        "dagster/column_schema": dg.TableSchema(columns=columns),
         "dagster/row_count": receipt.rows,
         "num_dbs": build.config.shards,
         **sizing,
@@ -162,7 +146,7 @@ def shard_metadata(build: Build, receipt: ShardReceipt) -> Metadata:
         **({"dagster/uri": build.store.url_of(receipt.db_key)} if receipt.db_key else {}),
         "shard": receipt.db_key or "(empty shard)",
     }
-    return told(receipt, facts)
+    return event_metadata(receipt, facts)
 
 
 def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
@@ -178,7 +162,7 @@ def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
         **figures,
         "manifest": receipt.manifest_key,
         "manifest_digest": receipt.manifest_digest,
-        "recall_curve": curve_table(receipt.curve),
+        "recall_curve": table([point.model_dump(mode="json") for point in receipt.curve]),
         "recall_and_latency_by_probes": picture,
         **_cost(build, receipt),
     }
@@ -186,8 +170,14 @@ def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
 
 def promote_metadata(build: Build, receipt: PromoteReceipt) -> Metadata:
     """The pointer: what readers get first, then how it came there."""
+    pointer = read_pointer(build.store).pointer
+    try:
+        served = served_metadata(build.store, pointer, load_pointed(build.store, pointer)) if pointer else {}
+    except (IntegrityError, ObjectMissingError):
+        # For readers and verify to report.
+        served = {}
     return {
-        **served_metadata(build),
+        **served,
         "published": receipt.published,
         "seq": receipt.seq,
         "dagster/uri": build.store.url,
@@ -196,17 +186,12 @@ def promote_metadata(build: Build, receipt: PromoteReceipt) -> Metadata:
     }
 
 
-def served_metadata(build: Build) -> Metadata:
-    """What readers get now: recall, rows, bytes, since when; nothing where the pointer cannot be followed."""
-    pointer = read_pointer(build.store).pointer
-    if pointer is None:
-        return {}
+def served_metadata(store: Store, pointer: Pointer, state: SnapshotState) -> Metadata:
+    """What readers get now: recall, rows, bytes, since when."""
     try:
-        state = load_pointed(build.store, pointer)
-        recall = judged_recall(build.store, state.manifest, state.manifest_digest)
+        recall = judged_recall(store, state.manifest, state.manifest_digest)
     except (IntegrityError, ObjectMissingError):
-        # For readers and for verify to say; here it is not what was asked.
-        return {}
+        recall = None
     return {
         **({"recall": recall.recall, "recall_lower_bound": recall.lower} if recall else {}),
         "dagster/row_count": state.manifest.row_count,
@@ -224,18 +209,12 @@ def verdict_metadata(verdict: Verdict) -> Metadata:
     return readable({**figures, **reason}) | ({"table": table(rows)} if rows else {})
 
 
-def _columns(receipt: ScanReceipt, wanted: Sequence[str]) -> dg.TableSchema:
-    """The source columns that a build reads."""
-    schema = receipt.listing.arrow_schema
-    return dg.TableSchema(columns=[dg.TableColumn(name, str(schema.field(name).type)) for name in wanted])
-
-
 def _plane(build: Build, receipt: TrainReceipt) -> Metadata:
     """The training data as a picture; nothing where it is gone or damaged, which is for the stages to mind."""
-    ledger = build.ledger(receipt.run_id)
+    run = build.run(receipt.run_id)
     try:
-        routing = build.routing(receipt)
-        sample = vectors_of(ledger.get_table(ledger.need(SampleReceipt).training))
+        routing = run.routing
+        sample = vectors_of(run.get_table(run.sampled.training))
     except (ObjectMissingError, IntegrityError):
         return {}
     if not isinstance(routing, VectorRouting):
@@ -245,8 +224,8 @@ def _plane(build: Build, receipt: TrainReceipt) -> Metadata:
 
 def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:
     """What the build has taken so far: work of all stages, wherever it was done, and bytes stored."""
-    run, ledger = build.receipts(receipt.run_id), build.ledger(receipt.run_id)
-    shards = [ledger.read(ShardReceipt, key) for key in receipt.shards]
+    run = build.run(receipt.run_id)
+    shards = [run.read(ShardReceipt, key) for key in receipt.shards]
     seconds = {
         "sample_seconds": run.sampled.seconds,
         **({"train_seconds": run.trained.seconds} if run.trained else {}),
@@ -260,11 +239,6 @@ def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:
         "stored_bytes": sum(shard.bytes for shard in shards),
         "shards_copied": sum(shard.reused is not None for shard in shards),
     }
-
-
-def curve_table(curve: Sequence[CurvePoint]) -> dg.TableMetadataValue:
-    """Recall by number of probes."""
-    return table([point.model_dump(mode="json") for point in curve])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:

@@ -1,30 +1,29 @@
-"""What is done to a published snapshot, as Dagster jobs of one op each: for who operates from the UI or by a schedule.
+"""Operations on a published snapshot as Dagster jobs of one op each.
 
-Each op calls one function of the core and turns its result into metadata. No job needs an asset to be materialized:
-they act on the store, whoever wrote what is there.
+Each op calls one function of the core and turns its result into metadata. The jobs act on the store; no asset needs to
+be materialized.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from sf_pipelines.orchestration.assets import RETRY
-from sf_pipelines.orchestration.graph import Graph
+from sf_pipelines.orchestration.graph import RETRY, Graph
 from sf_pipelines.orchestration.metadata import Metadata, markdown, readable, table
 from sf_pipelines.orchestration.names import OPERATED_TAG, OPERATION_TAG
-from sf_pipelines.orchestration.options import CleanupScheduleOptions, schedule_status
-from sf_pipelines.orchestration.pointer_sensor import tell_move
+from sf_pipelines.orchestration.pointer_sensor import report_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, log_progress, surfaced
+from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import OperationError
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.operations.cleanup import CleanupResult, cleanup
+from sf_pipelines.snapshot.operations.cleanup import CleanupReport, cleanup
 from sf_pipelines.snapshot.operations.diff import SnapshotDiff, diff
 from sf_pipelines.snapshot.operations.pins import pin, unpin
-from sf_pipelines.snapshot.operations.rollback import RollbackResult, open_published, release, rollback
+from sf_pipelines.snapshot.operations.rollback import open_published, release, rollback
 from sf_pipelines.snapshot.operations.verify import verify_snapshot
 
 _TABLE_ROWS = 100
@@ -33,7 +32,7 @@ _TABLE_ROWS = 100
 class RollbackConfig(dg.Config):
     """Where to roll back to: say ``run_id`` or ``back``."""
 
-    # No nulls: the launchpad fills in only defaults that are none, and both must be seen there.
+    # No nulls: the launchpad fills in only defaults that are not null, and must show both.
     run_id: str = Field(default="", description="Published run to go to, forward too; empty goes by back.")
     back: int = Field(default=0, description="How many snapshots back in what was served; 0 goes by run_id.")
     deep: bool = Field(default=False, description="Read and hash every object of the target first.")
@@ -58,7 +57,7 @@ class CleanupConfig(dg.Config):
     keep: int = Field(default=3, description="Published snapshots to keep, the current one included.")
     older_than_days: float | None = Field(default=None, description="Keep all that were built in so many days, too.")
     stale_after_days: float = Field(
-        default=7.0, description="Age in days of failed builds, lost attempts and left-over files that may go."
+        default=7.0, description="Age in days of failed builds, routed rows and left-over files that may go."
     )
     dry_run: bool = Field(default=True, description="Only show what would go, and how many bytes.")
 
@@ -82,38 +81,33 @@ class VerifyConfig(dg.Config):
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of an operation.
-
-    Attributes:
-        context: of its op.
-        graph: of the snapshot.
-        access: to the snapshot.
-    """
+    """A run of an operation: the context of its op, the graph, and access to the snapshot."""
 
     context: dg.OpExecutionContext
     graph: Graph
     access: SnapshotAccess
 
     @property
-    def where(self) -> dict[str, Any]:
-        """Credentials as the core's functions take them."""
-        return {"s3": self.access.config.s3}
+    def log(self) -> Any:
+        return self.context.log
 
     @property
     def root(self) -> str:
-        """The snapshot's root."""
         return self.access.config.store
+
+    @property
+    def s3(self) -> S3Options | None:
+        return self.access.config.s3
 
     @property
     def watched(self) -> dict[str, Any]:
         """Credentials, and progress into the run's log."""
-        return {**self.where, "progress": log_progress(self.context.log)}
+        return {"s3": self.s3, "progress": log_progress(self.log)}
 
     def observe(self, metadata: Metadata) -> None:
         """Notes figures on the pointer's asset, where they are plotted over time."""
-        self.context.log_event(
-            dg.AssetObservation(self.graph.names.asset("current_pointer"), metadata=readable(metadata))
-        )
+        key = self.graph.names.asset("current_pointer")
+        self.context.log_event(dg.AssetObservation(key, metadata=readable(metadata)))
 
 
 @dataclass(frozen=True)
@@ -122,11 +116,11 @@ class _Operation:
 
     Attributes:
         noun: first part of its name.
-        config: what may be said at launch; None where there is nothing to say.
+        config: what can be set at launch.
         work: does it; returns what the op's output shows.
         description: shown in the UI.
         reads_shards: whether it takes a place in the pool of the steps that build shards.
-        repeatable: whether a second try, after an error that may pass, does the same as the first.
+        repeatable: whether a retry does the same as the first try.
     """
 
     noun: str
@@ -142,7 +136,9 @@ def _rollback(run: _Run, config: RollbackConfig) -> Metadata:
         raise OperationError("say where to roll back to: run_id (a published run) or back (a number of snapshots)")
     steps = {"back": config.back} if config.back else {}
     done = rollback(run.root, config.run_id or None, deep=config.deep, **steps, **run.watched)
-    digest = _digest_served(run, done)
+    pointer = read_pointer(open_published(run.root, run.s3)).pointer
+    # As a build versions it; unknown where the pointer has moved on already.
+    digest = pointer.manifest_digest if pointer and pointer.seq == done.seq else None
     metadata: Metadata = {
         "run_id": done.run_id,
         "previous_run_id": done.previous_run_id or "(none)",
@@ -161,38 +157,32 @@ def _rollback(run: _Run, config: RollbackConfig) -> Metadata:
         tags={"dagster/data_version": digest} if digest else None,
     )
     run.context.log_event(event)
-    with run.access.build(run.context.log) as build:
-        tell_move(run.context, run.graph, build)
-    run.context.log.info("%s is current now; before: %s", done.run_id, done.previous_run_id)
+    with run.access.build(run.log) as build:
+        report_move(run.context, run.graph, build)
+    run.log.info("%s is current now; before: %s", done.run_id, done.previous_run_id)
     return metadata
 
 
-def _digest_served(run: _Run, done: RollbackResult) -> str | None:
-    """What a build gives the pointer's asset as its data version; nothing where the pointer has moved on already."""
-    pointer = read_pointer(open_published(run.root, run.access.config.s3)).pointer
-    return pointer.manifest_digest if pointer and pointer.seq == done.seq else None
-
-
 def _release(run: _Run, _config: None) -> Metadata:
-    done = release(run.root, **run.where)
+    done = release(run.root, s3=run.s3)
     released = [hold.build_key for hold in done.released]
     metadata: Metadata = {"run_id": done.run_id, "released": released}
     metadata |= {} if done.seq is None else {"seq": done.seq}
     run.observe(metadata)
-    run.context.log.info("released: %s; %s stays current", ", ".join(released) or "nothing was held", done.run_id)
+    run.log.info("released: %s; %s stays current", ", ".join(released) or "nothing was held", done.run_id)
     return metadata
 
 
 def _pin(run: _Run, config: PinConfig) -> Metadata:
-    made = pin(run.root, config.run_id, config.reason, **run.where)
-    run.context.log.info("pinned %s: %s", made.run_id, made.reason)
+    made = pin(run.root, config.run_id, config.reason, s3=run.s3)
+    run.log.info("pinned %s: %s", made.run_id, made.reason)
     return {"run_id": made.run_id, "reason": made.reason, "pinned_at": made.pinned_at.isoformat()}
 
 
 def _unpin(run: _Run, config: UnpinConfig) -> Metadata:
-    done = unpin(run.root, config.run_id, **run.where)
-    run.context.log.info("unpinned %s; it was pinned for: %s", done.run_id, done.pin.reason)
-    return {"run_id": done.run_id, "reason": done.pin.reason}
+    done = unpin(run.root, config.run_id, s3=run.s3)
+    run.log.info("unpinned %s; it was pinned for: %s", done.run_id, done.reason)
+    return {"run_id": done.run_id, "reason": done.reason}
 
 
 def _cleanup(run: _Run, config: CleanupConfig) -> Metadata:
@@ -202,23 +192,21 @@ def _cleanup(run: _Run, config: CleanupConfig) -> Metadata:
         older_than=_days(config.older_than_days, "older_than_days"),
         stale_after=_days(config.stale_after_days, "stale_after_days") or timedelta(0),
         dry_run=config.dry_run,
-        **run.where,
+        s3=run.s3,
     )
-    metadata, plan = _cleanup_metadata(done), done.plan
+    metadata = _cleanup_metadata(done)
     if done.applied:
         run.observe(metadata)
-        run.context.log.info("removed %s of %s bytes", f"{done.bytes_freed:,}", f"{plan.bytes:,}")
+        run.log.info("removed %s of %s bytes", f"{done.bytes_freed:,}", f"{done.bytes:,}")
     else:
-        run.context.log.info(
+        run.log.info(
             "would remove %s objects, %s bytes; nothing was changed: dry_run: false does it",
-            f"{plan.objects:,}",
-            f"{plan.bytes:,}",
+            f"{done.objects:,}",
+            f"{done.bytes:,}",
         )
-    for outcome in done.outcomes:
-        if outcome.refused is not None:
-            run.context.log.warning(
-                "%s of %s stays: %s", outcome.group.rule, outcome.group.run_id or "the root", outcome.refused
-            )
+    for group in done.groups:
+        if group.refused is not None:
+            run.log.warning("%s of %s stays: %s", group.rule, group.run_id or "the root", group.refused)
     return metadata
 
 
@@ -229,28 +217,25 @@ def _days(count: float | None, field: str) -> timedelta | None:
         raise OperationError(f"{field} {count!r} is no number of days") from error
 
 
-def _cleanup_metadata(done: CleanupResult) -> Metadata:
-    plan = done.plan
-    refused = {id(outcome.group): outcome.refused for outcome in done.outcomes}
+def _cleanup_metadata(done: CleanupReport) -> Metadata:
     rows = [
         {
             "rule": group.rule,
             "run_id": group.run_id or "",
             "objects": group.objects,
             "bytes": group.bytes,
-            "why": refused.get(id(group)) or group.why,
-            "stays": refused.get(id(group)) is not None,
+            "why": group.refused or group.why,
+            "stays": group.refused is not None,
         }
-        for group in plan.groups[:_TABLE_ROWS]
+        for group in done.groups[:_TABLE_ROWS]
     ]
-    stays = [{"what": kept.run_id, "why": kept.why} for kept in plan.kept]
-    stays += [{"what": left.what, "why": left.why} for left in plan.left_alone]
+    stays = [{"what": what, "why": why} for what, why in (*done.kept.items(), *done.left_alone.items())]
     return {
         "dry_run": not done.applied,
-        "objects": plan.objects,
-        "bytes": plan.bytes,
+        "objects": done.objects,
+        "bytes": done.bytes,
         "freed_bytes": done.bytes_freed,
-        "groups_that_stayed": sum(outcome.refused is not None for outcome in done.outcomes),
+        "groups_that_stayed": sum(group.refused is not None for group in done.groups),
         "groups": table(rows),
         "stays": table(stays[:_TABLE_ROWS]),
     }
@@ -259,11 +244,10 @@ def _cleanup_metadata(done: CleanupResult) -> Metadata:
 def _diff(run: _Run, config: DiffConfig) -> Metadata:
     found = diff(run.root, config.before, config.after, ids=config.ids, answers=config.answers, **run.watched)
     for note in found.notes:
-        run.context.log.info("not compared: %s", note)
-    metadata = dict(_diff_metadata(found))
+        run.log.info("not compared: %s", note)
     summary = markdown(_diff_summary(found))
-    run.context.log.info("what differs:\n%s", summary)
-    return {"summary": dg.MetadataValue.md(summary), **metadata}
+    run.log.info("what differs:\n%s", summary)
+    return {"summary": dg.MetadataValue.md(summary), **dict(_diff_metadata(found))}
 
 
 def _diff_summary(found: SnapshotDiff) -> list[dict[str, Any]]:
@@ -323,7 +307,7 @@ def _verify(run: _Run, config: VerifyConfig) -> Metadata:
             metadata={**metadata, "found": table([{"fault": fault} for fault in found.faults[:_TABLE_ROWS]])},
             allow_retries=False,
         )
-    run.context.log.info("%s: all is well", found.run_id)
+    run.log.info("%s: all is well", found.run_id)
     return metadata
 
 
@@ -365,7 +349,7 @@ _OPERATIONS = (
 
 
 def build_operation_jobs(graph: Graph) -> list[dg.JobDefinition]:
-    """The jobs of one snapshot: ``rollback_<name>``, ``release_<name>``, ``pin_<name>`` and the other operations."""
+    """The jobs ``rollback_<name>``, ``release_<name>``, ``pin_<name>`` and so on."""
     return [_job(graph, operation) for operation in _OPERATIONS]
 
 
@@ -375,7 +359,7 @@ def _job(graph: Graph, operation: _Operation) -> dg.JobDefinition:
 
     @dg.op(
         # A job and an op must not share a name.
-        name=names.operation_step(operation.noun),
+        name=names.part(operation.noun),
         config_schema=operation.config.to_config_schema() if operation.config else None,
         out=dg.Out(dg.Nothing),
         required_resource_keys={names.resource},
@@ -385,41 +369,14 @@ def _job(graph: Graph, operation: _Operation) -> dg.JobDefinition:
         retry_policy=RETRY if operation.repeatable else None,
     )
     def operate(context: dg.OpExecutionContext) -> None:
-        access: SnapshotAccess = getattr(context.resources, names.resource)
         with surfaced():
             config = operation.config(**context.op_config) if operation.config else None
-            context.add_output_metadata(readable(operation.work(_Run(context, graph, access), config)))
+            context.add_output_metadata(readable(operation.work(_Run(context, graph, graph.access(context)), config)))
 
-    @dg.job(
-        name=names.operation(operation.noun),
-        description=operation.description,
-        tags=tags,
-        executor_def=graph.executor,
-    )
+    job_name = names.job(operation.noun)
+
+    @dg.job(name=job_name, description=operation.description, tags=tags, executor_def=graph.executor)
     def job() -> None:
         operate()
 
     return job
-
-
-def build_cleanup_schedule(graph: Graph, options: CleanupScheduleOptions) -> dg.ScheduleDefinition:
-    """Cleans up by the clock; however often a tick is evaluated, it asks for one run."""
-    names = graph.names
-    config = options.model_dump(include=set(CleanupConfig.model_fields))
-
-    @dg.schedule(
-        name=names.cleanup_schedule,
-        job_name=names.operation("cleanup"),
-        cron_schedule=options.cron,
-        execution_timezone=options.timezone,
-        default_status=schedule_status(options.default_status),
-        description=f"{'Shows' if options.dry_run else 'Removes'} what nobody needs any more of {names.name!r}.",
-    )
-    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
-        moment = context.scheduled_execution_time.astimezone(UTC)
-        return dg.RunRequest(
-            run_key=f"{names.operation('cleanup')}:{moment:%Y-%m-%dT%H:%M:%SZ}",
-            run_config={"ops": {names.operation_step("cleanup"): {"config": config}}},
-        )
-
-    return schedule

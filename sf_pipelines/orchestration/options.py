@@ -17,10 +17,10 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from sf_pipelines.engines import EngineSpec, engine_spec
-from sf_pipelines.snapshot.addresses import setting_fault
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.model import ConfigModel
+from sf_pipelines.snapshot.store.addresses import setting_fault
 
 BackfillMode = Literal["single_run", "run_per_shard"]
 Status = Literal["running", "stopped"]
@@ -42,11 +42,7 @@ class FromEnvironment(ConfigModel):
     env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
     def read(self) -> str:
-        """The value.
-
-        Raises:
-            ConfigError: the variable is not set.
-        """
+        """The value."""
         found = os.environ.get(self.env)
         if not found:
             raise ConfigError(f"environment variable {self.env} is not set, but the snapshot's options name it")
@@ -71,7 +67,7 @@ def text_of(value: str | FromEnvironment) -> str:
 
 
 # A dagster-aws resource's words for the fields of S3Options.
-_S3_WORDS = {
+S3_WORDS = {
     "endpoint_url": "endpoint_url",
     "region_name": "region",
     "aws_access_key_id": "access_key_id",
@@ -108,15 +104,11 @@ class S3ResourceOptions(ConfigModel):
         return value
 
     def read(self) -> S3Options:
-        """The credentials, with what the environment holds.
-
-        Raises:
-            ConfigError: a variable is not set, or a value is wrong.
-        """
+        """The credentials, with what the environment holds."""
         given: dict[str, Any] = {
-            name: text_of(value) for name in _S3_WORDS if (value := getattr(self, name)) is not None
+            name: text_of(value) for name in S3_WORDS if (value := getattr(self, name)) is not None
         }
-        return S3Options(**{_S3_WORDS[name]: value for name, value in given.items()})
+        return S3Options(**{S3_WORDS[name]: value for name, value in given.items()})
 
 
 def _key_text(value: Any) -> Any:
@@ -192,7 +184,7 @@ class CleanupScheduleOptions(ConfigModel):
         timezone: name of the IANA database that the fields are read in.
         keep: published snapshots to keep, the current one included.
         older_than_days: keep all that were built in so many days, too.
-        stale_after_days: age of failed builds, lost attempts and left-over files that may go.
+        stale_after_days: age of failed builds, routed rows and left-over files that may go.
         dry_run: only show what would go; ``false`` removes it.
         default_status: whether the schedule is on before anybody touches its switch in the UI.
     """
@@ -346,11 +338,6 @@ class SnapshotOptions(ConfigModel):
         except (dg.DagsterInvalidDefinitionError, ValueError) as error:
             raise ValueError(str(error).splitlines()[0]) from error
         return value
-
-
-def schedule_status(status: Status) -> dg.DefaultScheduleStatus:
-    """Dagster's word for it."""
-    return dg.DefaultScheduleStatus[status.upper()]
 
 
 def sensor_status(status: Status) -> dg.DefaultSensorStatus:

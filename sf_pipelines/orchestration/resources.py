@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import dagster as dg
 
-from sf_pipelines.engines import engine_spec
-from sf_pipelines.engines.opening import DeferredEngine, Spec
-from sf_pipelines.orchestration.options import S3ResourceOptions
+from sf_pipelines.engines.config import DeferredEngine, Spec, engine_spec
+from sf_pipelines.orchestration.options import S3_WORDS, S3ResourceOptions
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, ObjectMissingError, SfPipelinesError
 from sf_pipelines.snapshot.run.build import Build, Progress
@@ -73,11 +72,7 @@ class EngineResource(dg.ConfigurableResource):
     task_cpus: float | None = None
 
     def spec(self) -> Spec:
-        """The same in the words of the configuration.
-
-        Raises:
-            ConfigError: a field is wrong.
-        """
+        """The same in the words of the configuration."""
         fields = {name: getattr(self, name) for name in ("type", "address", "workers", "task_cpus")}
         return engine_spec({name: value for name, value in fields.items() if value is not None})
 
@@ -85,17 +80,7 @@ class EngineResource(dg.ConfigurableResource):
 def snapshot_resource(
     config: WriteConfig, s3: "S3Resource | S3ResourceOptions | str | None", engine: Spec | str | None = None
 ) -> dg.ResourceDefinition:
-    """A resource that yields a ``SnapshotAccess``.
-
-    Args:
-        config: the snapshot.
-        s3: credentials for source and store: a resource, the fields of one, or the key of one that the deployment
-            defines; None takes ``config.s3`` or the environment's.
-        engine: where rows are routed and shards are built, or the key of an ``EngineResource``.
-
-    Raises:
-        ConfigError: credentials are given twice.
-    """
+    """A resource that yields a ``SnapshotAccess``."""
     if s3 is not None and config.s3 is not None:
         raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as s3 or as an S3Resource, not both")
 
@@ -104,20 +89,20 @@ def snapshot_resource(
         required_resource_keys={key for key in (s3, engine) if isinstance(key, str)},
     )
     def snapshot(context: dg.InitResourceContext) -> SnapshotAccess:
-        # Environment variables are looked up here, where the run is, and not where definitions were loaded.
-        # Under its key an S3Resource shows as a boto3 client, which does not tell its credentials.
+        # Environment variables are read here, in the run. Under its key an S3Resource is a boto3 client, which does
+        # not show its credentials.
         found = context.resources.original_resource_dict[s3] if isinstance(s3, str) else s3
-        where = _engine(context, config, engine)
+        spec = _engine(context, config, engine)
         if found is None:
-            return SnapshotAccess(config, where)
+            return SnapshotAccess(config, spec)
         if isinstance(found, S3ResourceOptions):
-            return SnapshotAccess(config.model_copy(update={"s3": found.read()}), where)
+            return SnapshotAccess(config.model_copy(update={"s3": found.read()}), spec)
         if not _is_s3_resource(found):
             raise ConfigError(
                 f"snapshot {config.name!r}: resource {s3!r} is a {type(found).__name__}; s3_resource must name a "
                 "dagster_aws.s3.S3Resource"
             )
-        return SnapshotAccess(config.model_copy(update={"s3": s3_options(found)}), where)
+        return SnapshotAccess(config.model_copy(update={"s3": _s3_options(found)}), spec)
 
     return snapshot
 
@@ -140,36 +125,25 @@ def _engine(context: dg.InitResourceContext, config: WriteConfig, engine: Spec |
     return found.spec()
 
 
-def s3_options(resource: "S3Resource") -> S3Options:
-    """The credentials of a dagster-aws ``S3Resource`` in this package's words.
-
-    Raises:
-        ConfigError: the resource uses something that other S3 clients cannot take over.
-    """
+def _s3_options(resource: "S3Resource") -> S3Options:
+    """The credentials of a dagster-aws ``S3Resource``; refuses what other S3 clients cannot take over."""
     for field in ("profile_name", "use_unsigned_session"):
         if getattr(resource, field):
             raise ConfigError(
                 f"S3Resource.{field} is not supported: set endpoint, region and keys on the resource, or use AWS_*"
             )
-    options: dict[str, Any] = {
-        "endpoint_url": _value(resource.endpoint_url),
-        "region": _value(resource.region_name),
-        "access_key_id": _value(resource.aws_access_key_id),
-        "secret_access_key": _value(resource.aws_secret_access_key),
-        "session_token": _value(resource.aws_session_token),
-    }
-    return S3Options(**{name: value for name, value in options.items() if value is not None})
-
-
-def _value(setting: str | None) -> str | None:
-    return setting.get_value() if isinstance(setting, dg.EnvVar) else setting
+    given: dict[str, Any] = {}
+    for field, name in S3_WORDS.items():
+        setting = getattr(resource, field)
+        value = setting.get_value() if isinstance(setting, dg.EnvVar) else setting
+        given |= {} if value is None else {name: value}
+    return S3Options(**given)
 
 
 def log_progress(log: logging.Logger) -> Progress:
-    """A progress callback that writes a line at most every few seconds, and one at the end of each stage.
+    """A progress callback: a line every few seconds, and one at the end of each stage.
 
-    A line says how much of the whole is done, and how quickly it goes since the stage's first report: a stage that goes
-    on where an earlier one was killed does not count that one's rows.
+    The rate counts from the stage's first report, so that a resumed stage does not count what an earlier run did.
     """
     last = time.monotonic()
     begun: dict[str, tuple[float, int]] = {}

@@ -6,21 +6,19 @@ the same: it builds all that it can, names those that failed, and finds the othe
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import dagster as dg
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION
 
-from sf_pipelines.orchestration.assets import RETRY
-from sf_pipelines.orchestration.graph import CODE_VERSION, Graph
-from sf_pipelines.orchestration.io_manager import Reference
+from sf_pipelines.orchestration.graph import CODE_VERSION, RETRY, Graph
+from sf_pipelines.orchestration.io_manager import Reference, keep_latest
 from sf_pipelines.orchestration.metadata import reference, shard_metadata
 from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
-from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.receipts import ShardReceipt
-from sf_pipelines.snapshot.run.tasks import Outcome, Task
+from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 
 _DESCRIPTION = (
     "One index a shard, built from its own rows, sealed: re-opened after the upload, counted, every object digested. "
@@ -31,13 +29,11 @@ _DESCRIPTION = (
 
 def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
     """The asset, partitioned by shard."""
-    names = graph.names
-    plan, build_one, collect = (
-        _plan_op(names, on_engine=graph.options.engine is not None),
-        _build_op(graph),
-        _collect_op(names),
-    )
-    settings = graph.asset_settings("shard_indexes", _kinds(graph.config), stages.build_shard)
+    names, config = graph.names, graph.config
+    plan, build_one, collect = _plan_op(graph), _build_op(graph), _collect_op(names)
+    # Dagster takes letters, digits and underscores.
+    kinds = {config.vector_spec.backend.replace("-", "_"), *([] if config.key_value is None else ["sqlite"])}
+    settings = graph.asset_settings("shard_indexes", kinds, stages.build_shard)
     if graph.options.backfill == "run_per_shard":
         settings["backfill_policy"] = dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
 
@@ -53,47 +49,34 @@ def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
     return shard_indexes
 
 
-def _kinds(config: WriteConfig) -> set[str]:
-    """What a shard is made of; Dagster wants letters, digits and underscores."""
-    vectors = config.vector_spec.backend.replace("-", "_")
-    return {vectors} if config.key_value is None else {vectors, "sqlite"}
+def _plan_op(graph: Graph) -> dg.OpDefinition:
+    names = graph.names
 
-
-def _plan_op(names: SnapshotNames, *, on_engine: bool) -> dg.OpDefinition:
     @dg.op(
-        name=f"{names.scope}_plan_shards",
+        name=names.part("plan_shards"),
         out=dg.DynamicOut(dict, io_manager_key=names.io_manager),
         # Dagster looks "io_manager" up for the graph's own output when a run has no other asset, and fails without it.
         required_resource_keys={"io_manager", names.resource},
         description="Which shards this run builds: those of its partitions, or all.",
     )
     def plan_shards(context: dg.OpExecutionContext, routed: Reference) -> Iterator[dg.DynamicOutput[Reference]]:
-        again = rebuild_asked(context, names)
         if context.has_partition_key or context.has_partition_key_range:
             shards = sorted(context.partition_keys)
         else:
-            access: SnapshotAccess = getattr(context.resources, names.resource)
-            with surfaced(), access.build(context.log) as build:
-                build.scanned(routed["run_id"])
-                shards = [shard_partition(db_id) for db_id in range(build.config.shards)]
+            with graph.build(context) as build:
+                scanned = build.run(routed["run_id"]).scanned
+                shards = [shard_partition(db_id) for db_id in range(scanned.num_dbs or build.config.shards)]
+        common = {"run_id": routed["run_id"], "routed": routed["digest"], "rebuild": _is_rebuild(context, names)}
+        on_engine = graph.options.engine is not None
         groups = {"shards": shards} if on_engine else {f"shard_{partition}": [partition] for partition in shards}
         for name, group in groups.items():
-            task = {
-                "run_id": routed["run_id"],
-                "routed": routed["digest"],
-                "shards": [int(partition) for partition in group],
-                "rebuild": again,
-            }
-            yield dg.DynamicOutput(task, mapping_key=name)
+            yield dg.DynamicOutput({**common, "shards": list(map(int, group))}, mapping_key=name)
 
     return plan_shards
 
 
-def rebuild_asked(context: dg.OpExecutionContext, names: SnapshotNames) -> bool:
-    """Whether the user launched shards without the asset before them, that is, wants them made again.
-
-    Where rows are routed by the same run or backfill, shards that are sealed already are left as they are.
-    """
+def _is_rebuild(context: dg.OpExecutionContext, names: SnapshotNames) -> bool:
+    """Whether shards were launched without the asset before them: the user asks for sealed shards to be built again."""
     backfill_id = context.run.tags.get("dagster/backfill")
     backfill = context.instance.get_backfill(backfill_id) if backfill_id else None
     selected = backfill.asset_selection if backfill else context.run.asset_selection
@@ -106,7 +89,7 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
     names = graph.names
 
     @dg.op(
-        name=f"{names.scope}_build_shard",
+        name=names.part("build_shard"),
         out=dg.Out(list, io_manager_key=names.io_manager),
         required_resource_keys={names.resource},
         retry_policy=RETRY,
@@ -115,67 +98,61 @@ def _build_op(graph: Graph) -> dg.OpDefinition:
         description="Builds and seals one shard; on an engine, all shards of the run.",
     )
     def build_shard(context: dg.OpExecutionContext, group: Reference) -> list[Reference]:
-        access: SnapshotAccess = getattr(context.resources, names.resource)
-        built: list[Reference] = []
-
-        with surfaced(), access.build(context.log) as build, access.open_engine() as engine:
-
-            def sealed(task: Task, outcome: Outcome) -> None:
-                del task
-                built.append(tell_sealed(context, build, graph, group["routed"], outcome))
-
-            def work() -> list[ShardReceipt]:
-                return stages.build_shards(
-                    build,
-                    group["run_id"],
-                    group["shards"],
-                    engine=engine,
-                    rebuild=group["rebuild"],
-                    keep_going=True,
-                    on_done=sealed,
-                )
-
-            graph.execute(context, "build_shard", work)
-        return built
+        with graph.build(context) as build, graph.access(context).open_engine() as engine:
+            return seal_shards(context, graph, build, engine, group)
 
     return build_shard
 
 
-def tell_sealed(context: dg.OpExecutionContext, build: Build, graph: Graph, routed: str, outcome: Outcome) -> Reference:
-    """Turns the partition of a sealed shard green now: the only event of it in this run.
+def seal_shards(
+    context: dg.OpExecutionContext,
+    graph: Graph,
+    build: Build,
+    engine: Engine | None,
+    group: Reference,
+    *,
+    keep: bool = False,
+) -> list[Reference]:
+    """Builds shards; the partition of each turns green as soon as it is sealed."""
+    built: list[Reference] = []
 
-    Args:
-        context: of the step.
-        build: the build.
-        graph: of the snapshot.
-        routed: digest of the routed rows, which say whether the shard is outdated.
-        outcome: of the shard's task.
-    """
-    receipt = outcome.receipt
-    if not isinstance(receipt, ShardReceipt):
-        raise TypeError(f"a shard's task gave a {type(receipt).__name__}")
-    where = f", on worker {outcome.worker}" if graph.options.engine is not None else ""
-    context.log.info("%s%s", f"shard {receipt.db_id}: {receipt.reason}" if receipt.reason else _told(receipt), where)
-    before = graph.names.asset("routed_vectors").to_user_string()
-    context.log_event(
-        dg.AssetMaterialization(
-            graph.names.asset("shard_indexes"),
-            partition=shard_partition(receipt.db_id),
-            metadata=shard_metadata(build, receipt),
-            tags={
-                "dagster/data_version": receipt.digest,
-                "dagster/data_version_is_user_provided": "true",
-                "dagster/code_version": CODE_VERSION,
-                f"dagster/input_data_version/{before}": routed,
-                f"dagster/input_event_pointer/{before}": "NULL",
-            },
-        )
+    def sealed(task: Task, outcome: Outcome) -> None:
+        del task
+        receipt = outcome.receipt
+        if not isinstance(receipt, ShardReceipt):
+            raise TypeError(f"a shard's task gave a {type(receipt).__name__}")
+        where = f", on worker {outcome.worker}" if graph.options.engine is not None else ""
+        context.log.info("%s%s", _log_line(receipt), where)
+        context.log_event(_materialization(build, graph.names, receipt, group["routed"]))
+        built.append(reference(receipt) | {"db_id": receipt.db_id})
+        if keep:
+            keep_latest(build.store, graph.names.asset("shard_indexes"), built[-1], shard_partition(receipt.db_id))
+
+    work = partial(stages.build_shards, build, group["run_id"], group["shards"], rebuild=group["rebuild"])
+    graph.execute(context, "build_shard", partial(work, engine=engine, keep_going=True, on_done=sealed))
+    return built
+
+
+def _materialization(build: Build, names: SnapshotNames, receipt: ShardReceipt, routed: str) -> dg.AssetMaterialization:
+    """The one event of a shard's partition; ``routed``, the digest of its rows, says when it is outdated."""
+    before = names.asset("routed_vectors").to_user_string()
+    return dg.AssetMaterialization(
+        names.asset("shard_indexes"),
+        partition=shard_partition(receipt.db_id),
+        metadata=shard_metadata(build, receipt),
+        tags={
+            "dagster/data_version": receipt.digest,
+            "dagster/data_version_is_user_provided": "true",
+            "dagster/code_version": CODE_VERSION,
+            f"dagster/input_data_version/{before}": routed,
+            f"dagster/input_event_pointer/{before}": "NULL",
+        },
     )
-    return reference(receipt) | {"db_id": receipt.db_id}
 
 
-def _told(receipt: ShardReceipt) -> str:
-    """One line on a shard that is done."""
+def _log_line(receipt: ShardReceipt) -> str:
+    if receipt.reason:
+        return f"shard {receipt.db_id}: {receipt.reason}"
     verb = "copied" if receipt.reused else "built"
     rate = f" ({receipt.rows / receipt.seconds:,.0f} rows/s)" if receipt.rows and receipt.seconds else ""
     return f"shard {receipt.db_id}: {receipt.rows:,} rows {verb} and sealed in {receipt.seconds:.1f} s{rate}"
@@ -183,15 +160,15 @@ def _told(receipt: ShardReceipt) -> str:
 
 def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
     @dg.op(
-        name=f"{names.scope}_collect_shards",
+        name=names.part("collect_shards"),
         out=dg.Out(dict, io_manager_key=names.io_manager),
         description="All shards of this run are built.",
     )
     def collect_shards(context: dg.OpExecutionContext, built: list[list[Reference]]) -> dg.Output[Reference]:
         del context
         shards = {shard_partition(one["db_id"]): one for group in built for one in group}
-        # Each partition has its event since it was sealed. This is how Dagster's own observations keep an output from
-        # making a second one; without it nothing breaks, there are two again.
+        # Each partition has its event already. This key, which Dagster's own observations use, keeps the output from
+        # making a second one.
         return dg.Output(shards, metadata={SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION: True})
 
     return collect_shards

@@ -1,21 +1,28 @@
-"""A rebuild when the source's files change."""
+"""A rebuild when the source's files change.
+
+The sensor remembers one fingerprint of the whole set of files. So a file that is deleted, rewritten under its name, or
+late with an old date is noticed like any other, and one build is asked for however many files change.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal, Self
 
 import dagster as dg
+from pydantic import ValidationError
 
 from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.orchestration.options import SourceSensorOptions, sensor_status
-from sf_pipelines.orchestration.resources import SnapshotAccess
-from sf_pipelines.orchestration.source_watch import Decision, SourceCursor, decide, fingerprint
-from sf_pipelines.snapshot.errors import SourceNotFoundError
+from sf_pipelines.snapshot.config import digest_json
+from sf_pipelines.snapshot.errors import ConfigError, SourceNotFoundError
 from sf_pipelines.snapshot.manifest.publish import read_pointer
+from sf_pipelines.snapshot.model import Model
 from sf_pipelines.snapshot.run.ledger import Ledger
 from sf_pipelines.snapshot.run.receipts import ScanReceipt
-from sf_pipelines.snapshot.source.files import find_files
-from sf_pipelines.snapshot.store import ObjectInfo
+from sf_pipelines.snapshot.source.files import SourceFile, find_files
+from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 FILES_TAG = "sf_pipelines/source_files"
 CHANGE_TAG = "sf_pipelines/source_change"
@@ -31,24 +38,91 @@ _UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 _WAITING = {dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED}
-# Dagster's default launcher never notices that a run died with its machine: the run counts as started for ever, and
-# would hold back every build after it.
+# Dagster's default launcher never notices that a run died with its machine: it would hold back builds for ever.
 SILENCE = timedelta(hours=1)
 
 
-def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequence[dg.AssetKey]) -> dg.SensorDefinition:
-    """The sensor; what it remembers and decides is in ``source_watch``.
+Action = Literal["adopt", "build", "unchanged", "settle", "busy"]
 
-    Args:
-        graph: of the snapshot.
-        options: of the sensor.
-        own: keys of the snapshot's assets, without those that write the source.
+
+class SourceCursor(Model):
+    """What the sensor remembers.
+
+    Attributes:
+        version: of these fields.
+        handled: fingerprint of the files that a build was last asked for, or that the first look found built.
+        generation: how many builds were asked for; makes each run key new, also when old files come back.
+        pending: fingerprint that is waiting to settle.
+        pending_since: when it was first seen, seconds since 1970.
     """
+
+    version: Literal[1] = 1
+    handled: str | None = None
+    generation: int = 0
+    pending: str | None = None
+    pending_since: float = 0.0
+
+    @classmethod
+    def read(cls, text: str | None) -> Self:
+        """The cursor that Dagster kept; refuses one that is not of this sensor."""
+        if not text:
+            return cls()
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(
+                f"the cursor {text!r:.80} is none of this sensor's; clear it in the UI (the sensor then starts anew)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and what to remember.
+
+    Attributes:
+        action: ``adopt``: these files are built already; ``build``; ``unchanged``; ``settle``: wait until the files
+            rest; ``busy``: wait until the running build has ended.
+        cursor: to be kept.
+        wait: seconds that are left to settle.
+    """
+
+    action: Action
+    cursor: SourceCursor
+    wait: float = 0.0
+
+
+def fingerprint(source: str, files: Iterable[ObjectInfo | SourceFile]) -> str:
+    """Digest of a set of files: keys, sizes and version tags (S3: etag; local disk: inode, time of writing, size)."""
+    return digest_json([source, sorted((file.key, file.size, file.etag or "") for file in files)])
+
+
+def decide(
+    cursor: SourceCursor, found: str, *, now: float, settle_seconds: float, built: str | None, busy: bool
+) -> Decision:
+    """What to do about the files that are there now."""
+    settled = SourceCursor(handled=found, generation=cursor.generation)
+    if found == cursor.handled:
+        return Decision("unchanged", settled)
+    if cursor.handled is None and found == built:
+        return Decision("adopt", settled)
+    if found != cursor.pending:
+        cursor = cursor.model_copy(update={"pending": found, "pending_since": now})
+    # A clock that was set back must not prolong the wait.
+    wait = min(settle_seconds, cursor.pending_since + settle_seconds - now)
+    if wait > 0:
+        return Decision("settle", cursor, wait)
+    if busy:
+        return Decision("busy", cursor)
+    return Decision("build", settled.model_copy(update={"generation": cursor.generation + 1}))
+
+
+def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequence[dg.AssetKey]) -> dg.SensorDefinition:
+    """The sensor; ``own`` are the snapshot's assets, without those that write the source."""
     names = graph.names
 
     @dg.sensor(
-        name=names.source_sensor,
-        job_name=names.job,
+        name=names.part("source_sensor"),
+        job_name=names.job("build"),
         minimum_interval_seconds=options.interval_seconds,
         default_status=sensor_status(options.default_status),
         required_resource_keys={names.resource},
@@ -56,7 +130,7 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequenc
         "the last change.",
     )
     def source_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        access: SnapshotAccess = getattr(context.resources, names.resource)
+        access = graph.access(context)
         # A source or store that cannot be read is an error of this tick: Dagster then keeps the old cursor.
         cursor, source = SourceCursor.read(context.cursor), access.config.source
         try:
@@ -68,47 +142,45 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequenc
             fingerprint(source, files),
             now=time.time(),
             settle_seconds=options.settle_seconds,
-            built=_built_from(access, source) if cursor.handled is None else None,
+            built=_built_from(access.find_store(), source) if cursor.handled is None else None,
             busy=_is_building(context.instance, graph),
         )
+        attempt = 1 if decision.action == "build" else None
+        if decision.action == "unchanged":
+            attempt = _next_attempt(context.instance, graph, decision)
         kept = decision.cursor.model_dump_json()
-        if decision.action == "build":
-            return dg.SensorResult(run_requests=[_run_request(graph, decision, files, own, 1)], cursor=kept)
-        attempt = _next_attempt(context.instance, graph, decision) if decision.action == "unchanged" else None
-        if attempt is not None:
-            return dg.SensorResult(run_requests=[_run_request(graph, decision, files, own, attempt)], cursor=kept)
-        return dg.SensorResult(skip_reason=_why_not(decision, len(files)), cursor=kept)
+        if attempt is None:
+            return dg.SensorResult(skip_reason=_skip_reason(decision, len(files)), cursor=kept)
+        return dg.SensorResult(run_requests=[_run_request(graph, decision, len(files), own, attempt)], cursor=kept)
 
     return source_sensor
 
 
-def _built_from(access: SnapshotAccess, source: str) -> str | None:
-    """Fingerprint of the files that the current snapshot was built from; None where that is not known."""
-    store = access.find_store()
+def _built_from(store: Store | None, source: str) -> str | None:
+    """Fingerprint of the files of the current snapshot; None where that is not known."""
     pointer = read_pointer(store).pointer if store else None
     scanned = Ledger(store, pointer.run_id).find(ScanReceipt) if store and pointer else None
     return None if scanned is None else fingerprint(source, scanned.listing.files)
 
 
 def _is_building(instance: dg.DagsterInstance, graph: Graph) -> bool:
-    """Whether a run of the job, or one of selected assets of the snapshot (also of a backfill), goes on."""
+    """Whether a run that builds the snapshot, also one of a backfill, waits or has written to its log lately."""
+
+    def is_alive(record: dg.RunRecord) -> bool:
+        if record.dagster_run.status in _WAITING:
+            return True
+        last = instance.get_records_for_run(record.dagster_run.run_id, limit=1, ascending=False).records
+        heard = last[0].timestamp if last else record.create_timestamp.timestamp()
+        return time.time() - heard < SILENCE.total_seconds()
+
     unfinished = instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))
-    return any(graph.is_built_by(record.dagster_run) and _is_heard_of(instance, record) for record in unfinished)
-
-
-def _is_heard_of(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
-    """Whether a run waits to be started, or has written an event or a line of its log lately."""
-    if record.dagster_run.status in _WAITING:
-        return True
-    last = instance.get_records_for_run(record.dagster_run.run_id, limit=1, ascending=False).records
-    heard = last[0].timestamp if last else record.create_timestamp.timestamp()
-    return time.time() - heard < SILENCE.total_seconds()
+    return any(graph.is_built_by(record.dagster_run) and is_alive(record) for record in unfinished)
 
 
 def _next_attempt(instance: dg.DagsterInstance, graph: Graph, decision: Decision) -> int | None:
     """Number of the next run for the same files, where the last one failed for a reason that may pass; else None."""
-    wanted = dg.RunsFilter(tags={CHANGE_TAG: _change(graph, decision)})
-    runs = [record.dagster_run for record in instance.get_run_records(wanted)]
+    same = dg.RunsFilter(tags={CHANGE_TAG: _change(graph, decision)})
+    runs = [record.dagster_run for record in instance.get_run_records(same)]
     if not 0 < len(runs) < _ATTEMPTS or runs[0].status != dg.DagsterRunStatus.FAILURE:
         return None
     found = instance.all_logs(runs[0].run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
@@ -119,8 +191,8 @@ def _next_attempt(instance: dg.DagsterInstance, graph: Graph, decision: Decision
 def _may_pass(event: dg.DagsterEvent) -> bool:
     """Whether a step failed by a typed error that calls itself retryable."""
     failure = event.step_failure_data.user_failure_data
-    said = failure.metadata.get("retryable") if failure else None
-    return said is not None and said.value is True
+    retryable = failure.metadata.get("retryable") if failure else None
+    return retryable is not None and retryable.value is True
 
 
 def _change(graph: Graph, decision: Decision) -> str:
@@ -129,19 +201,19 @@ def _change(graph: Graph, decision: Decision) -> str:
 
 
 def _run_request(
-    graph: Graph, decision: Decision, files: list[ObjectInfo], own: Sequence[dg.AssetKey], attempt: int
+    graph: Graph, decision: Decision, count: int, own: Sequence[dg.AssetKey], attempt: int
 ) -> dg.RunRequest:
     change = _change(graph, decision)
     return dg.RunRequest(
         # A key is good for one run, failed or not.
         run_key=change if attempt == 1 else f"{change}:{attempt}",
-        tags=graph.names.run_tags | {FILES_TAG: str(len(files)), CHANGE_TAG: change},
+        tags=graph.names.run_tags | {FILES_TAG: str(count), CHANGE_TAG: change},
         # The source is there already. If the run wrote it again, its own writing would be the next change.
         asset_selection=list(own) if graph.options.refresh_source else None,
     )
 
 
-def _why_not(decision: Decision, count: int) -> str:
+def _skip_reason(decision: Decision, count: int) -> str:
     files = "1 file" if count == 1 else f"{count:,} files"
     return {
         "adopt": f"The current snapshot was built from exactly these {files}; from now on, changes are built.",

@@ -45,10 +45,6 @@ def plain_type(kind: pa.DataType, *, uuids: bool = True) -> pa.DataType:  # noqa
 
     Strings, bytes and lists have 32-bit offsets, dictionaries and runs are decoded, float16 is float32, UUIDs and
     columns without any value are text, extension types are what they are stored as, and the zone ``Z`` is ``UTC``.
-
-    Args:
-        kind: any type.
-        uuids: 16 bytes without a name are UUIDs, too.
     """
     if isinstance(kind, pa.BaseExtensionType):
         return pa.string() if kind.extension_name == "arrow.uuid" else plain_type(kind.storage_type, uuids=uuids)
@@ -104,15 +100,7 @@ def plain_column(array: pa.Array, *, uuids: bool = True) -> pa.Array:  # noqa: P
 
 
 def plain_rows(rows: pa.RecordBatch, *, bytes_cols: Collection[str] = ()) -> pa.RecordBatch:
-    """A batch of plain columns.
-
-    Args:
-        rows: a batch of any types.
-        bytes_cols: columns in which 16 bytes are bytes and no UUID.
-
-    Raises:
-        SourceSchemaError: a column cannot be brought to its plain form.
-    """
+    """A batch of plain columns."""
     columns = []
     for field, column in zip(rows.schema, rows.columns, strict=True):
         with column_errors(field.name):
@@ -122,11 +110,7 @@ def plain_rows(rows: pa.RecordBatch, *, bytes_cols: Collection[str] = ()) -> pa.
 
 @contextmanager
 def column_errors(name: str) -> Iterator[None]:
-    """Names the column in whatever Arrow says of its values.
-
-    Raises:
-        SourceSchemaError: Arrow refused.
-    """
+    """Names the column in whatever Arrow says of its values."""
     try:
         yield
     except SfPipelinesError:

@@ -1,17 +1,15 @@
 """What a user says about a snapshot. The same fields, in the same words, are the YAML of the Dagster component."""
 
-import hashlib
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from sf_pipelines.snapshot.addresses import location_fault, setting_fault
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.model import ConfigModel
+from sf_pipelines.snapshot.model import ConfigModel, digest_json
 from sf_pipelines.snapshot.sharding import (
     CelSharding,
     ClusterSharding,
@@ -21,6 +19,8 @@ from sf_pipelines.snapshot.sharding import (
     LshSharding,
     Sharding,
 )
+from sf_pipelines.snapshot.store.addresses import location_fault
+from sf_pipelines.snapshot.store.client import S3Options
 
 IndexType = Literal["auto", "flat", "ivf_flat", "ivf_sq", "hnsw", "hnsw_flat"]
 
@@ -40,41 +40,6 @@ KeyEncoding = Literal["u64be", "u32be", "utf8", "raw"]
 
 # Raise when the same config and source must give other bytes than before.
 BUILD_VERSION = 2
-
-
-class S3Options(ConfigModel):
-    """One set of credentials for every client. What is left out comes from the environment (``AWS_*``).
-
-    A server that does not answer is given up after about ``timeout`` seconds: what may pass is tried again, but not for
-    longer than that altogether, from the first request on.
-
-    Attributes:
-        endpoint_url: for servers other than AWS, as in ``http://127.0.0.1:9000``; without credentials in it.
-        region: bucket's region.
-        access_key_id: key id.
-        secret_access_key: secret.
-        session_token: for temporary credentials.
-        timeout: seconds for one request.
-        retries: how often a request is repeated that failed in a way that may pass.
-    """
-
-    secretive: ClassVar[bool] = True
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    access_key_id: Annotated[str | None, Field(repr=False)] = None
-    secret_access_key: SecretStr | None = None
-    session_token: SecretStr | None = None
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    retries: Annotated[int, Field(ge=0, le=100)] = 4
-
-    @field_validator("endpoint_url", "region", "access_key_id", "secret_access_key", "session_token")
-    @classmethod
-    def _a_client_can_send_it(cls, value: str | SecretStr | None, info: ValidationInfo) -> str | SecretStr | None:
-        text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if text is not None and (fault := setting_fault(str(info.field_name), text)):
-            raise ValueError(fault)
-        return value
 
 
 class KeyValueSpec(ConfigModel):
@@ -98,9 +63,8 @@ class KeyValueSpec(ConfigModel):
     def _one_kind_of_value(self) -> Self:
         if bool(self.value_cols) == (self.value_col is not None):
             raise ValueError("give either value_cols (one JSON object) or value_col (bytes as they are)")
-        repeated = sorted({name for name in self.value_cols if self.value_cols.count(name) > 1})
-        if repeated:
-            raise ValueError(f"value_cols names {', '.join(repeated)} more than once")
+        if repeated := _repeated(self.value_cols):
+            raise ValueError(f"value_cols names {repeated} more than once")
         return self
 
     @property
@@ -170,7 +134,7 @@ class VectorSpec(ConfigModel):
             raise ValueError("vector_fn_version means nothing without vector_fn; leave it out")
         if self.vector_fn is not None and "vector_col" in self.model_fields_set:
             raise ValueError("vector_col and vector_fn exclude each other: leave one of them out")
-        if len(set(self.vector_fn_cols)) != len(self.vector_fn_cols):
+        if _repeated(self.vector_fn_cols):
             raise ValueError(f"vector_fn_cols names a column twice: {', '.join(self.vector_fn_cols)}")
         self._check_index_params()
         if self.quantization == "i8" and self.index_type not in {"auto", "ivf_sq", "hnsw"}:
@@ -182,21 +146,15 @@ class VectorSpec(ConfigModel):
         return self
 
     def _check_sqlite_vec(self) -> None:
-        if self.metric is DistanceMetric.DOT_PRODUCT:
-            raise ValueError("backend sqlite-vec has no dot_product; use metric cosine or l2, or backend lancedb")
-        if self.dim > _SQLITE_VEC_DIM:
-            raise ValueError(
-                f"backend sqlite-vec holds vectors of up to {_SQLITE_VEC_DIM} numbers, and dim is {self.dim}; use "
-                "backend lancedb"
-            )
-        if self.quantization is not None:
-            raise ValueError(
-                f"backend sqlite-vec has no quantization {self.quantization!r}; leave it out or use backend lancedb"
-            )
-        if self.index_type not in {"auto", "flat"}:
-            raise ValueError(
-                f"backend sqlite-vec scans and has no index_type {self.index_type!r}; use auto, or backend lancedb"
-            )
+        dim, quantization, index_type = self.dim, self.quantization, self.index_type
+        for holds, fault in (
+            (self.metric is DistanceMetric.DOT_PRODUCT, "has no dot_product; use metric cosine or l2, or"),
+            (dim > _SQLITE_VEC_DIM, f"holds vectors of up to {_SQLITE_VEC_DIM} numbers, and dim is {dim}; use"),
+            (quantization, f"has no quantization {quantization!r}; leave it out or use"),
+            (index_type not in {"auto", "flat"}, f"scans and has no index_type {index_type!r}; use auto, or"),
+        ):
+            if holds:
+                raise ValueError(f"backend sqlite-vec {fault} backend lancedb")
 
     def _check_index_params(self) -> None:
         """A knob that the index does not have would change nothing, and nobody would know."""
@@ -358,44 +316,38 @@ class WriteConfig(ConfigModel):
             )
         for field in ("payload_cols", "filter_cols"):
             columns: tuple[str, ...] = getattr(self, field)
-            repeated = sorted({name for name in columns if columns.count(name) > 1})
-            if repeated:
-                raise ValueError(f"{field} names {', '.join(repeated)} more than once")
+            if repeated := _repeated(columns):
+                raise ValueError(f"{field} names {repeated} more than once")
             if spec.vector_fn is None and spec.vector_col in columns:
                 raise ValueError(f"{field} names the vector column {spec.vector_col!r}")
         self._check_filter_names()
         return self
 
     def _check_filter_names(self) -> None:
-        odd = sorted(name for name in self.filter_cols if any(mark in name for mark in ".`\0"))
-        if odd:
-            raise ValueError(
-                f"filter_cols: {', '.join(odd)} has a dot or a backtick, which mean nested fields, or a NUL, which "
-                "ends a name; rename the column"
-            )
-        clash = sorted(
-            name for name in self.filter_cols if name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIXES)
+        def refuse(wrong: Callable[[str], object], why: str) -> None:
+            if names := sorted(name for name in self.filter_cols if wrong(name)):
+                raise ValueError(f"filter_cols: {', '.join(names)} {why}; rename the column")
+
+        refuse(
+            lambda name: any(mark in name for mark in ".`\0"),
+            "has a dot or a backtick, which mean nested fields, or a NUL, which ends a name",
         )
-        if clash:
-            raise ValueError(f"filter_cols: {', '.join(clash)} is a name that the index itself uses; rename the column")
+        refuse(
+            lambda name: name in RESERVED_COLUMNS or name.lower().startswith(_RESERVED_PREFIXES),
+            "is a name that the index itself uses",
+        )
         if self.vector_spec.backend != "sqlite-vec":
             return
         if len(self.filter_cols) > _SQLITE_VEC_FILTERS:
             raise ValueError(
                 f"filter_cols names {len(self.filter_cols)} columns; sqlite-vec can store {_SQLITE_VEC_FILTERS}"
             )
-        lower = [name.lower() for name in self.filter_cols]
-        odd = sorted(
-            name
-            for name in self.filter_cols
-            if not _SQLITE_VEC_NAME.match(name) or name.lower() in _SQLITE_VEC_TAKEN or lower.count(name.lower()) > 1
+        taken = [*_SQLITE_VEC_TAKEN, *(name.lower() for name in self.filter_cols)]
+        refuse(
+            lambda name: not _SQLITE_VEC_NAME.match(name) or taken.count(name.lower()) > 1,
+            "cannot be a column of sqlite-vec: a letter, then letters, digits and underscores, not ending in __null, "
+            f"not {', '.join(sorted(_SQLITE_VEC_TAKEN))}, different whatever the case",
         )
-        if odd:
-            raise ValueError(
-                f"filter_cols: {', '.join(odd)} cannot be a column of sqlite-vec: a letter, then letters, digits and "
-                f"underscores, not ending in __null, not {', '.join(sorted(_SQLITE_VEC_TAKEN))}, different whatever "
-                "the case; rename the column"
-            )
 
     @model_validator(mode="after")
     def _sharding_fits(self) -> Self:
@@ -417,7 +369,7 @@ class WriteConfig(ConfigModel):
                     "say how many there are"
                 )
         else:
-            self._check_number(where, self.num_dbs)
+            sharding.check_number(where, self.num_dbs)
         if isinstance(sharding, CelSharding) and sharding.routing_values is not None:
             values = sharding.routing_values
             if self.num_dbs not in {"auto", len(values)}:
@@ -426,30 +378,10 @@ class WriteConfig(ConfigModel):
                 raise ValueError(f"{where}.routing_values: with keys the format knows no bytes here; use text")
         return self
 
-    def _check_number(self, where: str, num_dbs: int) -> None:
-        sharding = self.sharding
-        if isinstance(sharding, ClusterSharding | LshSharding):
-            probes = sharding.num_probes
-            if probes != "auto" and probes > num_dbs:
-                raise ValueError(f"{where}.num_probes {probes} is more than num_dbs {num_dbs}")
-        most = self.most_shards
-        if isinstance(sharding, ClusterSharding) and most is not None and most < num_dbs:
-            raise ValueError(f"{where}.training_rows {most} is less than num_dbs {num_dbs}: one row a shard at least")
-        if isinstance(sharding, LshSharding) and most is not None and most < num_dbs:
-            raise ValueError(
-                f"{where}.num_hash_bits {sharding.num_hash_bits} gives {most} cells, too few for num_dbs {num_dbs} "
-                "shards"
-            )
-
     @property
     def most_shards(self) -> int | None:
         """What the sharding's own fields allow; None where they say nothing."""
-        sharding = self.sharding
-        if isinstance(sharding, ClusterSharding):
-            return sharding.training_rows
-        if isinstance(sharding, LshSharding) and sharding.num_hash_bits is not None:
-            return 2**sharding.num_hash_bits
-        return None
+        return self.sharding.most_shards
 
     @property
     def shard_count(self) -> int | None:
@@ -461,28 +393,20 @@ class WriteConfig(ConfigModel):
 
     @property
     def shards(self) -> int:
-        """Number of shards, once it is known.
-
-        Raises:
-            ConfigError: it is ``auto``, and no scan has looked at the source yet.
-        """
+        """Number of shards; a ``ConfigError`` where it is ``auto`` and no scan has looked at the source yet."""
         count = self.shard_count
         if count is None:
             raise ConfigError("WriteConfig.num_dbs: auto has no number before the source was scanned")
         return count
 
     def sized(self, num_dbs: int) -> Self:
-        """The same with the number of shards that ``auto`` has come to.
-
-        Raises:
-            ConfigError: ``num_probes`` is more than that.
-        """
+        """The same with the number of shards that ``auto`` has come to; a ``ConfigError`` if it cannot be that."""
         if self.num_dbs != "auto" and not self._auto:
             return self
         sized = self.model_copy(update={"num_dbs": num_dbs})
         sized._auto = True  # noqa: SLF001 - of this class
         try:
-            self._check_number("vector_spec.sharding", num_dbs)
+            self.sharding.check_number("vector_spec.sharding", num_dbs)
         except ValueError as error:
             raise ConfigError(f"WriteConfig: {error}, which auto has chosen; say num_dbs yourself") from None
         return sized
@@ -511,15 +435,7 @@ class WriteConfig(ConfigModel):
     @property
     def routing_columns(self) -> dict[str, str]:
         """Source column of each value that decides a row's shard, by the name that the strategy knows it by."""
-        sharding = self.sharding
-        if isinstance(sharding, ExplicitSharding):
-            return {"shard_id": sharding.shard_id_col}
-        if isinstance(sharding, HashSharding):
-            return {"key": self.id_col}
-        if isinstance(sharding, CelSharding):
-            keyed = self.key_value is not None
-            return {name: self.id_col if keyed and name == "key" else name for name in sharding.cel_columns}
-        return {}
+        return self.sharding.columns(self.id_col, keyed=self.key_value is not None)
 
     @property
     def row_columns(self) -> tuple[str, ...]:
@@ -580,7 +496,5 @@ class WriteConfig(ConfigModel):
         return digest_json(gate)
 
 
-def digest_json(value: Any) -> str:
-    """SHA-256 (hex) of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _repeated(names: tuple[str, ...]) -> str:
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))

@@ -1,12 +1,39 @@
 """One tree of errors, grouped by what a handler does about them.
 
-Every error carries a stable ``kind`` (append-only: programs and alerts match on it), says whether trying again can
-help (``retryable``), and is also the builtin that a Python user would expect (``ValueError``, ``FileNotFoundError``…).
+Every error has a stable ``kind`` (append-only: programs and alerts match on it), says whether trying again can help
+(``retryable``, inherited), and is also the builtin that a Python user expects (``ValueError``, ``FileNotFoundError``…).
 """
 
-from typing import ClassVar
+import re
+from typing import Any, ClassVar
 
-from sf_pipelines.snapshot.addresses import without_secrets
+_HIDDEN = "***"
+_NAMES = r"[\w.-]*(?:signature|credential|token|secret|passw(?:or)?d|pwd|api_?key|access_?key|authorization)[\w.-]*"
+_MASKS = (
+    # https://user:password@host; a password may have a slash in it.
+    (re.compile(r"(://)(?:[^/?#\s'\"]*:[^\s'\"]*|[^/?#\s'\"]*)@"), rf"\1{_HIDDEN}@"),
+    # ?X-Amz-Signature=…, ;token=…
+    (re.compile(rf"(?i)\b({_NAMES}=)[^&;,\s'\"<>)]+"), rf"\1{_HIDDEN}"),
+    # What S3 quotes of a request that it refuses.
+    (
+        re.compile(
+            r"(?is)<(Token[\w-]*|AWSAccessKeyId|SignatureProvided|StringToSign\w*|CanonicalRequest\w*)>.*?</\1>"
+        ),
+        rf"<\1>{_HIDDEN}</\1>",
+    ),
+)
+
+
+def without_secrets(text: str) -> str:
+    """A message with passwords, tokens and signatures of the addresses in it left out."""
+    for pattern, masked in _MASKS:
+        text = pattern.sub(masked, text)
+    return text
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """An error as a cause that tracebacks may show; None where it tells a secret."""
+    return error if without_secrets(str(error)) == str(error) else None
 
 
 class SfPipelinesError(Exception):
@@ -15,6 +42,10 @@ class SfPipelinesError(Exception):
     kind: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
 
+    def __init_subclass__(cls, *, kind: str | None = None, retryable: bool | None = None, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        cls.kind, cls.retryable = kind or cls.kind, cls.retryable if retryable is None else retryable
+
     def __init__(self, *args: object) -> None:
         super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
@@ -22,188 +53,132 @@ class SfPipelinesError(Exception):
 # Fix the configuration.
 
 
-class ConfigError(SfPipelinesError, ValueError):
+class ConfigError(SfPipelinesError, ValueError, kind="config"):
     """A configuration value is wrong; nothing was started."""
-
-    kind = "config"
 
 
 # Fix the data.
 
 
-class SourceError(SfPipelinesError):
+class SourceError(SfPipelinesError, kind="source"):
     """The source table cannot be used."""
 
-    kind = "source"
 
-
-class SourceNotFoundError(SourceError, FileNotFoundError):
+class SourceNotFoundError(SourceError, FileNotFoundError, kind="source.not_found"):
     """No source file matches."""
 
-    kind = "source.not_found"
 
-
-class SourceEmptyError(SourceError, ValueError):
+class SourceEmptyError(SourceError, ValueError, kind="source.empty"):
     """The source has no rows, or none that satisfies the data contract."""
 
-    kind = "source.empty"
 
-
-class SourceSchemaError(SourceError, TypeError):
+class SourceSchemaError(SourceError, TypeError, kind="source.schema"):
     """A column is missing or has a type that cannot be used."""
 
-    kind = "source.schema"
 
-
-class SourceChangedError(SourceError):
+class SourceChangedError(SourceError, kind="source.changed", retryable=True):
     """A pinned source file is no longer the one that was scanned; a new build will pin the new one."""
 
-    kind = "source.changed"
-    retryable = True
 
-
-class VectorFunctionError(SfPipelinesError, RuntimeError):
+class VectorFunctionError(SfPipelinesError, RuntimeError, kind="vector_function"):
     """The user's function that makes vectors failed, or gave something else."""
 
-    kind = "vector_function"
 
-
-class DataContractError(SfPipelinesError, ValueError):
+class DataContractError(SfPipelinesError, ValueError, kind="data_contract"):
     """More rows were rejected than ``max_reject_fraction`` allows."""
-
-    kind = "data_contract"
 
 
 # Look at the store.
 
 
-class StoreError(SfPipelinesError, OSError):
+class StoreError(SfPipelinesError, OSError, kind="store"):
     """The object store did not do what was asked."""
 
-    kind = "store"
 
-
-class StoreUnavailableError(StoreError):
+class StoreUnavailableError(StoreError, kind="store.unavailable", retryable=True):
     """The store failed in a way that may pass."""
 
-    kind = "store.unavailable"
-    retryable = True
 
-
-class StoreDeniedError(StoreError, PermissionError):
+class StoreDeniedError(StoreError, PermissionError, kind="store.denied"):
     """The store refused: credentials or permissions."""
 
-    kind = "store.denied"
 
-
-class ObjectMissingError(StoreError, FileNotFoundError):
+class ObjectMissingError(StoreError, FileNotFoundError, kind="store.missing"):
     """An object that must be there is not."""
 
-    kind = "store.missing"
 
-
-class BucketMissingError(StoreError, FileNotFoundError):
+class BucketMissingError(StoreError, FileNotFoundError, kind="store.no_bucket"):
     """There is no such bucket."""
 
-    kind = "store.no_bucket"
 
-
-class DiskFullError(StoreError):
+class DiskFullError(StoreError, kind="store.disk_full"):
     """A disk of this machine is full: that of scratch files, of copies of shards, or of a local store."""
 
-    kind = "store.disk_full"
 
-
-class ConditionalWritesError(StoreError):
+class ConditionalWritesError(StoreError, kind="store.conditional_writes"):
     """The store ignores conditions on writes, so that two publishers would both win."""
 
-    kind = "store.conditional_writes"
 
-
-class WriteUncertainError(StoreUnavailableError):
+class WriteUncertainError(StoreUnavailableError, kind="store.uncertain"):
     """A conditional write may or may not have been applied, and reading back did not tell."""
-
-    kind = "store.uncertain"
 
 
 # Do not trust what is stored.
 
 
-class IntegrityError(SfPipelinesError):
+class IntegrityError(SfPipelinesError, kind="integrity"):
     """What is stored contradicts what was recorded."""
 
-    kind = "integrity"
 
-
-class DigestMismatchError(IntegrityError):
+class DigestMismatchError(IntegrityError, kind="integrity.digest"):
     """An object's bytes are not the ones that were sealed."""
 
-    kind = "integrity.digest"
 
-
-class CountMismatchError(IntegrityError):
+class CountMismatchError(IntegrityError, kind="integrity.count"):
     """Rows do not add up."""
 
-    kind = "integrity.count"
 
-
-class ManifestError(IntegrityError, ValueError):
+class ManifestError(IntegrityError, ValueError, kind="integrity.manifest"):
     """A manifest, pointer or routing artifact cannot be understood or contradicts itself."""
 
-    kind = "integrity.manifest"
 
-
-class SnapshotDamagedError(IntegrityError):
+class SnapshotDamagedError(IntegrityError, kind="integrity.snapshot"):
     """Objects of a published snapshot are gone or changed; the message names them."""
 
-    kind = "integrity.snapshot"
 
-
-class IndexBuildError(SfPipelinesError):
+class IndexBuildError(SfPipelinesError, kind="index.build"):
     """A shard's index could not be built or does not cover its rows."""
 
-    kind = "index.build"
 
-
-class ReceiptMissingError(SfPipelinesError, LookupError):
+class ReceiptMissingError(SfPipelinesError, LookupError, kind="receipt.missing"):
     """A stage was asked for before the stage that it builds on."""
-
-    kind = "receipt.missing"
 
 
 # The gate said no.
 
 
-class GateError(SfPipelinesError):
+class GateError(SfPipelinesError, kind="gate"):
     """A snapshot may not be published."""
 
-    kind = "gate"
 
-
-class GateFailedError(GateError):
+class GateFailedError(GateError, kind="gate.failed"):
     """A required check failed on this manifest."""
 
-    kind = "gate.failed"
 
-
-class GateMissingError(GateError):
+class GateMissingError(GateError, kind="gate.missing"):
     """A required check has no verdict for this manifest."""
-
-    kind = "gate.missing"
 
 
 # Somebody else was first.
 
 
-class PublishConflictError(SfPipelinesError):
+class PublishConflictError(SfPipelinesError, kind="publish.conflict"):
     """The current pointer moved since this build was scanned.
 
     Attributes:
         ours: run id that lost.
         theirs: run id that the pointer names, or None when the pointer is gone.
     """
-
-    kind = "publish.conflict"
 
     def __init__(self, message: str, *, ours: str, theirs: str | None) -> None:
         super().__init__(message)
@@ -221,110 +196,75 @@ def _rebuild_conflict(message: str, ours: str, theirs: str | None) -> PublishCon
 # Fix the call.
 
 
-class OperationError(SfPipelinesError):
+class OperationError(SfPipelinesError, kind="operation"):
     """An operation on published snapshots cannot do what was asked."""
 
-    kind = "operation"
 
-
-class RunNotFoundError(OperationError, LookupError):
+class RunNotFoundError(OperationError, LookupError, kind="operation.no_run"):
     """No published snapshot is of the run that was named."""
 
-    kind = "operation.no_run"
 
-
-class ReaderError(SfPipelinesError):
+class ReaderError(SfPipelinesError, kind="reader"):
     """A reader cannot do what was asked in its present state."""
 
-    kind = "reader"
 
-
-class ReaderClosedError(ReaderError):
+class ReaderClosedError(ReaderError, kind="reader.closed"):
     """The reader was closed."""
 
-    kind = "reader.closed"
 
-
-class SnapshotNotFoundError(ReaderError, FileNotFoundError):
+class SnapshotNotFoundError(ReaderError, FileNotFoundError, kind="reader.no_snapshot"):
     """Nothing has been published under this root."""
 
-    kind = "reader.no_snapshot"
 
-
-class SnapshotKindError(ReaderError):
+class SnapshotKindError(ReaderError, kind="reader.snapshot_kind"):
     """The snapshot is of a kind that this reader does not serve."""
 
-    kind = "reader.snapshot_kind"
 
-
-class QueryError(ReaderError, ValueError):
+class QueryError(ReaderError, ValueError, kind="reader.query"):
     """A query or search option is wrong."""
 
-    kind = "reader.query"
 
-
-class NoShardError(QueryError):
+class NoShardError(QueryError, kind="reader.query.no_shard"):
     """The values are of the right types, but the sharding expression gives no shard for them."""
 
-    kind = "reader.query.no_shard"
 
-
-class RateLimitError(ReaderError, TimeoutError):
+class RateLimitError(ReaderError, TimeoutError, kind="reader.rate_limit", retryable=True):
     """The rate limiter would have made the caller wait longer than its timeout; no tokens were taken."""
 
-    kind = "reader.rate_limit"
-    retryable = True
 
-
-class DeadlineError(ReaderError, TimeoutError):
+class DeadlineError(ReaderError, TimeoutError, kind="reader.deadline", retryable=True):
     """The answer was not there when its time was up. Shards that were being opened go on opening."""
 
-    kind = "reader.deadline"
-    retryable = True
 
-
-class ReaderForkedError(ReaderError, RuntimeError):
+class ReaderForkedError(ReaderError, RuntimeError, kind="reader.forked"):
     """The reader, or a library that it needs, was in use when this process was forked; locks and threads are lost."""
-
-    kind = "reader.forked"
 
 
 # Look at the engine.
 
 
-class EngineError(SfPipelinesError, RuntimeError):
+class EngineError(SfPipelinesError, RuntimeError, kind="engine"):
     """The engine that the build is spread over cannot be used."""
 
-    kind = "engine"
 
-
-class MissingExtraError(EngineError, ImportError):
+class MissingExtraError(EngineError, ImportError, kind="engine.missing_extra"):
     """A package that an engine needs is not installed; the message names the extra to install."""
 
-    kind = "engine.missing_extra"
 
-
-class WorkerLostError(EngineError):
+class WorkerLostError(EngineError, kind="engine.worker_lost", retryable=True):
     """A worker was lost in the middle of a task."""
 
-    kind = "engine.worker_lost"
-    retryable = True
 
-
-class TaskCrashedError(EngineError):
+class TaskCrashedError(EngineError, kind="engine.task_crashed"):
     """A task ended in an error that nobody expects."""
 
-    kind = "engine.task_crashed"
 
-
-class TasksFailedError(EngineError):
+class TasksFailedError(EngineError, kind="engine.tasks_failed"):
     """Tasks failed for good, after those failures that may pass were tried again.
 
     Attributes:
         causes: error of each task that failed, by its label, as in ``shard 3``.
     """
-
-    kind = "engine.tasks_failed"
 
     def __init__(self, message: str, causes: dict[str, Exception]) -> None:
         super().__init__(message)
@@ -340,12 +280,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def error_of_kind(kind: str, message: str) -> SfPipelinesError:
-    """A typed error that has come from another process.
-
-    Args:
-        kind: its ``kind``.
-        message: what it said.
-    """
+    """A typed error that has come from another process, by its ``kind`` and what it said."""
     classes = [SfPipelinesError]
     for found in classes:
         classes.extend(found.__subclasses__())

@@ -1,12 +1,13 @@
 """The base of every pydantic model in the package."""
 
+import hashlib
+import json
 from collections.abc import Collection
 from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sf_pipelines.snapshot.addresses import without_secrets
-from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.errors import ConfigError, without_secrets
 
 # Of pydantic's errors: a model was wanted and something else given, which may have anything in it.
 _NO_MODEL = ("model", "dict", "union_tag")
@@ -88,3 +89,9 @@ def _inside(where: str, line: str) -> str:
         return line
     _, dot, inner = field.partition(".")
     return f"{where}{dot}{inner}: {message}"
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 (hex) of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

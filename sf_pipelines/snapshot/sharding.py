@@ -24,7 +24,24 @@ CelType = Literal["int", "uint", "double", "bool", "string", "bytes"]
 ColumnName = Annotated[str, Field(min_length=1)]
 
 
-class ClusterSharding(ConfigModel):
+class Strategy(ConfigModel):
+    """What every strategy says of itself; the defaults are those of one that leaves everything open."""
+
+    @property
+    def most_shards(self) -> int | None:
+        """The most shards that its own fields allow; None where they say nothing."""
+        return None
+
+    def check_number(self, where: str, num_dbs: int) -> None:
+        """A ``ValueError`` where there cannot be so many shards."""
+
+    def columns(self, id_col: str, *, keyed: bool) -> dict[str, str]:
+        """Source column of each value that decides a row's shard, by the name that the strategy knows it by."""
+        del id_col, keyed
+        return {}
+
+
+class ClusterSharding(Strategy):
     """Shards are k-means clusters; a query asks the ``num_probes`` shards with the nearest centroids.
 
     Attributes:
@@ -40,8 +57,19 @@ class ClusterSharding(ConfigModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     max_iter: Annotated[int, Field(gt=0)] = 50
 
+    @property
+    def most_shards(self) -> int | None:
+        return self.training_rows
 
-class LshSharding(ConfigModel):
+    def check_number(self, where: str, num_dbs: int) -> None:
+        _check_probes(self.num_probes, where, num_dbs)
+        if self.training_rows is not None and self.training_rows < num_dbs:
+            raise ValueError(
+                f"{where}.training_rows {self.training_rows} is less than num_dbs {num_dbs}: one row a shard at least"
+            )
+
+
+class LshSharding(Strategy):
     """Shards are the cells between random hyperplanes; a query asks the cells that lie nearest behind them.
 
     Attributes:
@@ -57,8 +85,20 @@ class LshSharding(ConfigModel):
     training_rows: Annotated[int, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
+    @property
+    def most_shards(self) -> int | None:
+        return None if self.num_hash_bits is None else 2**self.num_hash_bits
 
-class ExplicitSharding(ConfigModel):
+    def check_number(self, where: str, num_dbs: int) -> None:
+        _check_probes(self.num_probes, where, num_dbs)
+        if self.most_shards is not None and self.most_shards < num_dbs:
+            raise ValueError(
+                f"{where}.num_hash_bits {self.num_hash_bits} gives {self.most_shards} cells, too few for num_dbs "
+                f"{num_dbs} shards"
+            )
+
+
+class ExplicitSharding(Strategy):
     """Each row names its shard; a query must name the shards that it asks.
 
     Attributes:
@@ -68,8 +108,12 @@ class ExplicitSharding(ConfigModel):
     strategy: Literal["explicit"] = "explicit"
     shard_id_col: ColumnName = "shard_id"
 
+    def columns(self, id_col: str, *, keyed: bool) -> dict[str, str]:
+        del id_col, keyed
+        return {"shard_id": self.shard_id_col}
 
-class CelSharding(ConfigModel):
+
+class CelSharding(Strategy):
     """An expression over columns of the row names its shard; a query gives the same columns as its context.
 
     Attributes:
@@ -84,6 +128,9 @@ class CelSharding(ConfigModel):
     cel_expr: Annotated[str, Field(min_length=1, max_length=_LONGEST_EXPRESSION)]
     cel_columns: Annotated[dict[ColumnName, CelType], Field(min_length=1, max_length=_MOST_CEL_COLUMNS)]
     routing_values: tuple[StrictInt | StrictStr | StrictBytes, ...] | None = None
+
+    def columns(self, id_col: str, *, keyed: bool) -> dict[str, str]:
+        return {name: id_col if keyed and name == "key" else name for name in self.cel_columns}
 
     @field_validator("routing_values")
     @classmethod
@@ -109,10 +156,19 @@ class CelSharding(ConfigModel):
         return [{"__bytes_hex__": value.hex()} if isinstance(value, bytes) else value for value in values]
 
 
-class HashSharding(ConfigModel):
+class HashSharding(Strategy):
     """The key's hash (xxh3, 64 bits) modulo ``num_dbs`` names the shard; a vector search asks all shards."""
 
     strategy: Literal["hash"] = "hash"
+
+    def columns(self, id_col: str, *, keyed: bool) -> dict[str, str]:
+        del keyed
+        return {"key": id_col}
+
+
+def _check_probes(num_probes: int | Literal["auto"], where: str, num_dbs: int) -> None:
+    if num_probes != "auto" and num_probes > num_dbs:
+        raise ValueError(f"{where}.num_probes {num_probes} is more than num_dbs {num_dbs}")
 
 
 def _is_text(value: str) -> bool:

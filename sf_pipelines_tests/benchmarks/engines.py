@@ -10,18 +10,19 @@ import os
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from sf_pipelines.snapshot.run.tasks import Engine
 from sf_pipelines_tests.benchmarks import child
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from sf_pipelines.snapshot.config import WriteConfig
-    from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
+    from sf_pipelines.snapshot.run.tasks import Outcome, Task
 
 ROWS, MANY_ROWS, DIM, SHARDS = 200_000, 800_000, 128, 16
 ENGINES, WORKERS = ("local", "dask", "ray", "spark"), (1, 2)
@@ -32,7 +33,7 @@ REPEATS = 2
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "LANCE_CPU_THREADS")
 
 
-class Watched:
+class Watched(Engine):
     """An engine that keeps what became of every task.
 
     Args:
@@ -60,12 +61,6 @@ class Watched:
     def close(self) -> None:
         """As the engine does."""
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
 from sf_pipelines.snapshot.index.protocol import IndexFamily
-from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend, load_extension
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard, load_extension
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines_tests.benchmarks import child
 from sf_pipelines_tests.snapshots import table_of
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _ours(rows: pa.Table, folder: Path) -> None:
-    SqliteVecBackend().build(rows, folder, family=IndexFamily.FLAT, metric=DistanceMetric.COSINE, params=IndexParams())
+    SqliteVecShard.build(rows, folder, family=IndexFamily.FLAT, metric=DistanceMetric.COSINE, params=IndexParams())
 
 
 def _connect(folder: Path) -> apsw.Connection:
@@ -92,7 +92,7 @@ def _search(rows: pa.Table, folder: Path, out: Console) -> None:
         _ours(rows.slice(0, count), part)
         times: list[float] = []
         for in_memory in (True, False):
-            shard = SqliteVecBackend().open(part, metric=DistanceMetric.COSINE, dim=_DIM, in_memory=in_memory)
+            shard = SqliteVecShard.open(part, metric=DistanceMetric.COSINE, dim=_DIM, in_memory=in_memory)
             if in_memory:
                 times.append(_once(lambda shard=shard: shard.search(queries[:1], 10)))
             times.append(_each(lambda query, shard=shard: shard.search(query, 10), queries))

@@ -15,17 +15,17 @@ from rich.table import Table
 
 from sf_pipelines import AsyncShardedVectorReader, ShardedVectorReader
 from sf_pipelines.snapshot.index.scan import MemoryScan
-from sf_pipelines.snapshot.reader import searching
+from sf_pipelines.snapshot.reader import search
 from sf_pipelines.snapshot.reader.merge import Candidates
 
 _REPEATS, _BATCH = 300, 256
 # What each part is and where it is done. None of them calls another one. Merging scores the candidates exactly.
 _PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("check", searching, "as_queries"),
-    ("plan", searching, "plan_for"),
+    ("check", search, "as_queries"),
+    ("plan", search, "plan_for"),
     ("scan", MemoryScan, "near"),
     ("merge", Candidates, "merge"),
-    ("payloads", searching._Asking, "_with_payloads"),
+    ("payloads", search._Searcher, "_with_payloads"),
 )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sf_pipelines.snapshot.run.tasks import Engine
+from sf_pipelines_tests.conftest import free_port
 
 Opener = Callable[[], Engine]
 WORKERS = 2
@@ -99,9 +100,7 @@ def connect_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     need(shutil.which("java") is not None, "java, which Spark needs,")
     import pyspark
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "spark.connect.grpc.binding.address": "127.0.0.1",
         "spark.connect.grpc.binding.port": port,

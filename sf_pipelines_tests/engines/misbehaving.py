@@ -23,7 +23,7 @@ from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.store import Store
 
 # The module that cuts the source, in the driver and in workers alike, and what makes a range of each row group.
-CUTTER = import_module("sf_pipelines.snapshot.stages.route")
+CUTTER = import_module("sf_pipelines.snapshot.stages.sample")
 RANGE_BYTES = 100 * 16 * 4
 LINGER_SECONDS = 3.0
 _HELD_SECONDS = 120.0

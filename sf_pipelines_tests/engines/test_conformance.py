@@ -3,7 +3,7 @@
 import pytest
 
 from sf_pipelines.snapshot.run.tasks import Engine
-from sf_pipelines.snapshot.testing import EngineConformance
+from sf_pipelines.snapshot.testing.engine import EngineConformance
 from sf_pipelines_tests.engines.conftest import Opener
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Snapshots of frames: what an engine writes once and shuffles gives the shards that files give."""
+"""Snapshots of frames: what an engine writes once gives the shards that files give."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,7 +17,6 @@ from sf_pipelines.engines.frames import build_from_frame, frame_columns, write_p
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
     ConfigError,
-    CountMismatchError,
     DataContractError,
     SourceEmptyError,
     SourceSchemaError,
@@ -27,15 +25,10 @@ from sf_pipelines.snapshot.errors import (
     WorkerLostError,
 )
 from sf_pipelines.snapshot.manifest.publish import read_pointer
-from sf_pipelines.snapshot.operations.cleanup_plan import plan_cleanup
-from sf_pipelines.snapshot.operations.protection import CleanupRules
-from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.operations.cleanup import CleanupRules, plan_cleanup
 from sf_pipelines.snapshot.run.ledger import Ledger
 from sf_pipelines.snapshot.run.receipts import SampleReceipt
-from sf_pipelines.snapshot.run.tasks import InProcess
 from sf_pipelines.snapshot.stages.pipeline import BuildResult
-from sf_pipelines.snapshot.stages.shard import build_shard
-from sf_pipelines.snapshot.stages.shuffle import route_pieces, write_pieces
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.engines import misbehaving
 from sf_pipelines_tests.engines.misbehaving import Misbehaving
@@ -168,14 +161,15 @@ def test_what_a_worker_refuses_is_said_and_nothing_is_published(cluster: Cluster
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["staging/frames/", "/routed/shards-"])
-def test_a_worker_is_lost(cluster: Cluster, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the frame is written, and after the shuffle. Dask and Ray do its work again; a Spark of one machine does
-    not, and says so."""
+def test_a_worker_is_lost_while_the_frame_is_written(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask and Ray do its work again; a Spark of one machine does not, and says so."""
     fields: dict[str, Any] = {**dict(settings(tmp_path)), "folder": tmp_path}
     config, rows = Misbehaving(**fields), table()
+    # As its workers do: driver and workers cut the source alike.
     monkeypatch.setattr(misbehaving.CUTTER, "_RANGE_BYTES", misbehaving.RANGE_BYTES)
-    (tmp_path / "die").write_text(key)
+    (tmp_path / "die").write_text("staging/frames/")
     if cluster.retries:
         assert_same(cluster.write(cluster.frame(rows), config), from_files(tmp_path, settings(tmp_path), rows))
     else:
@@ -192,8 +186,8 @@ def broken(rows: pa.RecordBatch) -> Any:
 # The same without a cluster.
 
 
-def here(config: WriteConfig, rows: pa.Table, vector_fn: Any = None, lose: int | None = None) -> BuildResult:
-    """All that workers do, one after the other; a piece may get lost in the shuffle."""
+def here(config: WriteConfig, rows: pa.Table, vector_fn: Any = None) -> BuildResult:
+    """All that workers do, one after the other."""
 
     def stage(folder: str) -> list[str]:
         halves = [rows.slice(0, 800), rows.slice(800)]
@@ -202,18 +196,7 @@ def here(config: WriteConfig, rows: pa.Table, vector_fn: Any = None, lose: int |
         write_part(config, folder, vector_fn, halves[0].to_batches())
         return [key for key in keys if key is not None]
 
-    def shuffle(config: WriteConfig, run_id: str, places: int) -> list[str]:
-        pieces = pa.Table.from_batches(
-            [piece for place in range(places) for piece in route_pieces(config, run_id, place)]
-        )
-        keys: list[str] = []
-        for db_id in range(config.shards):
-            mine = pieces.filter(pc.field("shard") == db_id) if db_id != lose else pieces.slice(0, 0)
-            keys += [key for key in [write_pieces(config, run_id, mine.to_batches())] if key is not None]
-        return keys
-
-    with Build(config) as build, InProcess(1, lambda task: build_shard(build, task.run_id, task.number)) as engine:
-        return build_from_frame(config, vector_fn, engine, stage, shuffle)
+    return build_from_frame(config, vector_fn, None, stage)
 
 
 def test_a_forgotten_part_is_ignored_and_all_are_removed(tmp_path: Path) -> None:
@@ -222,10 +205,10 @@ def test_a_forgotten_part_is_ignored_and_all_are_removed(tmp_path: Path) -> None
     assert staged(config) == []
 
 
-def test_rows_that_a_shuffle_loses_stop_the_build(tmp_path: Path) -> None:
-    config = settings(tmp_path)
-    with pytest.raises(CountMismatchError, match="4 rejected do not make the 1500 read"):
-        here(config, table(), lose=1)
+def test_the_parts_of_a_failed_build_stay_until_they_are_stale(tmp_path: Path) -> None:
+    config = settings(tmp_path, max_reject_fraction=0.0)
+    with pytest.raises(DataContractError, match="4 of 1500"):
+        here(config, table())
     # Whoever looks at the rejects finds the rows; when they are old, a cleanup removes them.
     assert len(staged(config)) == 3
     store, rules = (

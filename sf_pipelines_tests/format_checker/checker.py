@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.errors import ObjectMissingError
-from sf_pipelines.snapshot.store import Credentials, ObjectInfo, Store
+from sf_pipelines.snapshot.store import ObjectInfo, Store
+from sf_pipelines.snapshot.store.client import S3Options
 from sf_pipelines_tests.format_checker.lance import DATASET, StoredVectors, check_lance, check_one_family
 from sf_pipelines_tests.format_checker.manifest import (
     ManifestContent,
@@ -60,7 +61,7 @@ _SIDECAR = "shard.sidecar"
 def check_format(
     root: str | Path,
     *,
-    s3: Credentials | None = None,
+    s3: S3Options | None = None,
     manifest_key: str | None = None,
     sample: int = 5,
     writer: Literal["ours", "stock"] = "ours",
@@ -96,7 +97,7 @@ def check_format(
 def assert_format(
     root: str | Path,
     *,
-    s3: Credentials | None = None,
+    s3: S3Options | None = None,
     manifest_key: str | None = None,
     sample: int = 5,
     writer: Literal["ours", "stock"] = "ours",

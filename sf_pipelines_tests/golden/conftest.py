@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.reader.opening import open_reader
+from sf_pipelines.snapshot.reader.reader import open_reader
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.conftest import make_bucket
 from sf_pipelines_tests.golden.snapshots import UNIFIED, VECTOR, fill

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.errors import QueryError, SnapshotKindError
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.golden.conftest import Open
 from sf_pipelines_tests.golden.snapshots import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.errors import QueryError
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader
 from sf_pipelines_tests.golden.conftest import Open
 from sf_pipelines_tests.golden.snapshots import CEL, CLUSTER, EXPLICIT, LSH, VECTOR, expected, keys, rows
 
@@ -107,7 +107,7 @@ def test_stock_style_is_what_stock_answered(opened: Open, name: str, variant: st
 def test_stock_style_in_a_named_shard(opened: Open, name: str, variant: str) -> None:
     wanted = results(name, variant)
     homes = np.array([item.get("routed_shards", item["kwargs"].get("shard_ids"))[0] for item in wanted], dtype=np.int32)
-    found = opened(name).stock_style(rows(name)["queries"], 5, 1, homes=homes)
+    found = opened(name).stock_style(rows(name)["queries"], 5, 1, shard_of=homes)
     assert found.ids.tolist() == [result["ids"] for result in wanted]
     np.testing.assert_allclose(found.scores, [result["scores"] for result in wanted], rtol=1e-5)
 

@@ -15,6 +15,7 @@ from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     DataContractError,
+    DigestMismatchError,
     GateFailedError,
     GateMissingError,
     PublishConflictError,
@@ -323,17 +324,40 @@ def test_an_empty_source_is_refused(tmp_path: Path) -> None:
         build_snapshot(small_config(tmp_path))
 
 
-def test_a_source_that_changes_during_the_build_is_noticed(tmp_path: Path) -> None:
+def test_a_source_that_changes_after_the_scan_is_noticed(tmp_path: Path) -> None:
+    write_source(tmp_path / "source.parquet")
+    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
+        run_id = stages.scan(build).run_id
+        write_source(tmp_path / "source.parquet", seed=1)
+        with pytest.raises(SourceChangedError, match=r"source\.parquet changed while it was read"):
+            stages.sample(build, run_id)
+        assert history(build.store) == []
+    assert build_snapshot(small_config(tmp_path), cache_dir=tmp_path / "cache").run_id != run_id
+
+
+def test_checked_rows_need_no_source_any_more(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet")
     with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
         run_id = stages.scan(build).run_id
         stages.sample(build, run_id)
         stages.train(build, run_id)
-        write_source(tmp_path / "source.parquet", seed=1)
-        with pytest.raises(SourceChangedError, match=r"source\.parquet changed while it was read"):
+        (tmp_path / "source.parquet").unlink()
+        assert stages.route(build, run_id).rows == 600
+
+
+def test_checked_rows_that_were_damaged_are_noticed(tmp_path: Path) -> None:
+    write_source(tmp_path / "source.parquet")
+    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
+        run_id = stages.scan(build).run_id
+        parts = stages.sample(build, run_id).parts
+        assert parts is not None
+        stages.train(build, run_id)
+        stored = tmp_path / "store" / parts[0].key
+        data = bytearray(stored.read_bytes())
+        data[len(data) // 2] ^= 1
+        stored.write_bytes(bytes(data))
+        with pytest.raises(DigestMismatchError, match="was recorded"):
             stages.route(build, run_id)
-        assert history(build.store) == []
-    assert build_snapshot(small_config(tmp_path), cache_dir=tmp_path / "cache").run_id != run_id
 
 
 # Rejects.

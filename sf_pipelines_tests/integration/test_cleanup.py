@@ -27,18 +27,22 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.manifest.pointer import CURRENT
-from sf_pipelines.snapshot.manifest.publish import history, read_pointer
-from sf_pipelines.snapshot.operations.cleanup import apply_cleanup, cleanup
-from sf_pipelines.snapshot.operations.cleanup_plan import CleanupPlan, plan_cleanup
+from sf_pipelines.snapshot.manifest.publish import HistoryEntry, history, read_pointer
+from sf_pipelines.snapshot.operations import cleanup as cleaning
+from sf_pipelines.snapshot.operations.cleanup import (
+    CleanupReport,
+    CleanupRules,
+    apply_cleanup,
+    cleanup,
+    plan_cleanup,
+)
 from sf_pipelines.snapshot.operations.pins import pin, unpin
-from sf_pipelines.snapshot.operations.protection import CleanupRules
 from sf_pipelines.snapshot.operations.rollback import rollback
 from sf_pipelines.snapshot.operations.verify import check_whole, verify_snapshot
 from sf_pipelines.snapshot.reader.state import load_state
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.ledger import Ledger
-from sf_pipelines.snapshot.run.receipts import RangeReceipt, RouteReceipt, ScanReceipt
-from sf_pipelines.snapshot.stages.route import read_shard
+from sf_pipelines.snapshot.run.receipts import ScanReceipt
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.builds import routed
 from sf_pipelines_tests.golden.snapshots import UNIFIED, VECTOR, fill
@@ -154,7 +158,7 @@ def of_run(store: Store, run_id: str, *places: str) -> set[str]:
     return {key for key in keys(store) if f"run_id={run_id}" in key and key.startswith(places or ("",))}
 
 
-def rules_of(plan: CleanupPlan) -> dict[str, set[str | None]]:
+def rules_of(plan: CleanupReport) -> dict[str, set[str | None]]:
     found: dict[str, set[str | None]] = {}
     for group in plan.groups:
         found.setdefault(group.rule, set()).add(group.run_id)
@@ -172,25 +176,21 @@ def check_history(store: Store) -> None:
 
 def test_a_plan_names_everything_with_its_rule_and_changes_nothing(world: World, copied: Store) -> None:
     before = {info.key: (info.size, info.etag) for info in copied.objects()}
-    result = cleanup(copied, keep=2, stale_after=NOW)
+    plan = cleanup(copied, keep=2, stale_after=NOW)
     assert {info.key: (info.size, info.etag) for info in copied.objects()} == before
-    assert (result.applied, result.outcomes) == (False, ())
-    plan = result.plan
+    assert not plan.applied
     found = rules_of(plan)
     assert found["snapshot"] == {world.oldest, world.source}
     assert found["build"] == {world.failed, world.killed}
-    assert found["dagster"] == {"old", "new"}
-    # What only a current snapshot needs, of those that stay.
-    assert found["staging"] == {world.bad}
-    assert set(found) == {"snapshot", "build", "dagster", "staging"}
-    kept = {one.run_id: one.why for one in plan.kept}
+    # What only a current snapshot needs, of those that stay. A build is running: what is of no run may be its.
+    assert found["routed"] == {world.bad}
+    assert set(found) == {"snapshot", "build", "routed"}
+    kept = plan.kept
     assert set(kept) == {world.pinned, world.fork, world.bad, world.running}
     assert (kept[world.fork], kept[world.pinned]) == ("it is current", "it is pinned")
     assert kept[world.bad] == "it is among the 2 to keep"
     assert "its build is running (lease until" in kept[world.running]
-    (left,) = plan.left_alone
-    assert (left.what, left.objects) == ("unknown objects", 2)
-    assert "notes/readme.txt" in left.why
+    assert plan.left_alone == {"1 objects": "no known writer makes them: notes/readme.txt"}
     # Figures are those of the objects.
     sizes = {key: size for key, (size, _) in before.items()}
     everything = [key for group in plan.groups for key in group.keys]
@@ -203,14 +203,10 @@ def test_a_plan_names_everything_with_its_rule_and_changes_nothing(world: World,
 def test_the_order_of_deletions(world: World, copied: Store) -> None:
     plan = plan_cleanup(copied, KEEP_TWO)
     for group in plan.groups:
-        if group.rule == "snapshot" and group.run_id == world.oldest:
+        if group.rule == "snapshot":
             assert group.steps[0][0].startswith("manifests/")
             assert all("/receipts/scan/" in key for key in group.steps[1])
             assert all(key.startswith("runs/") for key in group.steps[-1])
-        if group.rule == "snapshot" and group.run_id == world.source:
-            # The fork's receipts name its routed rows: they stay, and so does the record.
-            assert not any("/routed/" in key or "/receipts/range/" in key for key in group.keys)
-            assert not any(key.startswith("runs/") for key in group.keys)
         if group.rule == "build":
             assert all("/receipts/scan/" in key for key in group.steps[0])
 
@@ -218,7 +214,7 @@ def test_the_order_of_deletions(world: World, copied: Store) -> None:
 def test_what_is_young_stays(world: World, copied: Store) -> None:
     plan = plan_cleanup(copied, CleanupRules(1, timedelta(hours=2), timedelta(hours=2)))
     assert plan.groups == ()
-    assert {one.why for one in plan.kept if one.run_id == world.oldest} == {"it was built less than 2:00:00 ago"}
+    assert plan.kept[world.oldest] == "it was built less than 2:00:00 ago"
     later = datetime.now(UTC) + timedelta(hours=3)
     plan = plan_cleanup(copied, CleanupRules(1, timedelta(hours=2), timedelta(hours=2)), now=later)
     # By then the lease of the running build has run out, too.
@@ -250,9 +246,10 @@ def test_keep_counts_what_is_good(world: World, copied: Store) -> None:
 def test_everything_that_stays_opens_and_verifies(world: World, copied: Store, moto_options: S3Options) -> None:
     before = keys(copied)
     result = cleanup(copied, keep=2, stale_after=NOW, dry_run=False)
-    assert [outcome.refused for outcome in result.outcomes] == [None] * len(result.plan.groups)
-    assert result.bytes_freed == result.plan.bytes
-    gone = {key for group in result.plan.groups for key in group.keys}
+    assert result.applied
+    assert [group.refused for group in result.groups] == [None] * len(result.groups)
+    assert result.bytes_freed == result.bytes
+    gone = {key for group in result.groups for key in group.keys}
     assert keys(copied) == before - gone
     assert {entry.run_id for entry in history(copied)} == {world.fork, world.pinned, world.bad}
     s3 = None if copied.local_root else moto_options
@@ -260,16 +257,13 @@ def test_everything_that_stays_opens_and_verifies(world: World, copied: Store, m
         assert verify_snapshot(copied.url, s3=s3, manifest_key=entry.manifest_key).passed
     assert of_run(copied, world.oldest) == set()
     assert of_run(copied, world.failed) == set()
-    assert of_run(copied, world.killed) == {f"staging/run_id={world.killed}/notes.txt"}
+    assert of_run(copied, world.killed) | of_run(copied, world.source) == set()
     assert of_run(copied, world.running) == of_run(Store.open(world.config.store), world.running)
-    # Of the fork's source just what the fork refers to.
-    assert {key.split("/")[2] for key in of_run(copied, world.source, "staging")} == {"routed", "receipts"}
-    assert of_run(copied, world.source, "shards", "vector_meta", "manifests") == set()
     assert "notes/readme.txt" in keys(copied)
     assert "staging/dagster/latest/asset/manifest" in keys(copied)
     assert "staging/dagster/runs/live/asset/manifest" in keys(copied)
     again = cleanup(copied, keep=2, stale_after=NOW)
-    assert again.plan.groups == ()
+    assert again.groups == ()
     if copied.local_root is not None:
         empty = [path for path in copied.local_root.rglob("*") if path.is_dir() and not any(path.iterdir())]
         assert empty == []
@@ -277,54 +271,60 @@ def test_everything_that_stays_opens_and_verifies(world: World, copied: Store, m
     assert rollback(copied, world.bad, s3=s3).run_id == world.bad
 
 
-def test_the_rows_of_a_fork_can_still_be_read(world: World, copied: Store) -> None:
-    """Of them a shard is built anew; they lie where the run lay that it is a copy of."""
-    cleanup(copied, keep=1, stale_after=NOW, dry_run=False)
-    ledger = Ledger(copied, world.fork)
-    routed = ledger.need(RouteReceipt)
-    ranges = [ledger.read(RangeReceipt, key) for key in routed.ranges]
-    assert all(world.source in receipt.routed_key for receipt in ranges)
-    for shard in routed.shards:
-        assert read_shard(copied, ranges, shard.db_id, shard).num_rows == shard.rows
-
-
-def test_attempts_and_verdicts_that_lost(world: World, tmp_path: Path) -> None:
+def test_a_fork_whose_source_is_gone(world: World, tmp_path: Path) -> None:
+    """It is whole without it; a shard of it is built anew from the table only, and the error says so."""
     store = _local_copy(world, tmp_path)
-    store.put(f"vector_meta/run_id={world.fork}/centroids-0123abcd.npy", b"lost")
-    digest = "0" * 64
-    store.put(f"staging/run_id={world.fork}/verdicts/{digest}/recall/x.json", b"{}")
-    store.put(f"staging/run_id={world.fork}/samples/training-0123abcd.arrow", b"lost")
+    cleanup(store, keep=1, stale_after=NOW, dry_run=False)
+    check_history(store)
+    config = small_config(tmp_path, source=world.config.source)
+    with (
+        Build(config, cache_dir=tmp_path / "cache") as build,
+        pytest.raises(IntegrityError, match=r"the routed rows of run .* are gone.* build again with force"),
+    ):
+        stages.build_shard(build, world.fork, 1, rebuild=True)
+
+
+def test_routed_rows_stay_where_shards_may_be_built_anew(world: World, tmp_path: Path) -> None:
+    """Of the current snapshot and of pinned ones; of others they go, and nothing else of them."""
+    store = _local_copy(world, tmp_path)
     plan = plan_cleanup(store, CleanupRules(5, None, NOW))
-    groups = {(group.rule, group.run_id): group for group in plan.groups}
-    lost = groups["attempts", world.source]
-    # It is not current: of the attempts only the published one stays.
-    folders = {key.rsplit("/vector_index", 1)[0] for key in lost.keys}
-    assert world.lost in folders
-    assert {folder.rsplit("/", 1)[-1][:10] for folder in folders} == {"attempt=01", "attempt=02"}
-    assert groups["routing", world.fork].keys == (f"vector_meta/run_id={world.fork}/centroids-0123abcd.npy",)
-    assert groups["verdicts", world.fork].keys == (f"staging/run_id={world.fork}/verdicts/{digest}/recall/x.json",)
-    assert groups["staging", world.fork].keys == (f"staging/run_id={world.fork}/samples/training-0123abcd.arrow",)
+    groups = {group.run_id: group for group in plan.groups if group.rule == "routed"}
+    assert set(groups) == {world.oldest, world.source, world.bad}
+    for run_id, group in groups.items():
+        assert {key.rsplit("/", 1)[0] for key in group.keys} == {
+            f"staging/run_id={run_id}/{rows}" for rows in ("routed", "rows")
+        }
+    assert plan_cleanup(store, CleanupRules(5, None, timedelta(hours=1))).groups == ()
     apply_cleanup(store, plan)
     check_history(store)
 
 
-def test_the_current_snapshot_keeps_its_newest_attempts(tmp_path: Path) -> None:
-    """A fork that never passed its gate is made of them."""
-    current = _publish(tmp_path, 0)
-    with Build(small_config(tmp_path), cache_dir=tmp_path / "cache") as build:
-        first, second = (stages.build_shard(build, current, 1, rebuild=True) for _ in range(2))
-    store = Store.open(tmp_path / "store")
+def test_what_a_manifest_refers_to_stays(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in stores of a writer that keeps routing or shards of an earlier run where they are."""
+    store = _local_copy(world, tmp_path)
+    real = cleaning._referred_runs
+
+    def referred(store: Store, entry: HistoryEntry) -> set[str]:
+        return real(store, entry) | ({world.oldest, world.failed} if entry.is_current else set[str]())
+
+    monkeypatch.setattr(cleaning, "_referred_runs", referred)
     plan = plan_cleanup(store, CleanupRules(1, None, NOW))
-    (group,) = [group for group in plan.groups if group.rule == "attempts"]
-    assert {key.rsplit("/vector_index", 1)[0] for key in group.keys} == {first.db_key}
-    # Their neighbours and witnesses go with them.
-    (work,) = [group for group in plan.groups if group.rule == "staging"]
-    assert first.truth is not None
-    assert second.truth is not None
-    assert first.truth.key in work.keys
-    assert second.truth.key not in work.keys
-    apply_cleanup(store, plan)
-    check_history(store)
+    assert not {group.run_id for group in plan.groups if group.rule != "routed"} & {world.oldest, world.failed}
+    assert plan.kept[world.failed] == f"the manifest of run {world.fork} refers to its objects"
+
+
+def test_what_is_of_no_run_goes_by_age_when_no_build_runs(world: World, tmp_path: Path) -> None:
+    store = _local_copy(world, tmp_path)
+    frame = f"staging/frames/{'0' * 32}/part-{'1' * 32}.parquet"
+    for key in (frame, f"staging/outworn/{'0' * 64}.json", f"staging/probe/{'0' * 32}"):
+        store.put(key, b"x")
+    found = rules_of(plan_cleanup(store, CleanupRules(5, None, NOW)))
+    assert "notes" in found
+    assert not {"dagster", "frames"} & set(found)
+    later = datetime.now(UTC) + timedelta(hours=1)
+    assert {"notes", "dagster", "frames"} <= set(rules_of(plan_cleanup(store, CleanupRules(5, None, NOW), now=later)))
+    young = CleanupRules(5, None, timedelta(hours=2))
+    assert plan_cleanup(store, young, now=later).groups == ()
 
 
 def test_temporary_files_of_killed_writers(world: World, tmp_path: Path) -> None:
@@ -418,9 +418,9 @@ def test_the_memory_of_a_plan_that_is_gone_does_not_matter(world: World, copied:
 # Between plan and apply.
 
 
-def outcome_of(store: Store, plan: CleanupPlan, rule: str, run_id: str) -> str | None:
+def outcome_of(store: Store, plan: CleanupReport, rule: str, run_id: str) -> str | None:
     result = apply_cleanup(store, plan)
-    (found,) = [one.refused for one in result.outcomes if (one.group.rule, one.group.run_id) == (rule, run_id)]
+    (found,) = [group.refused for group in result.groups if (group.rule, group.run_id) == (rule, run_id)]
     return found
 
 
@@ -524,7 +524,7 @@ def test_strangers_are_left_alone(world: World, tmp_path: Path) -> None:
     store.put(entry.manifest_key, b"no manifest")
     mine = {run: of_run(store, run) for run in (world.oldest, world.source)}
     result = cleanup(store, keep=1, stale_after=NOW, dry_run=False)
-    left = {one.what: one.why for one in result.plan.left_alone}
+    left = result.left_alone
     assert "which no known writer makes" in left[world.oldest]
     assert "SQLite" in left[world.source]
     assert {run: of_run(store, run) for run in mine} == mine
@@ -536,13 +536,13 @@ def test_stock_snapshots(name: str, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "stock", create=True)
     fill(store, name)
     whole = keys(store)
-    assert cleanup(store, keep=1, stale_after=NOW, dry_run=False).plan.groups == ()
+    assert cleanup(store, keep=1, stale_after=NOW, dry_run=False).groups == ()
     assert keys(store) == whole
     write_source(tmp_path / "source.parquet")
     config = small_config(tmp_path, store=str(tmp_path / "stock"))
     ours = build_snapshot(config, cache_dir=tmp_path / "cache").run_id
     result = cleanup(store, keep=1, stale_after=NOW, dry_run=False)
-    assert rules_of(result.plan) == {"snapshot": {"golden-run"}}
+    assert rules_of(result) == {"snapshot": {"golden-run"}}
     assert all(f"run_id={ours}" in key or key == CURRENT or key.startswith(".") for key in keys(store))
     assert verify_snapshot(store.url).passed
 
@@ -574,11 +574,11 @@ def test_a_record_that_cannot_be_understood_protects_its_run(world: World, tmp_p
     store.put(Ledger(store, world.killed).need(ScanReceipt).record_key, b"status: [")
     plan = plan_cleanup(store, KEEP_TWO)
     assert rules_of(plan)["build"] == {world.failed}
-    assert any("cannot be understood" in one.why for one in plan.kept if one.run_id == world.killed)
+    assert "cannot be understood" in plan.kept[world.killed]
 
 
 def test_a_root_with_nothing_in_it(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "empty", create=True)
-    assert cleanup(store, keep=1).plan.groups == ()
+    assert cleanup(store, keep=1).groups == ()
     with pytest.raises(SnapshotNotFoundError, match="nothing has been published under"):
         cleanup(tmp_path / "nowhere", keep=1)

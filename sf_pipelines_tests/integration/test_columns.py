@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sf_pipelines import UnifiedShardedReader, WriteConfig, build_snapshot, open_reader
-from sf_pipelines.errors import ConfigError, SourceSchemaError
+from sf_pipelines.snapshot.errors import ConfigError, SourceSchemaError
 from sf_pipelines_tests.tables import clustered
 
 ROWS, DIM, ASKED = 24, 4, 7

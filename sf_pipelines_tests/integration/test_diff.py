@@ -17,7 +17,7 @@ from sf_pipelines.snapshot.operations.diff import diff
 from sf_pipelines.snapshot.operations.rollback import rollback
 from sf_pipelines.snapshot.run.ledger import Ledger
 from sf_pipelines.snapshot.run.receipts import SampleReceipt
-from sf_pipelines.snapshot.source import duplicates
+from sf_pipelines.snapshot.source import samples
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.golden.snapshots import CLUSTER, fill
 from sf_pipelines_tests.snapshots import point_at
@@ -51,7 +51,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 
 def test_figures_of_two_snapshots(tmp_path: Path, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # Several buckets, as a large table has them.
-    monkeypatch.setattr(duplicates, "_BUCKET_ROWS", 100)
+    monkeypatch.setattr(samples, "_BUCKET_ROWS", 100)
     config, (first, second) = two(tmp_path, **place)
     seen: list[tuple[str, int, int | None, str]] = []
 

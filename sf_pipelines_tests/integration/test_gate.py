@@ -129,8 +129,8 @@ def test_truth_of_a_build_that_was_begun_when_rows_were_named_by_their_ids(tmp_p
     config = small_config(tmp_path)
     build, run_id = assembled(config, tmp_path / "cache")
     with build:
-        run, ledger = build.receipts(run_id), build.ledger(run_id)
-        shards = shard_receipts(ledger, run.routed)
+        ledger = run = build.run(run_id)
+        shards = shard_receipts(run, run.routed)
         ids = pa.array(range(600))
         names = dict(zip(row_numbers(ids).tolist(), range(600), strict=True))
         parts: list[pa.Table] = []

@@ -39,12 +39,9 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.manifest import publish
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.operations import cleanup as cleaning
-from sf_pipelines.snapshot.operations import protection
 from sf_pipelines.snapshot.operations import rollback as rolling
-from sf_pipelines.snapshot.operations.cleanup import apply_cleanup
-from sf_pipelines.snapshot.operations.cleanup_plan import plan_cleanup
+from sf_pipelines.snapshot.operations.cleanup import CleanupRules, apply_cleanup, plan_cleanup
 from sf_pipelines.snapshot.operations.pins import pin, pinned_runs, unpin
-from sf_pipelines.snapshot.operations.protection import CleanupRules
 from sf_pipelines.snapshot.operations.rollback import release, rollback
 from sf_pipelines.snapshot.operations.verify import check_whole
 from sf_pipelines.snapshot.reader.state import load_state
@@ -235,7 +232,7 @@ class Lifecycle(RuleBasedStateMachine):
         if self.paused is not None or version in self.model.held:
             return
         build, run_id = assembled(self.config(version), self.root / "other-cache", force=True)
-        self.paused = (build, run_id, version, build.scanned(run_id).base_fingerprint)
+        self.paused = (build, run_id, version, build.run(run_id).scanned.base_fingerprint)
 
     @rule(crash=_CRASHES)
     def another_process_ends(self, crash: Crash | None) -> None:
@@ -445,15 +442,15 @@ def _release_releases_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _pins_are_not_looked_at(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(protection, "pinned_runs", lambda _: frozenset[str]())
+    patch.setattr(cleaning, "pinned_runs", lambda _: frozenset[str]())
 
 
 def _cleanup_takes_shards_first(patch: pytest.MonkeyPatch) -> None:
     """A snapshot's objects go before its manifest: a crash in between leaves half of it in the history."""
     remove = cleaning._remove
 
-    def reversed_steps(store: Store, guard: Any, group: Any, now: Any) -> Any:
-        return remove(store, guard, dataclasses.replace(group, steps=group.steps[::-1]), now)
+    def reversed_steps(store: Store, group: Any, now: Any) -> Any:
+        return remove(store, dataclasses.replace(group, steps=group.steps[::-1]), now)
 
     patch.setattr(cleaning, "_remove", reversed_steps)
 

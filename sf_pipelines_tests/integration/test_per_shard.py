@@ -71,6 +71,7 @@ def test_even_shards_have_no_spread(tmp_path: Path) -> None:
     assert verdict_of(result, "rows_reachable").passed
 
 
+@pytest.mark.slow
 def test_rows_that_a_graph_has_lost_are_named(tmp_path: Path) -> None:
     """Three vectors a thousand times each disconnect others from the graph; the mean recall does not show it."""
     random = np.random.default_rng(0)

@@ -236,7 +236,7 @@ def test_a_damaged_copy_is_fetched_again_by_the_reader_that_has_it_open(
 def test_a_damaged_shard_is_given_to_nobody_else_while_others_use_it(tmp_path: Path) -> None:
     by_hand(tmp_path / "store")
     with vector_reader("sync", tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
-        handles = reader._core.served.handles
+        handles = reader._core.served.shards
         with handles.borrow(0) as held:
             with suppress(IntegrityError), handles.borrow(0) as opened:
                 assert opened is held

@@ -26,7 +26,7 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.handles import OpenShard
+from sf_pipelines.snapshot.reader.shards import OpenShard
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.hash import HashRouting
 from sf_pipelines.snapshot.store import Store
@@ -110,7 +110,7 @@ def test_twenty_callers_wait_for_one_shard_and_nobody_else_does(
         with failing(flaky, manifest, "hang", BAD):
             waiting += [callers.submit(reader.search, QUERIES[0], 5, shard_ids=[BAD, 0]) for _ in range(20)]
             deadline = time.monotonic() + 10
-            while len(reader._core.served.handles._waiting.get(BAD, ())) < 20 and time.monotonic() < deadline:
+            while len(reader._core.served.shards._waiting.get(BAD, ())) < 20 and time.monotonic() < deadline:
                 time.sleep(0.01)
             for shard in (0, 1, 3):
                 for query in QUERIES:
@@ -120,7 +120,7 @@ def test_twenty_callers_wait_for_one_shard_and_nobody_else_does(
         for future in waiting:
             assert ids(future.result(15)) == nearest(QUERIES[0], 5, [BAD, 0])
         assert ids(reader.search(QUERIES[0], 5, shard_ids=EVERY)) == nearest(QUERIES[0], 5, EVERY)
-        assert not reader._core.served.handles._waiting
+        assert not reader._core.served.shards._waiting
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_deadline_that_passed_before_the_search_is_one(local: Path, tmp_path: 
         found = reader.search(QUERIES[0], 5, num_probes=2, timeout=1e-9, partial=True)
         assert (len(found.errors), found.results) == (2, [])
         # They were let go: nothing keeps them open.
-        assert {handle.users for handle in reader._core.served.handles._handles.values()} == {0}
+        assert {handle.users for handle in reader._core.served.shards._handles.values()} == {0}
         for wrong in (0, -1, True, "1", float("nan")):
             with pytest.raises(QueryError, match="timeout"):
                 reader.search(QUERIES[0], 5, timeout=wrong)

@@ -24,9 +24,9 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, MAX_REMEMBERED, Pointer, manifest_key
 from sf_pipelines.snapshot.manifest.publish import history, read_pointer
+from sf_pipelines.snapshot.operations.history import snapshots
 from sf_pipelines.snapshot.operations.pins import pin, pins, unpin
 from sf_pipelines.snapshot.operations.rollback import release, rollback
-from sf_pipelines.snapshot.operations.status import snapshots
 from sf_pipelines.snapshot.operations.verify import verify_snapshot
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.ledger import Ledger
@@ -578,7 +578,7 @@ def test_pins(place: Place) -> None:
     pin(store, second, "release 2")
     assert [(one.run_id, one.reason) for one in pins(store)] == [(first, "longer audit"), (second, "release 2")]
     assert [entry.pinned for entry in snapshots(store)] == ["release 2", "longer audit"]
-    assert unpin(store, first).pin.reason == "longer audit"
+    assert unpin(store, first).reason == "longer audit"
     assert [one.run_id for one in pins(store)] == [second]
     with pytest.raises(RunNotFoundError, match="not pinned"):
         unpin(store, first)

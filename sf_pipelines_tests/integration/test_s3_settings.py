@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.cli import app
-from sf_pipelines.snapshot.addresses import endpoint_fault
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
     BucketMissingError,
@@ -18,6 +17,7 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store.addresses import endpoint_fault
 
 GOOD: dict[str, Any] = {
     "endpoint_url": "http://127.0.0.1:9",

@@ -16,13 +16,11 @@ from typer.testing import CliRunner
 
 from sf_pipelines import ShardedVectorReader, build_snapshot
 from sf_pipelines.cli import app
-from sf_pipelines.engines.config import engine_spec
-from sf_pipelines.engines.opening import open_engine
+from sf_pipelines.engines.config import engine_spec, open_engine
 from sf_pipelines.orchestration.options import SnapshotOptions
 from sf_pipelines.orchestration.resources import SnapshotAccess
-from sf_pipelines.snapshot.addresses import without_secrets
 from sf_pipelines.snapshot.config import S3Options, WriteConfig
-from sf_pipelines.snapshot.errors import ConfigError, GateFailedError, SfPipelinesError, StoreError
+from sf_pipelines.snapshot.errors import ConfigError, GateFailedError, SfPipelinesError, StoreError, without_secrets
 from sf_pipelines.snapshot.model import ConfigModel
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 from sf_pipelines_tests.tables import small_config, write_source
@@ -210,6 +208,7 @@ def test_engines_do_not_tell_the_tokens_of_their_addresses() -> None:
         open_engine(spec)
 
 
+@pytest.mark.slow
 def test_nothing_that_a_build_stores_has_the_secret_in_it(moto_options: S3Options, bucket: str, tmp_path: Path) -> None:
     s3 = moto_options.model_copy(update={"secret_access_key": SecretStr(MARK), "session_token": SecretStr(MARK)})
     write_source(tmp_path / "source.parquet")

@@ -49,6 +49,7 @@ def test_a_small_table_is_one_shard(tmp_path: Path) -> None:
     assert scan_of(tmp_path, first.run_id).sizing == "num_dbs auto: 1 for 600 rows x 16 and 0.1 MiB of files"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
 def test_the_number_follows_the_source_at_leisure(tmp_path: Path) -> None:
     first = build(tmp_path, 600)

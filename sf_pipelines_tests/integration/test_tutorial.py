@@ -5,11 +5,12 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from sf_pipelines_tests.conftest import free_port
 
 _ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(
@@ -40,21 +41,14 @@ def script_of(page: str) -> str:
     return "".join(parts)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(_PATIENCE + 60)
 def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
     page = (_ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     assert page.count("```") == 2 * len(_BLOCK.findall(page)), "a block is not closed, or indented"
     assert _CLONE in page
-    for shown, free in zip(("3000", "8000"), free_ports(2), strict=True):
+    for shown in ("3000", "8000"):
+        free = free_port()
         page = page.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{free}").replace(f"--port {shown}", f"--port {free}")
     script = script_of(page.replace(_CLONE, f"export SF={shlex.quote(str(_ROOT))}\n"))
 

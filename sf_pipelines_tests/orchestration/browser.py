@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.remote.webdriver import WebDriver
+
+from sf_pipelines_tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 SWITCHES = (
@@ -79,9 +80,7 @@ def copy_project(target: Path) -> None:
 @contextmanager
 def serve(project: Path) -> Iterator[Served]:
     """Runs ``dagster dev`` as ``make ui`` does, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "dagster", "dev", "--workspace", "workspace.yaml", "--host", "127.0.0.1"]
     # The copy comes first on the path, so that its data lie in it too.
     env = os.environ | {"DAGSTER_HOME": str(project), "PYTHONPATH": str(project)}

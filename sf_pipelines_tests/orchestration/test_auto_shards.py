@@ -43,6 +43,7 @@ def told(instance: dg.DagsterInstance, noun: str) -> Any:
     return event.asset_materialization.metadata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["build_tiny", "build_now_tiny"])
 def test_partitions_follow_the_shards(
     config: WriteConfig, instance: dg.DagsterInstance, tmp_path: Path, source: Path, job: str
@@ -66,6 +67,8 @@ def test_partitions_follow_the_shards(
 
 def test_one_shard_again(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     run(config, instance)
+    assert instance.get_materialized_partitions(SHARDS) == set(keys(0, 1, 2, 3))
+    assert instance.get_dynamic_partitions("tiny_shards") == keys(0, 1, 2, 3)
     first = published(config)
     result = launch(config, instance, "shard_indexes", partition="00002")
     assert result.success, failures(result)

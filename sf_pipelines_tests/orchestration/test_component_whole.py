@@ -16,9 +16,9 @@ import pytest
 import yaml
 from dagster.components.testing import create_defs_folder_sandbox
 from pydantic import BaseModel
+from reference import models_of
 
 from sf_pipelines.components import VectorSnapshotComponent
-from sf_pipelines.components.reference import models_of
 from sf_pipelines.components.vector_snapshot import VectorSnapshotAttributes
 from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs
 from sf_pipelines.snapshot.config import WriteConfig

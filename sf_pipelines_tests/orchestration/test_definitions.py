@@ -44,7 +44,7 @@ def test_snapshots_share_nothing_but_their_source() -> None:
 def test_code_references_lead_to_the_yaml_and_to_the_stage_and_stay_out_of_the_golden_file() -> None:
     graph = defs().get_repository_def().asset_graph
     places = graph.get(dg.AssetKey(["digits", "manifest"])).metadata["dagster/code_references"].value.code_references
-    assert [Path(place.file_path).name for place in places] == ["stages.py", "defs.yaml"]
+    assert [Path(place.file_path).name for place in places] == ["assemble.py", "defs.yaml"]
     assert all(place.line_number for place in places)
     assert not any(str(Path(place.file_path).parent) in GOLDEN.read_text(encoding="utf-8") for place in places)
 

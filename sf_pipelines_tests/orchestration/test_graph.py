@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import dagster as dg
@@ -405,6 +406,7 @@ def reexecutable_job() -> dg.JobDefinition:
     return build_snapshot_defs(make_config(Path(os.environ["SF_PIPELINES_TEST_ROOT"]))).resolve_job_def("build_tiny")
 
 
+@pytest.mark.slow
 def test_reexecution_from_failure_builds_only_the_failed_shard(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,7 +421,7 @@ def test_reexecution_from_failure_builds_only_the_failed_shard(
         built.append(db_id)
         return build_shard(build, run_id, db_id, rebuild=rebuild)
 
-    monkeypatch.setattr(stages, "build_shard", fragile)
+    monkeypatch.setattr(import_module("sf_pipelines.snapshot.stages.shard"), "build_shard", fragile)
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
         job = dg.reconstructable(reexecutable_job)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_pipelines.orchestration.source_watch import Decision, SourceCursor, decide, fingerprint
+from sf_pipelines.orchestration.source_sensor import Decision, SourceCursor, decide, fingerprint
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.store import ObjectInfo
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from sf_pipelines import WriteConfig, build_snapshot, errors
 from sf_pipelines.cli import app
-from sf_pipelines.snapshot.index.lancedb import LanceDBBackend
+from sf_pipelines.snapshot.index.lancedb import LanceDBShard
 from sf_pipelines.snapshot.reader.options import ReaderOptions, ReaderSettings
 from sf_pipelines_tests.tables import clustered, vector_table
 
@@ -170,7 +170,7 @@ def test_every_option_is_in_the_table_and_no_other() -> None:
     rows = {row[0].strip("`"): row[1] for row in table_under("docs/readers.md", "Options", "Option")}
     assert list(rows) == [field.name for field in fields(ReaderSettings)]
     assert set(rows) == set(ReaderOptions.__annotations__)
-    shown = {"cache_bytes": "20 GiB", "memory_budget": "2 GiB", "events": "silent"}
+    shown = {"cache_bytes": "20 GiB", "memory_budget": "2 GiB"}
     for field in fields(ReaderSettings):
         if field.name not in shown:
             assert rows[field.name] == f"`{field.default}`", field.name
@@ -185,7 +185,7 @@ def test_the_size_up_to_which_shards_are_scanned_is_right() -> None:
     for page in _PAGES:
         told = re.findall(r"(\d+) MiB of vectors", (_HERE / page).read_text(encoding="utf-8"))
         assert told, page
-        assert {int(size) * 1024**2 for size in told} == {LanceDBBackend.scan_bytes}, page
+        assert {int(size) * 1024**2 for size in told} == {LanceDBShard.scan_bytes}, page
 
 
 def test_every_option_is_explained_in_the_docstring() -> None:

@@ -51,3 +51,19 @@ def test_an_import_loads_nothing_that_is_needed_later(code: str, banned: set[str
     found = loaded(code)
     assert found & banned == set()
     assert len(found) <= most
+
+
+def test_every_module_imports_alone() -> None:
+    """In whatever order: none of them waits for another one to have been imported before."""
+    code = """
+import importlib, pkgutil, sys
+import sf_pipelines.snapshot as core
+names = [module.name for module in pkgutil.walk_packages(core.__path__, "sf_pipelines.snapshot.")]
+names = [name for name in names if not name.startswith("sf_pipelines.snapshot.testing")]
+assert len(names) > 50
+for name in names:
+    for known in [module for module in sys.modules if module.startswith("sf_pipelines")]:
+        del sys.modules[known]
+    importlib.import_module(name)
+"""
+    loaded(code)

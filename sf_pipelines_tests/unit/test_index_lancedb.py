@@ -13,7 +13,7 @@ from lancedb.index import HnswPq, IvfFlat
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, IntegrityError, ReaderClosedError
 from sf_pipelines.snapshot.index import backend_named
-from sf_pipelines.snapshot.index.lancedb import LanceDBBackend, LanceDBShard
+from sf_pipelines.snapshot.index.lancedb import LanceDBShard
 from sf_pipelines.snapshot.index.protocol import IndexFamily, VectorType, choose_family
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines_tests.snapshots import clustered, table_of
@@ -33,11 +33,12 @@ def make(
     in_memory: bool = False,
     vector_type: VectorType = "float32",
 ) -> LanceDBShard:
-    backend = LanceDBBackend()
+    backend = LanceDBShard
     rows = table_of(list(range(len(vectors))) if ids is None else ids, vectors)
-    report = backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
-    assert report.rows == report.indexed_rows == len(vectors)
-    return backend.open(folder, metric=metric, dim=vectors.shape[1], in_memory=in_memory)
+    backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
+    shard = backend.open(folder, metric=metric, dim=vectors.shape[1], in_memory=in_memory)
+    assert shard.rows == shard.indexed_rows == len(vectors)
+    return shard
 
 
 @pytest.mark.parametrize("metric", DistanceMetric)
@@ -136,7 +137,7 @@ def test_ids_keep_their_type(tmp_path: Path, ids: list[object], kind: type, in_m
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_rows_give_back_their_payloads_and_vectors_in_order(tmp_path: Path, in_memory: bool) -> None:
     vectors = clustered(300, DIM)
-    backend = LanceDBBackend()
+    backend = LanceDBShard
     payloads = [None if i % 3 == 0 else {"i": i} for i in range(300)]
     rows = table_of(list(range(300)), vectors, payloads)
     backend.build(rows, tmp_path, family=IndexFamily.IVF_FLAT, metric=DistanceMetric.L2, params=IndexParams())
@@ -155,7 +156,7 @@ def test_rows_give_back_their_payloads_and_vectors_in_order(tmp_path: Path, in_m
 def test_payload_text_of_strangers_that_is_no_object_is_no_payload(tmp_path: Path) -> None:
     rows = table_of([1, 2, 3], np.eye(3, DIM, dtype=np.float32))
     rows = rows.set_column(2, "payload", pa.array(["[1]", "{broken", "{}"]))
-    backend = LanceDBBackend()
+    backend = LanceDBShard
     backend.build(rows, tmp_path, family=IndexFamily.FLAT, metric=DistanceMetric.COSINE, params=IndexParams())
     shard = backend.open(tmp_path, metric=DistanceMetric.COSINE, dim=DIM)
     assert shard.payloads(np.array([0, 1, 2])) == [None, None, {}]
@@ -178,7 +179,7 @@ def test_foreign_shards_are_searched_in_the_declared_metric(tmp_path: Path, stat
         extra = clustered(5, DIM, seed=9)
         table.add(table_of(list(range(rows, rows + 5)), extra))
         vectors = np.concatenate([vectors, extra])
-    shard = LanceDBBackend().open(tmp_path, metric=metric, dim=DIM, in_memory=False)
+    shard = LanceDBShard.open(tmp_path, metric=metric, dim=DIM, in_memory=False)
     truth = exact_distances(queries, vectors, metric)
     hits = shard.search(queries, 5)
     assert hits.ids.tolist() == np.argsort(truth, axis=1)[:, :5].tolist()
@@ -210,7 +211,7 @@ def test_half_precision_vectors_of_strangers_are_understood(tmp_path: Path) -> N
         }
     )
     lancedb.connect(tmp_path).create_table("vector_index", rows)
-    shard = LanceDBBackend().open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
+    shard = LanceDBShard.open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
     hits = shard.search(vectors[:2].astype(np.float32), 1)
     assert hits.ids.tolist() == [["0"], ["1"]]
     assert shard.payloads(hits.rows[0]) == [None]
@@ -265,7 +266,7 @@ def test_filter_columns_of_large_shards_have_an_index_beside_that_of_the_vector(
     rows = table_of(list(range(2000)), clustered(2000, DIM))
     for name, values in columns.items():
         rows = rows.append_column(name, values)
-    backend, options = LanceDBBackend(), {"metric": DistanceMetric.L2, "params": IndexParams()}
+    backend, options = LanceDBShard, {"metric": DistanceMetric.L2, "params": IndexParams()}
     backend.build(rows, tmp_path / "large", family=IndexFamily.IVF_SQ, **options)
     backend.build(rows.slice(0, 1999), tmp_path / "small", family=IndexFamily.IVF_SQ, **options)
     kinds = {
@@ -294,20 +295,20 @@ def test_raw_search_is_that_of_a_reader_without_options(tmp_path: Path) -> None:
 def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
     make(tmp_path, clustered(5, DIM))
     with pytest.raises(IntegrityError, match=r"'vector' is .*, the manifest says 9 numbers"):
-        LanceDBBackend().open(tmp_path, metric=DistanceMetric.L2, dim=9)
+        LanceDBShard.open(tmp_path, metric=DistanceMetric.L2, dim=9)
     with pytest.raises(IntegrityError, match=r"holds no vector_index\.lance"):
-        LanceDBBackend().open(tmp_path / "nothing", metric=DistanceMetric.L2, dim=DIM)
+        LanceDBShard.open(tmp_path / "nothing", metric=DistanceMetric.L2, dim=DIM)
     (tmp_path / "broken" / "vector_index.lance").mkdir(parents=True)
     with pytest.raises(IntegrityError, match="cannot open the LanceDB table"):
-        LanceDBBackend().open(tmp_path / "broken", metric=DistanceMetric.L2, dim=DIM)
+        LanceDBShard.open(tmp_path / "broken", metric=DistanceMetric.L2, dim=DIM)
     named = pa.table({"key": ["a"], "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(DIM, "f4")), DIM)})
     lancedb.connect(tmp_path / "named").create_table("vector_index", named)
     with pytest.raises(IntegrityError, match="no column 'id'"):
-        LanceDBBackend().open(tmp_path / "named", metric=DistanceMetric.L2, dim=DIM)
+        LanceDBShard.open(tmp_path / "named", metric=DistanceMetric.L2, dim=DIM)
 
 
 def test_building_fails_loudly(tmp_path: Path) -> None:
-    backend, options = LanceDBBackend(), {"family": IndexFamily.FLAT, "metric": DistanceMetric.L2}
+    backend, options = LanceDBShard, {"family": IndexFamily.FLAT, "metric": DistanceMetric.L2}
     rows = table_of([1, 2], np.eye(2, DIM, dtype=np.float32))
     with pytest.raises(IndexBuildError, match="without rows"):
         backend.build(rows.slice(0, 0), tmp_path, params=IndexParams(), **options)
@@ -327,11 +328,11 @@ def test_a_panic_of_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.
     make(tmp_path, clustered(5, DIM)).close()
     monkeypatch.setattr(lancedb, "connect", panic)
     with pytest.raises(IntegrityError, match=r"cannot open the LanceDB table in .*: index out of bounds"):
-        LanceDBBackend().open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
+        LanceDBShard.open(tmp_path, metric=DistanceMetric.L2, dim=DIM)
     rows = table_of([1, 2], np.eye(2, DIM, dtype=np.float32))
     options = {"family": IndexFamily.FLAT, "metric": DistanceMetric.L2, "params": IndexParams()}
     with pytest.raises(IndexBuildError, match=r"cannot build a flat index of 2 rows.*: index out of bounds"):
-        LanceDBBackend().build(rows, tmp_path / "other", **options)
+        LanceDBShard.build(rows, tmp_path / "other", **options)
 
 
 def test_a_closed_shard_says_so(tmp_path: Path) -> None:
@@ -381,7 +382,7 @@ def stranger(folder: Path, vectors: Float32, ids: pa.Array | None = None) -> Any
 
 
 def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, in_memory: bool = True) -> LanceDBShard:
-    return LanceDBBackend().open(folder, metric=metric, dim=DIM, in_memory=in_memory)
+    return LanceDBShard.open(folder, metric=metric, dim=DIM, in_memory=in_memory)
 
 
 def test_a_dataset_that_reads_from_another_place_is_refused(tmp_path: Path) -> None:

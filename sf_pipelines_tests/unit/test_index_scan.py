@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_pipelines.snapshot.index import scan as scan_module
-from sf_pipelines.snapshot.index.products import products, rows_of_piece
-from sf_pipelines.snapshot.index.scan import MemoryScan, _best_keys, near_all
+from sf_pipelines.snapshot.index.scan import MemoryScan, _best_keys, near_all, products, rows_of_piece
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines.snapshot.reader.merge import Candidates, Merged, ShardAnswer
 

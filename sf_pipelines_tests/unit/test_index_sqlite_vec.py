@@ -20,8 +20,7 @@ from sf_pipelines.snapshot.index.key_value import KeyValueShard, write_key_value
 from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.index.ranking import rank_values
 from sf_pipelines.snapshot.index.scan import MemoryScan
-from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend, SqliteVecShard, load_extension
-from sf_pipelines.snapshot.index.vec_file import VectorChunks
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard, VectorChunks, load_extension
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines_tests.snapshots import brute_force, clustered, table_of
 
@@ -31,11 +30,11 @@ IN_MEMORY = [pytest.param(True, id="in memory"), pytest.param(False, id="in bloc
 
 
 def build(folder: Path, rows: pa.Table, metric: DistanceMetric = DistanceMetric.L2) -> None:
-    SqliteVecBackend().build(rows, folder, family=IndexFamily.FLAT, metric=metric, params=IndexParams())
+    SqliteVecShard.build(rows, folder, family=IndexFamily.FLAT, metric=metric, params=IndexParams())
 
 
 def opened(folder: Path, metric: DistanceMetric = DistanceMetric.L2, in_memory: bool = True) -> SqliteVecShard:
-    return SqliteVecBackend().open(folder, metric=metric, dim=DIM, in_memory=in_memory)
+    return SqliteVecShard.open(folder, metric=metric, dim=DIM, in_memory=in_memory)
 
 
 def database(folder: Path) -> apsw.Connection:

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from sf_pipelines.snapshot.manifest.codec import decode_manifest, encode_manifest
+from sf_pipelines.snapshot.manifest.codec import decode_manifest, encode_manifest, timestamp
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.pointer import Pointer, manifest_key
-from sf_pipelines.snapshot.manifest.wire import timestamp
 
 FOLDER = Path(__file__).parent.parent / "golden" / "data" / "manifests"
 NAMES = sorted(path.name for path in FOLDER.iterdir())

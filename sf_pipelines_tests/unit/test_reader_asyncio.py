@@ -16,12 +16,12 @@ from sf_pipelines.snapshot.errors import (
     ReaderClosedError,
     StoreUnavailableError,
 )
-from sf_pipelines.snapshot.reader import searching
-from sf_pipelines.snapshot.reader.asynchronous import AsyncReader, AsyncShardedVectorReader, AsyncUnifiedShardedReader
-from sf_pipelines.snapshot.reader.calls import Terms
-from sf_pipelines.snapshot.reader.plan import Wanted
+from sf_pipelines.snapshot.reader.async_reader import AsyncReader, AsyncShardedVectorReader, AsyncUnifiedShardedReader
+from sf_pipelines.snapshot.reader.calls import Call
+from sf_pipelines.snapshot.reader.plan import ShardChoice
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
-from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.reader import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.search import search_one
 from sf_pipelines_tests.racing import (
     PATIENCE,
     QUERIES,
@@ -89,7 +89,7 @@ def test_given_up_while_a_shard_is_opened(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def main() -> None:
         async with await opened(turns, tmp_path) as reader:
-            handles = serving_of(reader).handles
+            handles = serving_of(reader).shards
             if how == "asyncio.timeout":
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.1):
@@ -157,9 +157,9 @@ def test_a_call_that_is_given_up_in_a_thread_is_closed(tmp_path: Path, monkeypat
             # These are scanned first; then the call would ask for the third.
             await reader.search(QUERIES[0], K, shard_ids=[1, 2])
             scans, core = HeldScans(monkeypatch), reader._core
-            call = searching.search_one(core, QUERIES[0], K, Wanted(), Terms(), include_vectors=False)
-            steps: Any = call.steps
-            task = asyncio.create_task(core.run_async(call))
+            call = Call("search")
+            steps: Any = search_one(core, call, QUERIES[0], K, ShardChoice(), include_vectors=False)
+            task = asyncio.create_task(core.run_async(call, steps))
             await reached(scans.reached)
             await cancelled(task)
             assert serving_of(reader).users == 1

@@ -19,8 +19,7 @@ from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_name
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.opening import open_reader
-from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.reader import UnifiedShardedReader, open_reader
 from sf_pipelines.snapshot.routing.hash import HashRouting
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.faces import Face, vector_reader

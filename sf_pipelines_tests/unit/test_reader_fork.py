@@ -16,9 +16,9 @@ from pathlib import Path
 
 from sf_pipelines.snapshot.errors import ReaderForkedError
 from sf_pipelines.snapshot.reader import cache
-from sf_pipelines.snapshot.reader.asynchronous import AsyncUnifiedShardedReader
-from sf_pipelines.snapshot.reader.file_lock import locked
-from sf_pipelines.snapshot.reader.sync import UnifiedShardedReader
+from sf_pipelines.snapshot.reader.async_reader import AsyncUnifiedShardedReader
+from sf_pipelines.snapshot.reader.cache import locked
+from sf_pipelines.snapshot.reader.reader import UnifiedShardedReader
 
 warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
 ROOT, CACHE = Path(sys.argv[1]), Path(sys.argv[2])
@@ -132,7 +132,7 @@ def test_a_fork_that_comes_while_every_lock_is_held_does_not_hang(tmp_path: Path
         reader = opened()
         check(reader)
         core = reader._core
-        locks = [core._refreshing, core._lock, core.served.handles._lock]
+        locks = [core._refreshing, core._lock, core.served.shards._lock]
         for lock in locks:
             lock.acquire()
 

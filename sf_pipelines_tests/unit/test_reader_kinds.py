@@ -8,12 +8,11 @@ import pytest
 
 from sf_pipelines.snapshot.errors import CountMismatchError, QueryError, SnapshotKindError
 from sf_pipelines.snapshot.index.protocol import VectorType
-from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.reader.opening import open_reader
-from sf_pipelines.snapshot.reader.plan import Wanted, plan_for, routable
+from sf_pipelines.snapshot.reader.plan import ShardChoice, plan_for, routable
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader, open_reader
 from sf_pipelines.snapshot.reader.state import load_current
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
@@ -87,22 +86,22 @@ def test_each_query_in_its_own_shard(store: Store, tmp_path: Path, strategy: str
     homes = HOMES[: len(QUERIES)]
     truth = [nearest(home == HOMES, QUERIES[at : at + 1])[0] for at, home in enumerate(homes)]
     with opened(store, tmp_path) as reader:
-        arrays = reader.search_arrays(QUERIES, 5, homes=homes)
+        arrays = reader.search_arrays(QUERIES, 5, shard_of=homes)
         assert arrays.ids.tolist() == truth
-        (point,) = reader.probe_curve(QUERIES, 5, homes=homes)
+        (point,) = reader.probe_curve(QUERIES, 5, shard_of=homes)
         assert point.ids.tolist() == truth
-        assert reader.route_batch(QUERIES, homes=homes).tolist() == homes[:, None].tolist()
-        assert reader.stock_style(QUERIES, 5, 1, homes=homes).ids.tolist() == truth
+        assert reader.route_batch(QUERIES, shard_of=homes).tolist() == homes[:, None].tolist()
+        assert reader.stock_style(QUERIES, 5, 1, shard_of=homes).ids.tolist() == truth
         wrongs: list[Any] = [homes[:-1], homes + np.int32(1), homes - np.int32(1), homes.astype(np.float32)]
         for wrong in wrongs:
-            with pytest.raises(QueryError, match="homes must name one shard from 0 to 3 for each of 9 queries"):
-                reader.search_arrays(QUERIES, 5, homes=wrong)
+            with pytest.raises(QueryError, match="shard_of must name one shard from 0 to 3 for each of 9 queries"):
+                reader.search_arrays(QUERIES, 5, shard_of=wrong)
 
 
 def test_homes_mean_nothing_where_the_vector_decides(store: Store, tmp_path: Path) -> None:
     write(store, "cluster")
     with opened(store, tmp_path) as reader, pytest.raises(QueryError, match="not by 'cluster'"):
-        reader.search_arrays(QUERIES, 5, homes=HOMES[: len(QUERIES)])
+        reader.search_arrays(QUERIES, 5, shard_of=HOMES[: len(QUERIES)])
 
 
 def test_contexts_of_a_batch(store: Store, tmp_path: Path, backend: str) -> None:
@@ -261,7 +260,7 @@ def test_what_float16_cannot_stand_for_is_routed_as_it_is(store: Store) -> None:
     found = routable(state, rows)
     np.testing.assert_array_equal(found[:3], rows[:3])
     assert found[3, 0] == np.float16(1.0001)
-    assert plan_for(state, rows, Wanted()).shards.tolist() == [[0]] * 4
+    assert plan_for(state, rows, ShardChoice()).shards.tolist() == [[0]] * 4
 
 
 # Which reader, which backend.
@@ -302,13 +301,13 @@ def test_rows_are_counted_on_both_backends(store: Store, tmp_path: Path, backend
 
 def test_only_shards_that_are_asked_are_opened(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opens: list[Path] = []
-    real = SqliteVecBackend.open
+    real = SqliteVecShard.open
 
-    def counting(self: SqliteVecBackend, folder: Path, **options: Any) -> Any:
+    def counting(folder: Path, **options: Any) -> Any:
         opens.append(folder)
-        return real(self, folder, **options)
+        return real(folder, **options)
 
-    monkeypatch.setattr(SqliteVecBackend, "open", counting)
+    monkeypatch.setattr(SqliteVecShard, "open", counting)
     write(store, "cel", backend="sqlite-vec")
     with opened(store, tmp_path) as reader:
         for _ in range(3):

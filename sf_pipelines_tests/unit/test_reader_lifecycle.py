@@ -17,13 +17,13 @@ from sf_pipelines.snapshot.errors import (
     ReaderClosedError,
     StoreUnavailableError,
 )
-from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader import handles
-from sf_pipelines.snapshot.reader.events import RecordingEvents
+from sf_pipelines.snapshot.reader import shards
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.hash import HashRouting
+from sf_pipelines_tests.metering import FakeProvider
 from sf_pipelines_tests.racing import (
     PATIENCE,
     QUERIES,
@@ -82,7 +82,7 @@ def test_a_search_that_is_under_way_ends_well_after_the_reader_was_closed(
         assert sorted(checkouts.taken.values()) == [1] * turns.shards
         assert reader.health().status == "unhealthy"
         check_idle(serving_of(reader))
-        assert serving_of(reader).handles.open_shards == []
+        assert serving_of(reader).shards.open_shards == []
 
 
 def test_a_reader_that_is_closed_while_it_opens_a_shard_still_answers(
@@ -108,11 +108,11 @@ def test_a_shard_that_comes_after_everybody_has_gone_is_closed(tmp_path: Path, m
         with pytest.raises(DeadlineError, match=r"shard 0 had not answered after 0\.05 s"):
             reader.search(QUERIES[0], K, shard_ids=[0], timeout=0.05)
         serving = serving_of(reader)
-        assert (serving.users, list(serving.handles._waiting)) == (0, [0])
+        assert (serving.users, list(serving.shards._waiting)) == (0, [0])
         reader.close()
         checkouts.go.set()
         check_idle(serving)
-        eventually(lambda: serving.handles.open_shards == [])
+        eventually(lambda: serving.shards.open_shards == [])
 
 
 def test_a_refresh_of_a_closed_reader_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,66 +236,47 @@ def test_a_wrong_call_costs_no_tokens(tmp_path: Path) -> None:
                 call()
 
 
-# Events.
+# Metrics.
 
 
-class Broken:
-    """A listener that fails on everything."""
-
-    def emit(self, name: str, attributes: Any) -> None:
-        raise RuntimeError(f"{name} {attributes}")
-
-
-def test_each_call_tells_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, events = Turns(tmp_path / "root", unified=True), RecordingEvents()
-    checkouts = Checkouts(monkeypatch)
-    with opened(turns, tmp_path, events=events) as reader:
+def test_each_call_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, provider = Turns(tmp_path / "root", unified=True), FakeProvider()
+    checkouts, kind = Checkouts(monkeypatch), {"kind": "unified"}
+    ok = {**kind, "status": "ok"}
+    with opened(turns, tmp_path, meter_provider=provider) as reader:
         for call in calls_on(reader, turns):
             call()
-        told = [event for event in events.records if not event[0].startswith(("reader.shard_", "reader.init"))]
-        assert [name for name, _ in told] == ["reader.search", "reader.search", "reader.multi_get", "reader.get"]
-        assert all(float(fields.pop("latency_ms")) > 0 and fields.pop("kind") == "unified" for _, fields in told)
-        assert [fields for _, fields in told] == [
-            {"status": "ok", "queries": 3, "shards": 3, "results": 3 * K},
-            {"status": "ok", "queries": 1, "shards": 3, "results": K},
-            {"status": "ok", "keys": 24, "shards": 3, "results": 24},
-            {"status": "ok", "results": 1},
-        ]
-        assert len(events.named("reader.shard_search")) == 6
-        assert len(events.named("reader.shard_opened")) == 3
-        events.clear()
+        assert provider.named("opened") == [(1, kind)]
+        assert provider.named("search.calls") == [(1, ok)] * 2
+        assert all(latency > 0 and labels == ok for latency, labels in provider.named("search.latency"))
+        assert provider.named("search.queries") == [(3, kind), (1, kind)]
+        assert provider.named("search.shards") == [(3, kind)] * 2
+        assert provider.named("search.results") == [(3 * K, kind), (K, kind)]
+        assert provider.named("multi_get.keys") == provider.named("multi_get.results") == [(24, kind)]
+        assert provider.named("get.calls") == provider.named("multi_get.calls") == [(1, ok)]
+        assert provider.named("get.results") == [(1, kind)]
+        assert sum(calls for calls, _ in provider.named("shard_search.calls")) == 6
+        assert provider.named("shard.opened") == [(1, kind)] * 3
+        reader.refresh()
+        assert provider.named("refresh.calls") == [(1, {**kind, "status": "unchanged"})]
+        provider.clear()
         with pytest.raises(QueryError):
             reader.search(QUERIES[0], 0)
-        assert [(name, fields["status"], fields["error"]) for name, fields in events.records] == [
-            ("reader.search", "error", "reader.query")
-        ]
+        assert provider.named("search.calls") == [(1, {**kind, "status": "error"})]
+        assert provider.named("search.errors") == [(1, {**kind, "error": "reader.query"})]
         reader.close()
-    assert len(events.named("reader.shard_closed")) == 3
-    assert len(events.named("reader.closed")) == 1
+    assert provider.named("shard.closed") == [(1, kind)] * 3
+    assert provider.named("closed") == [(1, kind)]
+    assert not {"run_id", "shard"} & {label for _, _, labels in provider.points for label in labels}
     checkouts.error = StoreUnavailableError("the store is away")
-    events.clear()
-    with opened(turns, tmp_path, events=events) as reader:
+    provider.clear()
+    with opened(turns, tmp_path, meter_provider=provider) as reader:
         with pytest.raises(StoreUnavailableError):
             reader.get(1)
         answer = reader.search(QUERIES[0], K, partial=True)
         assert answer.missing_shards == [0, 1, 2]
-        (got,), (searched,) = events.named("reader.get"), events.named("reader.search")
-        assert (got["status"], got["error"], searched["status"]) == ("error", "store.unavailable", "partial")
-    events.clear()
-
-
-def test_a_listener_that_fails_breaks_nothing(tmp_path: Path) -> None:
-    turns = Turns(tmp_path / "root", 2, unified=True)
-    with (
-        no_leaks(tmp_path / "cache"),
-        opened(turns, tmp_path, events=Broken(), rate_limiter=RateLimiter(1e6)) as reader,
-    ):
-        for call in calls_on(reader, turns):
-            assert call() == 0
-        turns.move(1)
-        assert reader.refresh()
-        assert calls_on(reader, turns)[0]() == 1
-        check_idle(serving_of(reader))
+        assert provider.named("get.errors") == [(1, {**kind, "error": "store.unavailable"})]
+        assert provider.named("search.calls") == [(1, {**kind, "status": "partial"})]
 
 
 # Between the check of a call and its run.
@@ -361,7 +342,7 @@ def test_an_interrupt_while_shards_are_loaded_leaves_nothing_open(
 ) -> None:
     turns = Turns(tmp_path / "root")
     with no_leaks(tmp_path / "cache"):
-        monkeypatch.setattr(handles, "Future", Interrupted)
+        monkeypatch.setattr(shards, "Future", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             opened(turns, tmp_path, preload=True)
 
@@ -376,8 +357,8 @@ def test_a_shard_that_cannot_be_opened_takes_no_memory_from_others(
 
     with opened(turns, tmp_path) as reader:
         with monkeypatch.context() as patch:
-            patch.setattr(SqliteVecBackend, "open", broken)
+            patch.setattr(SqliteVecShard, "open", broken)
             with pytest.raises(IntegrityError, match=r"shard 0 .* cannot be read: broken"):
                 reader.search(QUERIES[0], K, shard_ids=[0])
-        assert serving_of(reader).handles.memory_bytes == 0
+        assert serving_of(reader).shards.memory_bytes == 0
         assert calls_on(reader, turns)[0]() == 0

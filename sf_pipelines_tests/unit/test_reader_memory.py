@@ -8,12 +8,12 @@ import pytest
 
 from sf_pipelines.snapshot.errors import IntegrityError
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.events import EventName, RecordingEvents
-from sf_pipelines.snapshot.reader.handles import OpenShard
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader
+from sf_pipelines.snapshot.reader.shards import OpenShard
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.faces import Face, vector_reader
+from sf_pipelines_tests.metering import FakeProvider
 from sf_pipelines_tests.snapshots import brute_force, clustered, publish_by_hand
 
 DIM, SHARDS, ROWS = 32, 4, 400
@@ -45,7 +45,7 @@ def answers(reader: Any) -> tuple[list[list[int]], list[list[float]]]:
 
 
 def in_memory(reader: Any) -> int:
-    return len(reader._core.served.handles.in_memory)
+    return len(reader._core.served.shards.in_memory)
 
 
 def test_answers_are_the_same_and_memory_is_bounded(root: Path, tmp_path: Path, face: Face) -> None:
@@ -73,7 +73,7 @@ def test_without_exact_scan_nothing_is_kept(root: Path, tmp_path: Path) -> None:
 
 def test_room_is_kept_for_shards_that_have_not_loaded_yet(root: Path, tmp_path: Path) -> None:
     with vector_reader("sync", root, cache_dir=tmp_path / "cache", memory_budget=2 * SIZE) as reader:
-        handles = reader._core.served.handles
+        handles = reader._core.served.shards
         with handles.borrow(0) as first, handles.borrow(1) as second, handles.borrow(2) as third:
             # Opened, and nothing loaded: only what they may load counts.
             for opened in (first, second, third):
@@ -103,16 +103,16 @@ def test_a_shard_that_outgrew_the_budget_is_asked_by_its_index(tmp_path: Path) -
     vectors = clustered(400, 8)
     payloads = [{"text": "x" * 300}] * len(vectors)
     publish_by_hand(store, list(range(400)), vectors, centroids=clustered(4, 8, seed=0), payloads=payloads, ours=True)
-    opened = RecordingEvents()
+    provider = FakeProvider()
     budget = 4 * vectors.nbytes
     assert store.local_root is not None
     with ShardedVectorReader(
-        store.local_root, cache_dir=tmp_path / "cache", memory_budget=budget, events=opened
+        store.local_root, cache_dir=tmp_path / "cache", memory_budget=budget, meter_provider=provider
     ) as reader:
         for _ in range(5):
             reader.search(vectors[0], 5, num_probes=4)
-        before = len(opened.named(EventName.SHARD_OPENED))
+        before = len(provider.named("shard.opened"))
         for _ in range(5):
             reader.search(vectors[0], 5, num_probes=4)
             reader.health()
-        assert len(opened.named(EventName.SHARD_OPENED)) == before
+        assert len(provider.named("shard.opened")) == before

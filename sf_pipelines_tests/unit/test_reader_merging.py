@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
+from sf_pipelines.snapshot.reader.async_reader import AsyncShardedVectorReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.racing import PATIENCE

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sf_pipelines.snapshot.errors import StoreUnavailableError
-from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend
-from sf_pipelines.snapshot.reader.asynchronous import AsyncShardedVectorReader, AsyncUnifiedShardedReader
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard
+from sf_pipelines.snapshot.reader.async_reader import AsyncShardedVectorReader, AsyncUnifiedShardedReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines_tests.racing import (
     DIM,
     PATIENCE,
@@ -164,7 +164,7 @@ def test_few_shards_stay_open_and_all_answer(tmp_path: Path, limits: dict[str, i
     def check_few(reader: Any) -> None:
         serving = serving_of(reader)
         check_idle(serving)
-        open_shards, memory = serving.handles.open_shards, serving.handles.memory_bytes
+        open_shards, memory = serving.shards.open_shards, serving.shards.memory_bytes
         assert len(open_shards) <= limits.get("max_cached_shards", SHARDS)
         assert memory <= limits.get("memory_budget", memory)
         # Keys take no memory that counts, and not every call wants vectors.
@@ -179,13 +179,13 @@ def test_few_shards_stay_open_and_all_answer(tmp_path: Path, limits: dict[str, i
 
 
 def test_shards_whose_vectors_do_not_fit_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, loaded, opener = Turns(tmp_path / "root", shards=SHARDS), [], SqliteVecBackend.open
+    turns, loaded, opener = Turns(tmp_path / "root", shards=SHARDS), [], SqliteVecShard.open
 
     def watched(*arguments: Any, in_memory: bool, **more: Any) -> Any:
         loaded.append(in_memory)
         return opener(*arguments, in_memory=in_memory, **more)
 
-    monkeypatch.setattr(SqliteVecBackend, "open", watched)
+    monkeypatch.setattr(SqliteVecShard, "open", watched)
     largest = max(shard.row_count for shard in turns.manifests[0].shards) * DIM * 4
     with ShardedVectorReader(
         turns.root, cache_dir=tmp_path / "cache", memory_budget=largest, max_concurrency=1
@@ -198,7 +198,7 @@ def test_a_cold_shard_is_opened_once_for_all_who_wait(tmp_path: Path, monkeypatc
     turns = Turns(tmp_path / "root", shards=SHARDS)
     checkouts = Checkouts(monkeypatch, hold=lambda _: True)
     with ShardedVectorReader(turns.root, cache_dir=tmp_path / "cache") as reader:
-        handles, callers = serving_of(reader).handles, 8
+        handles, callers = serving_of(reader).shards, 8
 
         def release() -> None:
             # All have asked for all that are being opened.
@@ -216,7 +216,7 @@ def test_a_failure_is_told_to_all_who_wait_and_not_remembered(tmp_path: Path, mo
     turns = Turns(tmp_path / "root")
     checkouts = Checkouts(monkeypatch, hold=lambda _: True)
     with ShardedVectorReader(turns.root, cache_dir=tmp_path / "cache") as reader:
-        handles = serving_of(reader).handles
+        handles = serving_of(reader).shards
 
         def fail() -> None:
             eventually(lambda: [len(waiting) for waiting in handles._waiting.values()] == [4] * turns.shards)

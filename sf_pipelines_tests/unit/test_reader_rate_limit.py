@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_pipelines.snapshot.errors import ConfigError, RateLimitError, ReaderError
-from sf_pipelines.snapshot.reader.events import EventName, RecordingEvents
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter, _Ticket
+from sf_pipelines_tests.metering import FakeProvider
 
 RATES = st.sampled_from([0.5, 1.0, 3.0, 10.0, 1e4])
 BURSTS = st.one_of(st.none(), st.sampled_from([0.3, 1.0, 7.0, 20.0]))
@@ -41,7 +41,12 @@ class Clock:
 
 
 def limiter_at(clock: Clock, rate: float, burst: float | None = None, **more: Any) -> RateLimiter:
-    return RateLimiter(rate, burst=burst, clock=clock, sleep=clock.sleep, sleep_async=clock.sleep_async, **more)
+    class Limiter(RateLimiter):
+        _clock = clock
+        _sleep = clock.sleep
+        _sleep_async = clock.sleep_async
+
+    return Limiter(rate, burst=burst, **more)
 
 
 def parts(due: float, tokens: float, limiter: RateLimiter) -> list[tuple[float, float]]:
@@ -197,12 +202,11 @@ class TestAcquire:
         assert sum(clock.sleeps) == pytest.approx(0.5)
 
     def test_interrupt_gives_back(self) -> None:
-        clock = Clock()
+        class Interrupting(Clock):
+            def sleep(self, seconds: float) -> None:  # noqa: ARG002
+                raise KeyboardInterrupt
 
-        def interrupted(_: float) -> None:
-            raise KeyboardInterrupt
-
-        limiter = RateLimiter(1.0, clock=clock, sleep=interrupted)
+        limiter = limiter_at(Interrupting(), 1.0)
         limiter.acquire(1)
         with pytest.raises(KeyboardInterrupt):
             limiter.acquire(50)
@@ -218,18 +222,18 @@ class TestAcquire:
         limiter.reserve(1)
         assert not limiter.try_acquire(0.1), "nobody passes those who wait"
 
-    def test_events(self) -> None:
-        events, clock = RecordingEvents(), Clock()
-        limiter = limiter_at(clock, 2.0, events=events)
+    def test_metrics(self) -> None:
+        provider, clock = FakeProvider(), Clock()
+        limiter = limiter_at(clock, 2.0, meter_provider=provider)
         limiter.acquire(2)
-        assert not events.records
+        assert not provider.points
         limiter.acquire(1)
         with pytest.raises(RateLimitError):
             limiter.acquire(3, timeout=1)
         assert not limiter.try_acquire(1)
-        assert [name for name, _ in events.records] == ["rate_limiter.throttled"] + ["rate_limiter.denied"] * 2
-        assert events.named(EventName.THROTTLED) == [{"tokens": 1.0, "wait_ms": pytest.approx(500)}]
-        assert [one["wait_ms"] for one in events.named(EventName.DENIED)] == [pytest.approx(1500), pytest.approx(500)]
+        assert provider.named("rate_limiter.throttled") == [(1, {})]
+        assert provider.named("rate_limiter.wait") == [(pytest.approx(500), {})]
+        assert provider.named("rate_limiter.denied") == [(1, {})] * 2
 
 
 class TestArguments:

@@ -14,7 +14,7 @@ import pytest
 from sf_pipelines.snapshot.errors import DigestMismatchError, ManifestError, ObjectMissingError, SnapshotKindError
 from sf_pipelines.snapshot.manifest.pointer import manifest_name
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.opening import open_reader
+from sf_pipelines.snapshot.reader.reader import open_reader
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_current
 from sf_pipelines.snapshot.routing.lsh import MOST_BITS
 from sf_pipelines.snapshot.store import Store

@@ -30,9 +30,9 @@ from sf_pipelines.snapshot.manifest.codec import encode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, manifest_name
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.reader import searching
+from sf_pipelines.snapshot.reader import search as searching
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader
 from sf_pipelines.snapshot.reader.state import read_current
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader
 from sf_pipelines.snapshot.store import Store
 from sf_pipelines_tests.snapshots import brute_force, clustered, point_at, publish_by_hand
 from sf_pipelines_tests.snapshots import publish as publish_manifest
@@ -410,10 +410,10 @@ def test_at_most_so_many_shards_stay_open(store: Store, tmp_path: Path) -> None:
     publish(store)
     with opened(store, tmp_path, max_cached_shards=1) as reader:
         reader.search_arrays(QUERIES, 3, num_probes=5)
-        assert len(reader._core._serving.handles.open_shards) == 1
+        assert len(reader._core._serving.shards.open_shards) == 1
     with opened(store, tmp_path, memory_budget=0) as reader:
         reader.search_arrays(QUERIES, 3, num_probes=5)
-        assert reader._core._serving.handles.open_shards == []
+        assert reader._core._serving.shards.open_shards == []
     with pytest.raises(ConfigError, match="max_cached_shards"):
         opened(store, tmp_path, max_cached_shards=0)
 
@@ -435,7 +435,8 @@ class Watched:
             close(shard)
 
         def watched_scan(shard: LanceDBShard) -> Any:
-            if self.hold is not None:
+            # A refresh warms shards in the test's own thread: that is no search.
+            if self.hold is not None and threading.current_thread() is not threading.main_thread():
                 self.reached.set()
                 assert self.hold.wait(30)
             return scan(shard)
@@ -452,7 +453,7 @@ def test_shards_are_closed_after_the_last_search_on_them(
     publish(store)
     reader = opened(store, tmp_path)
     reader.search_arrays(QUERIES, 3, num_probes=5)
-    used = len(reader._core._serving.handles.open_shards)
+    used = len(reader._core._serving.shards.open_shards)
     watched.hold = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(reader.batch_search, QUERIES, 1000, num_probes=5)

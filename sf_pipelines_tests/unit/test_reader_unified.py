@@ -19,8 +19,7 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.opening import open_reader
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader, open_reader
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.hash import HashRouting, hash_key
 from sf_pipelines.snapshot.store import Store
@@ -184,7 +183,7 @@ def test_a_wrong_search_is_a_query_error(store: Store, tmp_path: Path, arguments
         with pytest.raises(QueryError, match="num_probes is for snapshots sharded by vector"):
             reader.search_arrays(QUERIES, 3, num_probes=2)
         with pytest.raises(QueryError, match="not by 'hash'"):
-            reader.search_arrays(QUERIES, 3, homes=np.zeros(len(QUERIES), dtype=np.int32))
+            reader.search_arrays(QUERIES, 3, shard_of=np.zeros(len(QUERIES), dtype=np.int32))
         with pytest.raises(QueryError, match="sharded by its keys"):
             reader.get(1, routing_context={"region": "eu"})
 
@@ -213,9 +212,9 @@ def test_an_expression_over_the_key_alone_routes_by_it(store: Store, tmp_path: P
         answers = reader.batch_search(QUERIES, 3, routing_context=contexts)
         assert [answer.shard_ids for answer in answers] == [[at % SHARDS] for at in range(len(QUERIES))]
         homes = (np.arange(len(QUERIES)) % SHARDS).astype(np.int32)
-        arrays = reader.search_arrays(QUERIES, 3, homes=homes)
+        arrays = reader.search_arrays(QUERIES, 3, shard_of=homes)
         assert arrays.ids.tolist() == [[hit.id for hit in answer.results] for answer in answers]
-        (point,) = reader.probe_curve(QUERIES, 3, homes=homes)
+        (point,) = reader.probe_curve(QUERIES, 3, shard_of=homes)
         assert point.ids.tolist() == arrays.ids.tolist()
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sf_pipelines.snapshot.errors import ConfigError, QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.errors import ConfigError, ManifestError, QueryError, SourceSchemaError
+from sf_pipelines.snapshot.routing.cel import CelRouting, decode_routing_values
 from sf_pipelines.snapshot.routing.hash import hash_key
 from sf_pipelines.snapshot.sharding import CelType
 from sf_pipelines.snapshot.testing.routing import RowRoutingConformance
@@ -285,3 +285,26 @@ def test_a_value_that_the_library_would_cut_off_has_no_shard(kind: CelType, valu
     assert "holds a NUL" in placed.faults[0]
     with pytest.raises(QueryError, match="holds a NUL"):
         routing.locate({"region": value})
+
+
+def test_routing_values_of_a_manifest() -> None:
+    assert decode_routing_values(None) is None
+    assert decode_routing_values(["eu", "us"]) == ("eu", "us")
+    assert decode_routing_values([{"__bytes_hex__": "00ff"}, {"__bytes_hex__": ""}]) == (b"\x00\xff", b"")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([1, True], r"routing_values\[1\] is True"),
+        ([1.5], "is 1.5"),
+        ([None], "is None"),
+        ([1, "1"], "different types"),
+        (["a", "a"], "twice"),
+        ([{"__bytes_hex__": 3}], r"routing_values\[0\]"),
+        ([[1]], "must be"),
+    ],
+)
+def test_routing_values_that_are_refused(values: list[Any], reason: str) -> None:
+    with pytest.raises(ManifestError, match=reason):
+        decode_routing_values(values)

@@ -79,18 +79,18 @@ def test_training_is_deterministic_and_spherical() -> None:
     sample = rng.standard_normal((2000, 24)).astype(np.float32)
     first = train_centroids(sample, num_dbs=8, metric=DistanceMetric.COSINE, seed=1, max_iter=30)
     again = train_centroids(sample, num_dbs=8, metric=DistanceMetric.COSINE, seed=1, max_iter=30)
-    assert np.array_equal(first.centroids, again.centroids)
-    assert np.allclose(np.linalg.norm(first.centroids, axis=1), 1, atol=1e-6)
-    assert first.distinct == 8
+    assert np.array_equal(first.matrix, again.matrix)
+    assert np.allclose(np.linalg.norm(first.matrix, axis=1), 1, atol=1e-6)
+    assert first.figures["distinct"] == 8
     loose = train_centroids(sample, num_dbs=8, metric=DistanceMetric.L2, seed=1, max_iter=30)
-    assert not np.allclose(np.linalg.norm(loose.centroids, axis=1), 1, atol=1e-3)
+    assert not np.allclose(np.linalg.norm(loose.matrix, axis=1), 1, atol=1e-3)
 
 
 def test_equal_vectors_give_repeated_centroids_and_one_full_shard() -> None:
     sample = np.ones((50, 4), dtype=np.float32)
     trained = train_centroids(sample, num_dbs=3, metric=DistanceMetric.L2, seed=0, max_iter=10)
-    assert trained.distinct == 1
-    assert set(ClusterRouting(trained.centroids, DistanceMetric.L2).assign(sample).tolist()) == {0}
+    assert trained.figures["distinct"] == 1
+    assert set(ClusterRouting(trained.matrix, DistanceMetric.L2).assign(sample).tolist()) == {0}
 
 
 def test_more_shards_than_vectors_is_refused() -> None:
@@ -131,11 +131,11 @@ def test_dot_product_centroids_are_of_unit_length_and_balanced() -> None:
     lengths = 10.0 ** rng.uniform(-1, 1, (4000, 1))
     data = ((directions[rng.integers(0, 8, 4000)] + 0.2 * rng.standard_normal((4000, 16))) * lengths).astype(np.float32)
     trained = train_centroids(data, num_dbs=8, metric=DistanceMetric.DOT_PRODUCT, seed=0, max_iter=50)
-    assert np.allclose(np.linalg.norm(trained.centroids, axis=1), 1, atol=1e-6)
-    counts = np.bincount(ClusterRouting(trained.centroids, DistanceMetric.DOT_PRODUCT).assign(data), minlength=8)
+    assert np.allclose(np.linalg.norm(trained.matrix, axis=1), 1, atol=1e-6)
+    counts = np.bincount(ClusterRouting(trained.matrix, DistanceMetric.DOT_PRODUCT).assign(data), minlength=8)
     assert counts.min() > 0
     assert counts.max() < 2.5 * counts.mean()
     # Centres that keep their length draw everything to the longest.
-    long = train_centroids(data, num_dbs=8, metric=DistanceMetric.L2, seed=0, max_iter=50).centroids
+    long = train_centroids(data, num_dbs=8, metric=DistanceMetric.L2, seed=0, max_iter=50).matrix
     drawn = np.bincount(ClusterRouting(long, DistanceMetric.DOT_PRODUCT).assign(data), minlength=8)
     assert drawn.max() > counts.max()

@@ -28,11 +28,11 @@ def shares(hyperplanes: Float32, vectors: Float32, num_dbs: int) -> np.ndarray:
 def test_every_shard_is_filled_wherever_the_data_lies(num_dbs: int, shift: float) -> None:
     data = clustered(shift)
     trained = train_hyperplanes(data[:3000], num_dbs=num_dbs, seed=1)
-    found = shares(trained.hyperplanes, data[3000:], num_dbs)
-    assert trained.empty == 0
+    found = shares(trained.matrix, data[3000:], num_dbs)
+    assert trained.figures["empty"] == 0
     assert found.min() > 0.2
     assert found.max() < 2
-    assert found.max() == pytest.approx(trained.balance, abs=0.35)
+    assert found.max() == pytest.approx(trained.figures["balance"], abs=0.35)
 
 
 def test_random_hyperplanes_leave_shards_empty() -> None:
@@ -40,7 +40,7 @@ def test_random_hyperplanes_leave_shards_empty() -> None:
     random = np.random.default_rng(42).standard_normal((8, DIM)).astype(np.float32)
     trained = train_hyperplanes(data, num_dbs=16)
     assert (shares(random, data, 16) == 0).sum() >= 8
-    assert (shares(trained.hyperplanes, data, 16) == 0).sum() == 0
+    assert (shares(trained.matrix, data, 16) == 0).sum() == 0
 
 
 def test_training_is_deterministic_of_unit_length_and_of_the_asked_size() -> None:
@@ -48,11 +48,11 @@ def test_training_is_deterministic_of_unit_length_and_of_the_asked_size() -> Non
     first = train_hyperplanes(data, num_dbs=4, num_hash_bits=10, seed=3)
     again = train_hyperplanes(data, num_dbs=4, num_hash_bits=10, seed=3)
     other = train_hyperplanes(data, num_dbs=4, num_hash_bits=10, seed=4)
-    assert first.hyperplanes.shape == (10, DIM)
-    assert first.hyperplanes.dtype == np.float32
-    assert np.array_equal(first.hyperplanes, again.hyperplanes)
-    assert not np.array_equal(first.hyperplanes, other.hyperplanes)
-    assert np.allclose(np.linalg.norm(first.hyperplanes, axis=1), 1, atol=1e-6)
+    assert first.matrix.shape == (10, DIM)
+    assert first.matrix.dtype == np.float32
+    assert np.array_equal(first.matrix, again.matrix)
+    assert not np.array_equal(first.matrix, other.matrix)
+    assert np.allclose(np.linalg.norm(first.matrix, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_training_is_deterministic_of_unit_length_and_of_the_asked_size() -> Non
 def test_poor_samples(sample: np.ndarray, num_dbs: int, bits: int | None) -> None:
     rows = sample.astype(np.float32)
     trained = train_hyperplanes(rows, num_dbs=num_dbs, num_hash_bits=bits)
-    assert np.isfinite(trained.hyperplanes).all()
-    assert np.allclose(np.linalg.norm(trained.hyperplanes, axis=1), 1, atol=1e-6)
-    assert len(trained.hyperplanes) == (bits or fewest_bits(num_dbs))
-    found = shares(trained.hyperplanes, rows, num_dbs)
-    assert trained.balance == pytest.approx(found.max())
-    assert trained.empty == (found == 0).sum()
+    assert np.isfinite(trained.matrix).all()
+    assert np.allclose(np.linalg.norm(trained.matrix, axis=1), 1, atol=1e-6)
+    assert len(trained.matrix) == (bits or fewest_bits(num_dbs))
+    found = shares(trained.matrix, rows, num_dbs)
+    assert trained.figures["balance"] == pytest.approx(found.max())
+    assert trained.figures["empty"] == (found == 0).sum()
 
 
 def test_fewest_bits() -> None:

@@ -5,12 +5,12 @@ import pytest
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
-from sf_pipelines.snapshot.run.sizing import Size, shards_for
+from sf_pipelines.snapshot.run.sizing import shards_for
 
 
-def size(rows: int, dim: int = 384) -> Size:
+def size(rows: int, dim: int = 384) -> tuple[int, int, int]:
     """Rows with 2 KiB of source each."""
-    return Size(rows, dim, 2048 * rows)
+    return rows, dim, 2048 * rows
 
 
 @pytest.mark.parametrize(
@@ -32,37 +32,37 @@ def size(rows: int, dim: int = 384) -> Size:
     ],
 )
 def test_the_number_by_rows(rows: int, dim: int, shards: int) -> None:
-    assert shards_for(size(rows, dim)) == shards
+    assert shards_for(*size(rows, dim)) == shards
 
 
 def test_large_payloads_count() -> None:
-    assert shards_for(Size(100_000, 384, 0)) == 2
-    assert shards_for(Size(100_000, 384, 4 << 30)) == 16
+    assert shards_for(100_000, 384, 0) == 2
+    assert shards_for(100_000, 384, 4 << 30) == 16
 
 
 def test_the_number_is_kept_within_a_factor_of_two() -> None:
     served, seen = 16, [16]
     for rows in range(500_000, 8_000_000, 50_000):
-        served = shards_for(size(rows), served=served)
+        served = shards_for(*size(rows), current=served)
         if served != seen[-1]:
             seen.append(served)
     assert seen == [16, 32, 64, 128]
     for rows in range(8_000_000, 300_000, -50_000):
-        served = shards_for(size(rows), served=served)
+        served = shards_for(*size(rows), current=served)
         if served != seen[-1]:
             seen.append(served)
     assert seen == [16, 32, 64, 128, 64, 32, 16]
     # One that somebody chose is kept too.
-    assert shards_for(size(1_000_000), served=20) == 20
-    assert shards_for(size(1_000_000), served=3) == 32
-    assert shards_for(size(1_000), served=2) == 2
-    assert shards_for(size(1_000), served=3) == 1
+    assert shards_for(*size(1_000_000), current=20) == 20
+    assert shards_for(*size(1_000_000), current=3) == 32
+    assert shards_for(*size(1_000), current=2) == 2
+    assert shards_for(*size(1_000), current=3) == 1
 
 
 def test_limits() -> None:
-    assert shards_for(Size(3, 384, 1 << 40)) == 3
-    assert shards_for(size(1_000_000), most=10) == 10
-    assert shards_for(size(1_000_000), most=10, served=16) == 10
+    assert shards_for(3, 384, 1 << 40) == 3
+    assert shards_for(*size(1_000_000), limit=10) == 10
+    assert shards_for(*size(1_000_000), limit=10, current=16) == 10
 
 
 def config(**fields: object) -> WriteConfig:

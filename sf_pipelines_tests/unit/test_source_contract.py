@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from sf_pipelines.snapshot.config import VectorSpec, WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, SourceSchemaError
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.source import duplicates, hashing
+from sf_pipelines.snapshot.source import hashing, samples
 from sf_pipelines.snapshot.source.contract import RowContract
-from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
 from sf_pipelines.snapshot.source.files import SourceBatch
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, hash_column, hash_vectors
-from sf_pipelines.snapshot.source.sampling import SmallestHashSample
+from sf_pipelines.snapshot.source.samples import DuplicateFinder, SmallestHashSample
 
 NAN, INF = float("nan"), float("inf")
 
@@ -98,8 +97,9 @@ def stored_columns(columns: dict[str, pa.Array], **more: Any) -> pa.RecordBatch:
     count = len(next(iter(columns.values())))
     rows = pa.table({"id": range(count), "vector": pa.array([[1, 0]] * count, pa.list_(pa.float32())), **columns})
     contract, batch = RowContract(config(**more), rows.schema), rows.combine_chunks().to_batches()[0]
-    assert contract.check(SourceBatch(batch, 0, "f", 0)).rejects.num_rows == 0
-    return contract.stored(batch)[0]
+    checked = contract.check(SourceBatch(batch, 0, "f", 0))
+    assert checked.rejects.num_rows == 0
+    return checked.stored
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -168,7 +168,8 @@ def test_payload_and_filters_are_stored_with_their_values() -> None:
         }
     )
     contract = RowContract(config(payload_cols=("word", "tags"), filter_cols=("price", "word")), rows.schema)
-    stored, vectors = contract.stored(rows.to_batches()[0])
+    checked = contract.check(SourceBatch(rows.to_batches()[0], 0, "f", 0))
+    stored, vectors = checked.stored, checked.vectors
     payloads = [json.loads(text) for text in stored["payload"].to_pylist()]
     assert payloads == [{"word": "x", "tags": [1, 2]}, {"word": 'q"\n', "tags": None}, {"word": None, "tags": []}]
     assert stored["price"].to_pylist() == [1.5, None, 2.5]
@@ -211,7 +212,7 @@ def test_duplicates_are_those_after_their_original(
     folder: Path = tmp_path_factory.mktemp("duplicates")
     with pytest.MonkeyPatch.context() as patch:
         # Either a huge expected count gives several buckets, or tiny buckets are split again.
-        patch.setattr(duplicates, "_BUCKET_ROWS", 4 if split_again else 100_000)
+        patch.setattr(samples, "_BUCKET_ROWS", 4 if split_again else 100_000)
         finder = DuplicateFinder(folder, 10 if split_again else 700_000, kind)
         for start in range(0, len(column), batch):
             part = column[start : start + batch]
@@ -232,7 +233,7 @@ def test_a_huge_table_opens_few_files_and_its_buckets_are_split_again(
     finder = DuplicateFinder(tmp_path, 10**9, pa.int64())
     assert len(list(tmp_path.iterdir())) == 256
     assert open_files() - before <= 256
-    monkeypatch.setattr(duplicates, "_BUCKET_ROWS", 50)
+    monkeypatch.setattr(samples, "_BUCKET_ROWS", 50)
     ids = np.concatenate([np.arange(100_000), np.arange(0, 100_000, 7)])
     finder.add(pa.array(ids), hash_column(pa.array(ids)), np.arange(len(ids)))
     tables, most = [], 0

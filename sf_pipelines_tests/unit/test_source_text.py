@@ -7,8 +7,7 @@ import pyarrow as pa
 import pytest
 
 from sf_pipelines.snapshot.arrow import plain_rows
-from sf_pipelines.snapshot.source.rejects import Faults
-from sf_pipelines.snapshot.source.text import without_invalid_text
+from sf_pipelines.snapshot.source.rejects import Faults, without_invalid_text
 
 
 def broken(*values: bytes | None) -> pa.Array:

@@ -27,12 +27,13 @@ from sf_pipelines.snapshot.gate.recall import (
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.reader.state import load_state
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.reader.types import VectorSearchResponse
-from sf_pipelines.snapshot.run.build import Build
-from sf_pipelines.snapshot.run.ledger import Ledger, changed_objects, shard_receipts
-from sf_pipelines.snapshot.run.receipts import ManifestReceipt, RouteReceipt, RunReceipts, SampleReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.build import Build, Run
+from sf_pipelines.snapshot.run.describe import describe
+from sf_pipelines.snapshot.run.ledger import changed_objects, shard_receipts
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, SampleReceipt, ShardReceipt
 from sf_pipelines.snapshot.sharding import CelSharding, ClusterSharding, HashSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import CONTEXT_PREFIX, SHARD_COLUMN
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
@@ -67,16 +68,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judged:
-    """The manifest that is judged and the receipts that it was made from, each read from the store once."""
+    """The manifest that is judged, and the run that it was assembled from."""
 
-    build: Build
-    ledger: Ledger
+    run: Run
     receipt: ManifestReceipt
 
-    @cached_property
+    @property
+    def build(self) -> Build:
+        """The build."""
+        return self.run.build
+
+    @property
     def sampled(self) -> SampleReceipt:
         """The build's samples."""
-        return self.ledger.need(SampleReceipt)
+        return self.run.sampled
 
     @property
     def reader(self) -> ShardedVectorReader | UnifiedShardedReader:
@@ -84,15 +89,11 @@ class Judged:
         return self.build.reader(self.receipt.manifest_key)
 
     @cached_property
-    def run(self) -> RunReceipts:
-        """What the run did before its shards were built."""
-        return self.build.receipts(self.receipt.run_id)
-
-    @cached_property
     def shards(self) -> list[ShardReceipt]:
         """The shards that the manifest was assembled from."""
-        return [self.ledger.read(ShardReceipt, key) for key in self.receipt.shards]
+        return [self.run.read(ShardReceipt, key) for key in self.receipt.shards]
 
+    @cached_property
     def manifest(self) -> Manifest:
         """The staged manifest, decoded as a reader would."""
         data = staged_manifest(self.build.store, self.receipt)
@@ -100,11 +101,7 @@ class Judged:
 
 
 def staged_manifest(store: Store, receipt: ManifestReceipt) -> bytes:
-    """The staged bytes.
-
-    Raises:
-        DigestMismatchError: they are not the ones that were assembled.
-    """
+    """The staged bytes."""
     data = store.get(receipt.manifest_key)
     found = hashlib.sha256(data).hexdigest()
     if found != receipt.manifest_digest:
@@ -117,15 +114,18 @@ def staged_manifest(store: Store, receipt: ManifestReceipt) -> bytes:
 
 
 def _custom_fields(judged: Judged) -> Finding:
-    """The manifest decodes strictly, its fields agree with config and receipts, and its routing can be loaded."""
-    manifest = judged.manifest()
+    """The manifest decodes strictly, says what config and receipts say, and its routing can be loaded."""
+    manifest = judged.manifest
     state = load_state(judged.build.store, judged.receipt.manifest_key)
-    found = manifest.model_dump(mode="json", exclude={"created_at", "shards"})
-    expected = {**_expected_fields(judged), **_expected_vector(judged), **_expected_extras(judged)}
+    expected = _flat(describe(judged.run, judged.shards, manifest.created_at))
+    if judged.build.config.key_value is None:
+        # Described before it was chosen.
+        expected["custom.vector.num_probes"] = judged.receipt.num_probes
+    found = _flat(manifest)
     wrong = [
-        f"{field} is {value!r}, expected {right!r}"
-        for field, right in expected.items()
-        if (value := _at(found, field)) != right
+        f"{field} is {found.get(field)!r}, expected {expected.get(field)!r}"
+        for field in sorted({*expected, *found})
+        if found.get(field) != expected.get(field)
     ]
     figures: Figures = {"fields": len(expected), "wrong": len(wrong), "strategy": state.routing.strategy}
     if judged.build.config.key_value is None:
@@ -133,80 +133,23 @@ def _custom_fields(judged: Judged) -> Finding:
     return Finding(not wrong, "; ".join(wrong) or "all custom fields are as the config says", figures)
 
 
-def _at(fields: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where there is none."""
-    value: Any = fields
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def _expected_fields(judged: Judged) -> dict[str, Any]:
-    """What the manifest itself must say; the routing of keys is here, that of vectors beside the vectors."""
-    config, scanned = judged.build.config, judged.run.scanned
-    keyed, cel = config.key_value, config.sharding if isinstance(config.sharding, CelSharding) else None
-    described = cel.model_dump(mode="json") if cel is not None and keyed is not None else {}
-    return {
-        "run_id": judged.receipt.run_id,
-        "num_dbs": config.shards,
-        "s3_prefix": judged.build.store.url,
-        "key_col": "_vector_id" if keyed is None else keyed.key_col,
-        "key_encoding": "raw" if keyed is None else scanned.key_encoding,
-        "sharding.strategy": "hash" if keyed is None else config.sharding.strategy,
-        **{f"sharding.{name}": described.get(name) for name in ("cel_expr", "cel_columns", "routing_values")},
-    }
-
-
-def _expected_vector(judged: Judged) -> dict[str, Any]:
-    """What ``custom.vector`` must say."""
-    config, run = judged.build.config, judged.run
-    spec, keyed, trained = config.vector_spec, config.key_value is not None, run.trained
-    expected: dict[str, Any] = {
-        "dim": spec.dim,
-        "metric": spec.metric.value,
-        "index_type": run.routed.index_family,
-        "quantization": spec.quantization,
-        "unified": True if keyed else None,
-        "backend": spec.backend if keyed else None,
-        "kv_backend": ("sqlite-vec" if spec.backend == "sqlite-vec" else "sqlite") if keyed else None,
-        "total_vectors": None if keyed else judged.receipt.rows,
-        "sharding_strategy": None if keyed else config.sharding.strategy,
-        "num_probes": None if keyed else judged.receipt.num_probes,
-        "num_hash_bits": trained.shape[0] if trained and trained.artifact == "hyperplanes" else None,
-    }
-    for name in ("centroids", "hyperplanes"):
-        mine = trained is not None and trained.artifact == name
-        expected[f"{name}_ref"] = judged.build.store.url_of(trained.ref.key) if trained and mine else None
-    cel = config.sharding.model_dump(mode="json") if isinstance(config.sharding, CelSharding) and not keyed else {}
-    expected |= {name: cel.get(name) for name in ("cel_expr", "cel_columns", "routing_values")}
-    return {f"custom.vector.{name}": value for name, value in expected.items()}
-
-
-def _expected_extras(judged: Judged) -> dict[str, Any]:
-    """What ``custom.sf_pipelines`` must say."""
-    config, run = judged.build.config, judged.run
-    expected = {
-        "build_key": run.scanned.build_key,
-        "gate_key": judged.receipt.gate_key,
-        "index_family": run.routed.index_family,
-        "id_type": run.scanned.id_type,
-        "backend": config.vector_spec.backend,
-        "vector_type": config.vector_spec.vector_type,
-        "filter_columns": run.scanned.filter_columns,
-        "key_type": run.scanned.key_type,
-        "value_format": None if config.key_value is None else config.key_value.value_format,
-        "row_count": judged.receipt.rows,
-        "rejected": run.sampled.rejected,
-        "routing_sha256": run.routing_digest or None,
-    }
-    return {f"custom.sf_pipelines.{name}": value for name, value in expected.items()}
+def _flat(manifest: Manifest) -> dict[str, Any]:
+    """Fields by dotted path, without those that other checks look at: shards, and the recall."""
+    fields = manifest.model_dump(mode="json", exclude={"created_at", "shards", "custom"})
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}".rstrip("."): one for key, one in inner.items()}
+    for name, values in manifest.custom.items():
+        flat |= {f"custom.{name}.{key}": value for key, value in values.items() if key != "recall"}
+    return flat
 
 
 def _coverage(judged: Judged) -> Finding:
     """Every shard has a receipt, every row is in a shard or rejected, every object is as it was sealed."""
-    sampled, shards, manifest = judged.sampled, judged.shards, judged.manifest()
+    sampled, shards, manifest = judged.sampled, judged.shards, judged.manifest
     faults: list[str] = []
-    newest = shard_receipts(judged.ledger, judged.ledger.need(RouteReceipt))
+    newest = shard_receipts(judged.run, judged.run.routed)
     if [shard.digest for shard in newest] != [shard.digest for shard in shards]:
         faults.append("a shard was built again after the manifest was assembled; assemble again")
     rows = sum(shard.rows for shard in shards)
@@ -216,8 +159,7 @@ def _coverage(judged: Judged) -> Finding:
     routed = {shard.db_id: shard.rows for shard in shards if shard.rows}
     if listed != routed:
         faults.append(f"the manifest lists rows by shard {listed}, routed were {routed}")
-    for shard in shards:
-        faults.extend(changed_objects(judged.build.store, shard))
+    faults.extend(changed_objects(judged.build.store, shards))
     figures: Figures = {
         "rows_in": sampled.rows_in,
         "rejected": sampled.rejected,
@@ -245,7 +187,7 @@ def _round_trip(judged: Judged) -> Finding:
     for shard in judged.shards:
         if shard.witnesses is None:
             continue
-        rows = judged.ledger.get_table(shard.witnesses)
+        rows = judged.run.get_table(shard.witnesses)
         vectors, payloads = vectors_of(rows), rows.column("payload").to_pylist()
         answers = _search_home(judged, vectors, k, shard.db_id)
         for place, (row_id, answer) in enumerate(zip(rows.column("id").to_pylist(), answers, strict=True)):
@@ -315,7 +257,7 @@ def _context_faults(judged: Judged, k: int) -> list[str]:
     """Sampled rows of every shard are found where their own columns, given as a context, lead: by vector and by key."""
     if not isinstance(judged.build.config.sharding, CelSharding):
         return []
-    rows = _some_of_every_shard(judged.ledger.get_table(judged.sampled.queries))
+    rows = _some_of_every_shard(judged.run.get_table(judged.sampled.queries))
     names = [name for name in rows.column_names if name.startswith(CONTEXT_PREFIX)]
     contexts = [
         {name.removeprefix(CONTEXT_PREFIX): value for name, value in row.items()}
@@ -370,7 +312,7 @@ def _recall(judged: Judged) -> Finding:
     gate, sampled, receipt = judged.build.config.recall_gate, judged.sampled, judged.receipt
     queries, rows, table = _half(judged)
     truth = Truth.of(table, (judged.run.routed.queries or sampled.queries).rows or 0).select(rows)
-    answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, homes=judged.build.homes(queries))
+    answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, shard_of=judged.build.homes(queries))
     recalls = recall_per_query(answers.ids, answers.distances, id_array(queries), truth)
     found = judged_record(recalls, receipt.num_probes, census=not sampled.disjoint)
     passed = found.lower >= gate.min_recall
@@ -391,7 +333,7 @@ def _recall(judged: Judged) -> Finding:
     )
     if not passed:
         message += f"; {_what_would_pass(judged, found)}"
-    recorded = _recorded(judged.manifest())
+    recorded = _recorded(judged.manifest)
     if recorded is not None and abs(recorded.recall - found.recall) > _SAME_RECALL:
         passed = False
         message += f"; the manifest says {recorded.recall:.4f}, which its readers do not find: assemble again"
@@ -432,9 +374,9 @@ def _recorded(manifest: Manifest) -> JudgedRecord | None:
 
 def _half(judged: Judged) -> tuple[pa.Table, NDArray[np.int64], pa.Table]:
     """The judging queries, their numbers among the sample queries, and the truth table of all."""
-    queries = judged.ledger.get_table(judged.sampled.queries)
+    queries = judged.run.get_table(judged.sampled.queries)
     _, rows = halves(queries.num_rows, disjoint=judged.sampled.disjoint)
-    return queries.take(pa.array(rows)), rows, judged.ledger.get_table(judged.receipt.truth)
+    return queries.take(pa.array(rows)), rows, judged.run.get_table(judged.receipt.truth)
 
 
 def _balance(judged: Judged) -> Finding:
@@ -460,7 +402,7 @@ def _stock_recall(judged: Judged) -> Finding:
     queries, rows, truth = _half(judged)
     queries, rows = queries.slice(0, _STOCK_QUERIES), rows[:_STOCK_QUERIES]
     answers = judged.reader.stock_style(
-        vectors_of(queries), gate.k + 1, receipt.num_probes, homes=judged.build.homes(queries)
+        vectors_of(queries), gate.k + 1, receipt.num_probes, shard_of=judged.build.homes(queries)
     )
     estimate = RecallEstimate.of(recall_by_id(answers.ids, rows, truth))
     figures: Figures = {

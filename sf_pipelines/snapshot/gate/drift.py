@@ -6,9 +6,7 @@ from typing import Any
 from sf_pipelines.snapshot.config import DriftLimits
 from sf_pipelines.snapshot.errors import IntegrityError, SfPipelinesError
 from sf_pipelines.snapshot.gate.checks import Figures, Finding, Judged
-from sf_pipelines.snapshot.gate.compare_answers import compare_answers
-from sf_pipelines.snapshot.gate.compare_ids import compare_ids, rows_to_read
-from sf_pipelines.snapshot.gate.compare_routing import routing_shift
+from sf_pipelines.snapshot.gate.compare import compare_answers, compare_ids, routing_shift, rows_to_read
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_pointed, load_state
@@ -23,9 +21,6 @@ def drift(judged: Judged) -> Finding:
 
     A current snapshot that cannot be read is no reason to keep a good one back: the message says so. That it is damaged
     is a warning.
-
-    Raises:
-        SfPipelinesError: the staged manifest cannot be read.
     """
     new = load_state(judged.build.store, judged.receipt.manifest_key)
     limits = judged.build.config.drift
@@ -50,8 +45,8 @@ def _against_current(judged: Judged, new: SnapshotState) -> Finding:
     figures, notes = _compared(judged, old, new)
     limits = _limits(judged.build.config.drift)
     faults = _faults(limits, figures)
-    said = f"compared with {pointer.run_id}: {_told(figures)}"
-    return Finding(not faults, "; ".join([*faults, said, *notes]), figures, _table(limits, figures))
+    message = f"compared with {pointer.run_id}: {_summary(figures)}"
+    return Finding(not faults, "; ".join([*faults, message, *notes]), figures, _table(limits, figures))
 
 
 def _nothing(why: str) -> Finding:
@@ -151,7 +146,7 @@ def _table(limits: dict[str, tuple[float, bool]], figures: Figures) -> tuple[dic
     )
 
 
-def _told(figures: Figures) -> str:
+def _summary(figures: Figures) -> str:
     parts: list[str] = []
     if "rows_added" in figures:
         changed = f", {figures['rows_changed']} changed" if "rows_changed" in figures else ""

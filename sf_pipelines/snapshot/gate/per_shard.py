@@ -12,7 +12,6 @@ from sf_pipelines.snapshot.gate.recall import (
     ROUNDING,
     RecallEstimate,
     Truth,
-    asked_queries,
     halves,
     home_shards,
     id_array,
@@ -34,15 +33,15 @@ _SHOWN = 5
 def recall_spread(judged: Judged) -> Finding:
     """Recall of the queries that lie in each shard, at the manifest's number of probes."""
     gate, sampled = judged.build.config.recall_gate, judged.sampled
-    queries = asked_queries(judged.ledger, judged.run)
+    queries = judged.run.queries
     # The half that tuned the number of probes judges nothing; rows beyond the sample were added for this very check.
     _, judging = halves(sampled.query_rows, disjoint=sampled.disjoint)
     rows = np.concatenate([judging, np.arange(sampled.query_rows, queries.num_rows)])
     asked = queries.take(pa.array(rows))
-    truth = Truth.of(judged.ledger.get_table(judged.receipt.truth), queries.num_rows).select(rows)
-    answers = judged.reader.search_arrays(vectors_of(asked), gate.k + 1, homes=judged.build.homes(asked))
+    truth = Truth.of(judged.run.get_table(judged.receipt.truth), queries.num_rows).select(rows)
+    answers = judged.reader.search_arrays(vectors_of(asked), gate.k + 1, shard_of=judged.build.homes(asked))
     recalls = recall_per_query(answers.ids, answers.distances, id_array(asked), truth)
-    homes = home_shards(judged.build, judged.run.trained, asked)
+    homes = home_shards(judged.run, asked)
     table: list[dict[str, Any]] = []
     for db_id in [] if homes is None else np.unique(homes).tolist():
         estimate = RecallEstimate.of(recalls[homes == db_id], census=not sampled.disjoint)
@@ -75,7 +74,7 @@ def rows_reachable(judged: Judged) -> Finding:
     """
     build, gate = judged.build, judged.build.config.recall_gate
     rows = _sampled_rows(judged)
-    homes = home_shards(build, judged.run.trained, rows)
+    homes = home_shards(judged.run, rows)
     chosen = _of_every_shard(homes, rows.num_rows, build.config.shards)
     rows, homes = rows.take(pa.array(chosen)), None if homes is None else homes[chosen]
     found = np.concatenate(
@@ -102,7 +101,7 @@ def rows_reachable(judged: Judged) -> Finding:
 
 def _sampled_rows(judged: Judged) -> pa.Table:
     """All rows of which the build has kept the vector; where a row names its shard itself, those that do."""
-    sampled, ledger = judged.sampled, judged.ledger
+    sampled, ledger = judged.sampled, judged.run
     kept = [sampled.queries, sampled.pool, *([sampled.training] if sampled.disjoint else [])]
     tables = [ledger.get_table(ref) for ref in kept if ref is not None and ref.rows]
     return pa.concat_tables([table for table in tables if table.schema == tables[0].schema])
@@ -121,7 +120,7 @@ def _is_found(judged: Judged, rows: pa.Table) -> NDArray[np.bool_]:
     vectors: Float32 = vectors_of(rows)
     metric, k = judged.build.config.vector_spec.metric, judged.build.config.recall_gate.k
     one = 1 if isinstance(judged.build.config.sharding, ClusterSharding | LshSharding) else None
-    answers = judged.reader.search_arrays(vectors, k, num_probes=one, homes=judged.build.homes(rows))
+    answers = judged.reader.search_arrays(vectors, k, num_probes=one, shard_of=judged.build.homes(rows))
     own = pair_distances(vectors, vectors, metric)
     itself = (answers.ids == id_array(rows)[:, None]).any(axis=1)
     with np.errstate(invalid="ignore"):  # Places without a hit.

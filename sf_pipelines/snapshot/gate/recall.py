@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +14,8 @@ from sf_pipelines.snapshot.index.ranking import Ids
 from sf_pipelines.snapshot.manifest.models import JudgedRecord
 from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
-from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.build import Run
 from sf_pipelines.snapshot.source.hashing import hash_column
-
-if TYPE_CHECKING:
-    from sf_pipelines.snapshot.run.build import Build
-    from sf_pipelines.snapshot.run.receipts import RunReceipts, SampleReceipt, TrainReceipt
 
 TRUTH_FIELDS = ("query", "row", "distance")
 
@@ -43,9 +39,6 @@ def row_numbers(ids: Ids) -> NDArray[np.int64]:
     """A number of each row: the hash of its id.
 
     An id may be a long text, and a truth names a row once for every query and shard.
-
-    Args:
-        ids: Arrow array of int64 or string; or numpy, int64 or objects with None where there is no hit.
     """
     if isinstance(ids, np.ndarray):
         return row_numbers(pa.array(ids, from_pandas=True))
@@ -54,15 +47,7 @@ def row_numbers(ids: Ids) -> NDArray[np.int64]:
 
 
 def truth_table(asked: NDArray[np.int64], nearest: ShardHits) -> pa.Table:
-    """Neighbours of each query within one shard.
-
-    Args:
-        asked: number of each query, shape (n,).
-        nearest: the true neighbours, by ``row_numbers`` in place of ids, every query with equally many.
-
-    Returns:
-        Columns ``query``, ``row``, ``distance``.
-    """
+    """Neighbours of each query within one shard."""
     query = np.repeat(asked.astype(np.int32), nearest.ids.shape[1])
     columns = [pa.array(query), pa.array(nearest.ids.ravel()), pa.array(nearest.distances.ravel())]
     return pa.table(columns, names=list(TRUTH_FIELDS))
@@ -79,37 +64,30 @@ def halves(queries: int, *, disjoint: bool) -> tuple[NDArray[np.int64], NDArray[
     return (everything[0::2], everything[1::2]) if disjoint else (everything, everything)
 
 
-def home_shards(build: "Build", trained: "TrainReceipt | None", rows: pa.Table) -> Int32 | None:
+def home_shards(run: Run, rows: pa.Table) -> Int32 | None:
     """Shard that each sampled row lies in; None where only its key tells (HASH)."""
-    routing = build.routing(trained)
-    return routing.assign(vectors_of(rows)) if isinstance(routing, VectorRouting) else build.homes(rows)
+    routing = run.routing
+    return routing.assign(vectors_of(rows)) if isinstance(routing, VectorRouting) else run.build.homes(rows)
 
 
-def stratified_queries(
-    build: "Build", ledger: Ledger, sampled: "SampleReceipt", trained: "TrainReceipt | None"
-) -> pa.Table:
+def stratified_queries(run: Run) -> pa.Table:
     """The sample queries, and after them more rows of those shards that have few of them.
 
     A uniform sample says little of small shards. The rows that are added judge single shards alone, never the whole.
     """
-    queries = ledger.get_table(sampled.queries)
-    if sampled.pool is None:
+    queries = run.get_table(run.sampled.queries)
+    if run.sampled.pool is None:
         return queries
-    pool = ledger.get_table(sampled.pool)
-    homes = home_shards(build, trained, pa.concat_tables([queries, pool]))
+    pool = run.get_table(run.sampled.pool)
+    homes = home_shards(run, pa.concat_tables([queries, pool]))
     if homes is None:
         return queries
-    lacking = np.maximum(0, _PER_SHARD - np.bincount(homes[: len(queries)], minlength=build.config.shards))
+    lacking = np.maximum(0, _PER_SHARD - np.bincount(homes[: len(queries)], minlength=run.build.config.shards))
     more = homes[len(queries) :]
     order = np.argsort(more, kind="stable")
     place_in_shard = np.arange(len(order)) - np.searchsorted(more[order], more[order])
     chosen = np.sort(order[place_in_shard < lacking[more[order]]])
     return pa.concat_tables([queries, pool.take(pa.array(chosen))])
-
-
-def asked_queries(ledger: Ledger, run: "RunReceipts") -> pa.Table:
-    """The queries that a run's truth is of; see ``stratified_queries``."""
-    return ledger.get_table(run.routed.queries or run.sampled.queries)
 
 
 @dataclass(frozen=True)
@@ -198,13 +176,7 @@ def recall_per_query(
 
 
 def recall_by_id(ids: NDArray[Any], query_rows: NDArray[np.int64], truth: pa.Table) -> Float64:
-    """The same by id alone, for answers whose scores are not distances in the declared metric.
-
-    Args:
-        ids: answers, shape (n, any); None, or an id that is nobody's neighbour, where there is no result.
-        query_rows: number of each query in the truth table, shape (n,).
-        truth: merged truth table.
-    """
+    """The same by id alone, for answers whose scores are not distances in the declared metric."""
     rows = _numbered(truth)
     query, row = rows.column("query").to_numpy(), rows.column("row").to_numpy()
     answers = row_numbers(ids.ravel()).reshape(ids.shape)
@@ -239,12 +211,7 @@ class RecallEstimate:
 
     @classmethod
     def of(cls, recalls: Float64, *, census: bool = False) -> "RecallEstimate":
-        """From each query's recall; needs at least one.
-
-        Args:
-            recalls: shape (n,).
-            census: whether the queries are all rows there are: the mean is then no estimate and has no error.
-        """
+        """From each query's recall; needs at least one."""
         deviation = 0.0 if census or len(recalls) < 2 else float(recalls.std(ddof=1))
         return cls(float(recalls.mean()), deviation, len(recalls))
 

@@ -20,14 +20,12 @@ from sf_pipelines.snapshot.gate.per_shard import recall_spread, rows_reachable
 from sf_pipelines.snapshot.manifest.models import Manifest
 from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.model import Model
-from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.build import Build, Run
 from sf_pipelines.snapshot.run.ledger import STAGING, changed_objects
 from sf_pipelines.snapshot.run.receipts import (
     ManifestReceipt,
-    PromoteReceipt,
     Ref,
     ShardReceipt,
-    TrainReceipt,
 )
 from sf_pipelines.snapshot.store import Store
 
@@ -88,19 +86,18 @@ def required_checks(build: Build) -> tuple[str, ...]:
     )
 
 
-def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Verdict:
-    """Runs one check on the newest staged manifest of a run and stores the verdict; see ``stages.check``."""
+def _run_check(run: Run, name: str) -> Verdict:
+    """Runs one check on the newest staged manifest of a run and stores the verdict."""
     if name not in RUNNERS:
         raise ConfigError(f"check {name!r} does not exist; use one of {', '.join(CHECKS)}")
-    ledger = build.ledger(run_id)
-    receipt = ledger.need(ManifestReceipt)
-    if ledger.find(PromoteReceipt) is not None:
+    build, run_id, receipt = run.build, run.run_id, run.manifest
+    if run.scanned.published:
         # A snapshot that is held back is not judged anew, whatever the gate is now: it goes nowhere.
-        earlier = latest_verdict(build, receipt, name, any_gate=held)
+        earlier = latest_verdict(build, receipt, name, any_gate=run.scanned.held)
         if earlier is not None:
             return earlier.model_copy(update={"reason": f"run {run_id} is published; it was judged before"})
     try:
-        finding = RUNNERS[name](Judged(build, ledger, receipt))
+        finding = RUNNERS[name](Judged(run, receipt))
     except IntegrityError as error:
         # What is stored is not what was recorded: that is an answer to the question that the check asks.
         finding = Finding(False, str(error), {"error": error.kind})
@@ -121,7 +118,7 @@ def run_check(build: Build, run_id: str, name: str, *, held: bool = False) -> Ve
     key = f"{_folder(receipt, name)}/{verdict.judged_at:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}.json"
     build.store.put(key, verdict.model_dump_json(exclude={"reason"}).encode(), content_type="application/json")
     if name in _ABOUT_ROUTING and verdict.severity == "ERROR" and not verdict.passed and "error" not in verdict.figures:
-        _note_outworn(build, verdict)
+        _note_outworn(run, verdict)
     return verdict
 
 
@@ -153,17 +150,6 @@ def judged_recall(store: Store, manifest: Manifest, manifest_digest: str) -> Rec
 
     The manifest says it. Of snapshots that were published before it did, the verdict of their gate does, as long as
     the run's ``staging/`` is there.
-
-    Args:
-        store: opened on the root.
-        manifest: of the snapshot.
-        manifest_digest: SHA-256 (hex) of its bytes.
-
-    Returns:
-        None where nobody knows: snapshots of other writers, and older ones that were copied without ``staging/``.
-
-    Raises:
-        IntegrityError: the verdict cannot be understood.
     """
     recall = manifest.extras.recall if manifest.extras else None
     if recall is None:
@@ -185,11 +171,7 @@ def judged_recall(store: Store, manifest: Manifest, manifest_digest: str) -> Rec
 
 
 def latest_verdict(build: Build, receipt: ManifestReceipt, name: str, *, any_gate: bool = False) -> Verdict | None:
-    """The newest verdict of a check on exactly this manifest and, unless ``any_gate``, this gate.
-
-    Raises:
-        IntegrityError: it cannot be understood.
-    """
+    """The newest verdict of a check on exactly this manifest and, unless ``any_gate``, this gate."""
     verdict = _newest(build.store, _folder(receipt, name))
     if verdict is None or verdict.manifest_digest != receipt.manifest_digest:
         return None
@@ -216,21 +198,16 @@ def is_outworn(build: Build, ref: Ref) -> bool:
     return build.store.exists(outworn_key(ref))
 
 
-def _note_outworn(build: Build, verdict: Verdict) -> None:
+def _note_outworn(run: Run, verdict: Verdict) -> None:
     """Leaves a note where a snapshot fails with a routing artifact that it kept: it is not kept again."""
-    trained = build.ledger(verdict.run_id).find(TrainReceipt)
+    trained = run.trained
     if trained is not None and trained.kept:
         note = verdict.model_dump_json(include={"name", "run_id", "message", "judged_at"}).encode()
-        build.store.create(outworn_key(trained.ref), note, content_type="application/json")
+        run.store.create(outworn_key(trained.ref), note, content_type="application/json")
 
 
 def require_passed(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
-    """Asks the store whether every required check has passed on this manifest.
-
-    Raises:
-        GateMissingError: one has no verdict.
-        GateFailedError: one has failed.
-    """
+    """Asks the store whether every required check has passed on this manifest."""
     failed: list[str] = []
     for name in required_checks(build):
         verdict = latest_verdict(build, receipt, name)
@@ -251,24 +228,18 @@ def what_serves(build: Build) -> str:
     return "Nothing is published yet." if pointer is None else f"Run {pointer.run_id} keeps serving."
 
 
-def require_whole(build: Build, run_id: str, receipt: ManifestReceipt) -> None:
+def require_whole(run: Run, receipt: ManifestReceipt) -> None:
     """Asks the store whether everything that the manifest names is still what the checks have seen.
 
     Between the gate and this call may lie days.
-
-    Raises:
-        IntegrityError: naming the objects that are gone or changed.
     """
-    ledger = build.ledger(run_id)
-    faults: list[str] = []
-    for key in receipt.shards:
-        faults.extend(changed_objects(build.store, ledger.read(ShardReceipt, key)))
-    trained = build.trained(run_id)
-    routing = trained.ref if trained else None
-    if routing and (not build.store.exists(routing.key) or build.store.sha256(routing.key) != routing.sha256):
-        faults.append(f"{build.store.url_of(routing.key)} is missing or was changed")
+    store = run.store
+    faults = changed_objects(store, [run.read(ShardReceipt, key) for key in receipt.shards])
+    routing = run.trained.ref if run.trained else None
+    if routing and (not store.exists(routing.key) or store.sha256(routing.key) != routing.sha256):
+        faults.append(f"{store.url_of(routing.key)} is missing or was changed")
     if faults:
-        raise IntegrityError(f"run {run_id} is not published: {'; '.join(faults[:5])}; build again")
+        raise IntegrityError(f"run {run.run_id} is not published: {'; '.join(faults[:5])}; build again")
 
 
 def _folder(receipt: ManifestReceipt, name: str) -> str:
@@ -279,14 +250,10 @@ def check(build: Build, run_id: str, name: str) -> Verdict:
     """Runs one check on the run's staged manifest and stores its verdict.
 
     A manifest that is published already was judged before; its verdict is re-emitted.
-
-    Raises:
-        ConfigError: no such check.
-        ReceiptMissingError: there is no manifest yet.
     """
-    scanned = build.scanned(run_id)
-    with build.working(scanned):
-        return run_check(build, run_id, name, held=scanned.held)
+    run = build.run(run_id)
+    with build.working(run.scanned):
+        return _run_check(run, name)
 
 
 def gate(build: Build, run_id: str) -> list[Verdict]:

@@ -3,17 +3,14 @@
 from pathlib import Path
 
 from sf_pipelines.snapshot.errors import ConfigError, IntegrityError
-from sf_pipelines.snapshot.index.lancedb import LanceDBBackend
-from sf_pipelines.snapshot.index.protocol import IndexBackend
-from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecBackend
+from sf_pipelines.snapshot.index.lancedb import LanceDBShard
+from sf_pipelines.snapshot.index.protocol import ShardIndex
+from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard
 
-_BACKENDS: dict[str, type[LanceDBBackend] | type[SqliteVecBackend]] = {
-    LanceDBBackend.name: LanceDBBackend,
-    SqliteVecBackend.name: SqliteVecBackend,
-}
+_BACKENDS: dict[str, type[ShardIndex]] = {backend.name: backend for backend in (LanceDBShard, SqliteVecShard)}
 
 
-def backend_named(name: str) -> IndexBackend:
+def backend_named(name: str) -> type[ShardIndex]:
     """The index library of this name.
 
     Raises:
@@ -21,11 +18,11 @@ def backend_named(name: str) -> IndexBackend:
     """
     if name not in _BACKENDS:
         raise ConfigError(f"index backend {name!r} is unknown; use one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[name]()
+    return _BACKENDS[name]
 
 
-def backend_in(folder: Path) -> IndexBackend:
-    """The index library that a local shard directory was written by.
+def backend_in(folder: Path) -> type[ShardIndex]:
+    """The index library that wrote a local shard directory.
 
     A directory with both ``shard.db`` and ``vector/vector_index.lance`` is a unified one of LanceDB: the file then
     holds keys and values only.
@@ -33,14 +30,13 @@ def backend_in(folder: Path) -> IndexBackend:
     Raises:
         IntegrityError: it holds the index of none, or of two.
     """
-    lance = LanceDBBackend()
-    own = (folder / lance.directory).is_dir()
-    beside = (folder / lance.subfolder / lance.directory).is_dir()
-    file = (folder / SqliteVecBackend.directory).is_file()
-    if own + beside > 1 or (own and file):
+    alone = (folder / LanceDBShard.directory).is_dir()
+    unified = (folder / LanceDBShard.subfolder / LanceDBShard.directory).is_dir()
+    file = (folder / SqliteVecShard.directory).is_file()
+    if alone + unified > 1 or (alone and file):
         raise IntegrityError(f"{folder} holds more than one index; a shard has one")
-    if own or beside:
-        return lance
+    if alone or unified:
+        return LanceDBShard
     if file:
-        return SqliteVecBackend()
-    raise IntegrityError(f"{folder} holds no index: neither {lance.directory} nor {SqliteVecBackend.directory}")
+        return SqliteVecShard
+    raise IntegrityError(f"{folder} holds no index: neither {LanceDBShard.directory} nor {SqliteVecShard.directory}")

@@ -30,16 +30,7 @@ _GET_MANY = "SELECT k, v FROM kv WHERE k IN (SELECT unhex(value) FROM json_each(
 
 
 def encode_key(key: Any, encoding: KeyEncoding) -> bytes:
-    """The bytes under which a key is stored.
-
-    Args:
-        key: for ``u64be`` a whole number from 0 to 2**63 - 1, for ``u32be`` to 2**32 - 1 (numpy's too, but no bool);
-            for ``utf8`` and ``raw`` str (as UTF-8) or bytes (as they are).
-        encoding: of the snapshot.
-
-    Raises:
-        QueryError: the key cannot be stored so.
-    """
+    """The bytes under which a key is stored."""
     if encoding in _INTEGERS:
         width, largest = _INTEGERS[encoding]
         if isinstance(key, bool | np.bool_) or not isinstance(key, int | np.integer):
@@ -60,11 +51,7 @@ def encode_key(key: Any, encoding: KeyEncoding) -> bytes:
 
 
 def key_array(keys: Sequence[Any]) -> pa.Array:
-    """Keys of one type as int64, string or binary.
-
-    Raises:
-        QueryError: they are of several types, or of one that no key has.
-    """
+    """Keys of one type as int64, string or binary."""
     kinds = {type(key) for key in keys}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     if kinds and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
@@ -82,14 +69,7 @@ def key_array(keys: Sequence[Any]) -> pa.Array:
 
 
 def encode_keys(keys: pa.Array | pa.ChunkedArray, encoding: KeyEncoding) -> pa.Array:
-    """``encode_key`` of a whole column: integers, or strings or bytes, without nulls.
-
-    Returns:
-        Binary array.
-
-    Raises:
-        QueryError: a key cannot be stored so.
-    """
+    """``encode_key`` of a whole column: integers, or strings or bytes, without nulls."""
     array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     if array.null_count:
         raise QueryError(f"{array.null_count} of {len(array)} keys are null; every row needs a key")
@@ -127,16 +107,7 @@ def _shown(key: Any) -> str:
 
 
 def write_key_values(folder: Path, keys: pa.Array | pa.ChunkedArray, values: pa.Array | pa.ChunkedArray) -> None:
-    """Writes the table ``kv`` into the folder's ``shard.db``, which is created where it is not there.
-
-    Args:
-        folder: of the shard.
-        keys: encoded keys, binary, unique.
-        values: binary, one for each key.
-
-    Raises:
-        IndexBuildError: keys repeat, something is null, or the file cannot be written.
-    """
+    """Writes the table ``kv`` into the folder's ``shard.db``, which is created where it is not there."""
     if len(keys) != len(values) or keys.null_count or values.null_count:
         raise IndexBuildError(
             f"{folder}: {len(keys)} keys ({keys.null_count} null) and {len(values)} values ({values.null_count} null); "
@@ -191,12 +162,7 @@ class KeyValueShard:
             return self._rows
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The value of each key, in their order; None for a key that is not there.
-
-        Raises:
-            IntegrityError: the file is broken.
-            ReaderClosedError: it was closed.
-        """
+        """The value of each key, in their order; None for a key that is not there."""
         found: dict[bytes, Any] = {}
         with self._lock:
             file = self._opened()

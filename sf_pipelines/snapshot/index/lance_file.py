@@ -33,14 +33,7 @@ _FOREIGN_INDICES = (b"fragmentreuseindexdetails", b"memwalindexdetails")
 
 
 def check_within(dataset: Path) -> None:
-    """Checks that no manifest of a dataset names a place outside of it.
-
-    Args:
-        dataset: its directory.
-
-    Raises:
-        IntegrityError: one does, or cannot be read.
-    """
+    """Checks that no manifest of a dataset names a place outside of it."""
     room = _MAX_BYTES
     for path in sorted(dataset.rglob("*.manifest")):
         try:

@@ -1,12 +1,10 @@
 """Shards as LanceDB tables: ``<shard>/vector_index.lance``."""
 
 import math
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,16 +12,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError, is_panic
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, is_panic
 from sf_pipelines.snapshot.index.lance_file import check_within
-from sf_pipelines.snapshot.index.payloads import parse_payload
 from sf_pipelines.snapshot.index.protocol import (
-    BuildReport,
     IdArray,
     IdType,
     IndexFamily,
     ShardHits,
+    ShardIndex,
     VectorType,
+    parse_payload,
 )
 from sf_pipelines.snapshot.index.ranking import distinct, find_ids, first_k, id_ranks, id_values, replaced
 from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
@@ -49,8 +47,6 @@ _FILTER_INDEX_ROWS = 20_000
 _BITMAP_VALUES = 1_000
 _BITMAP_TYPES = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_string)
 _STORED_COLUMNS = frozenset({"id", "vector", "payload"})
-# Up to here a scan of the whole shard takes less time than the index, which costs 4 ms whatever it finds.
-_SCAN_BYTES = 64 * 1024 * 1024
 # Payloads fetched one by one up to this many: a call that takes several at once costs 20 us.
 _FEW = 16
 _EPS, _TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
@@ -63,17 +59,19 @@ _IVF_PARTITION_ROWS = 1_000
 _IVF_TRAINING: dict[str, Any] = {"max_iterations": 10}
 
 
-class LanceDBBackend:
-    """The index library LanceDB."""
+class LanceDBShard(ShardIndex):
+    """The index library LanceDB. Rows are referred to by the library's row ids."""
 
     name = "lancedb"
     directory = f"{TABLE}.lance"
     subfolder = "vector"
     metrics = frozenset(_DISTANCES)
-    scan_bytes = _SCAN_BYTES
+    # Up to here a scan of the whole shard takes less time than the index, which costs 4 ms whatever it finds.
+    scan_bytes = 64 * 1024 * 1024
 
+    @classmethod
     def build(
-        self,
+        cls,
         rows: pa.Table,
         folder: Path,
         *,
@@ -81,14 +79,13 @@ class LanceDBBackend:
         metric: DistanceMetric,
         params: IndexParams,
         vector_type: VectorType = "float32",
-    ) -> BuildReport:
-        """Writes table and index, the index exactly once; see ``IndexBackend.build``.
+    ) -> None:
+        """Writes table and index, the index exactly once.
 
         Filter columns of large shards get an index of their own: a bitmap where values are few, else a tree.
         """
         import lancedb
 
-        started = time.perf_counter()
         if rows.num_rows == 0:
             raise IndexBuildError(f"{folder}: a shard without rows has no index; leave it out of the manifest")
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,91 +93,52 @@ class LanceDBBackend:
             rows = _halved(rows, folder)
         with _library(IndexBuildError, f"cannot build a {family} index of {rows.num_rows} rows in {folder}"):
             table = lancedb.connect(str(folder)).create_table(TABLE, rows)
-            table.create_index(
-                "vector",
-                config=_index_config(family, metric, params, rows.num_rows),
-                name=_INDEX,
-                replace=False,
-            )
+            config = _index_config(family, metric, params, rows.num_rows)
+            table.create_index("vector", config=config, name=_INDEX, replace=False)
             _index_filters(table, rows)
             stats = table.index_stats(_INDEX)
         indexed = 0 if stats is None else stats.num_indexed_rows
-        if stats is None or indexed != rows.num_rows:
+        if indexed != rows.num_rows:
             raise IndexBuildError(f"{folder}: the {family} index covers {indexed} of {rows.num_rows} rows")
-        return BuildReport(rows.num_rows, indexed, stats.index_type, time.perf_counter() - started)
 
-    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> "LanceDBShard":
-        """Opens a local shard directory; see ``IndexBackend.open``."""
+    @classmethod
+    def open(cls, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> Self:
         import lancedb
 
-        if not (folder / self.directory).is_dir():
-            raise IntegrityError(f"{folder} holds no {self.directory}")
-        check_within(folder / self.directory)
+        if not (folder / cls.directory).is_dir():
+            raise IntegrityError(f"{folder} holds no {cls.directory}")
+        check_within(folder / cls.directory)
         with _library(IntegrityError, f"cannot open the LanceDB table in {folder}"):
-            table = lancedb.connect(str(folder)).open_table(TABLE)
-            return LanceDBShard(table, str(folder), metric, dim, in_memory=in_memory)
+            return cls(lancedb.connect(str(folder)).open_table(TABLE), folder, metric, dim, in_memory=in_memory)
 
-
-class LanceDBShard:
-    """An opened table; see ``ShardIndex``."""
-
-    def __init__(self, table: "Table", where: str, metric: DistanceMetric, dim: int, *, in_memory: bool) -> None:
+    def __init__(self, table: "Table", where: Path, metric: DistanceMetric, dim: int, *, in_memory: bool) -> None:
         self.rows = table.count_rows()
-        self.id_type: IdType = _check_schema(table.schema, where, dim)
-        self._where = where
-        self._metric = metric
-        self._dim = dim
+        self.id_type = _check_schema(table.schema, str(where), dim)
+        self.indexed_rows, index_bytes, trusted = _index_of(table, metric)
+        super().__init__(where, metric, dim, scans=in_memory or not trusted or self.indexed_rows != self.rows)
+        # The library keeps the index that it searches.
+        self._held = 0 if self._scans else index_bytes
         self._has_payload = "payload" in table.schema.names
-        self.indexed_rows, self._index_bytes, trusted = _index_of(table, metric)
-        covered = trusted and self.indexed_rows == self.rows
-        self._scans = in_memory or not covered
-        self._lock = threading.Lock()
         self._table: Table | None = table
-        self._scan: MemoryScan | None = None
         self._payloads: tuple[NDArray[np.int64], pa.Array] | None = None
-        self._payload_bytes = 0
         self._keeps_payloads = self._scans
 
-    @property
-    def memory_bytes(self) -> int:
-        """Vectors and payloads held, and the index that the library keeps."""
-        scan = self._scan
-        held = self._payload_bytes if self._scans else self._payload_bytes + self._index_bytes
-        return held + (scan.nbytes if scan else 0)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether a search is a scan of what is held already."""
-        return self._scans and self._scan is not None
-
     def warm(self) -> None:
-        """Loads vectors, and payloads if small, of a shard that is scanned."""
-        if self._scans:
-            self._memory()
-            if self._has_payload:
-                self._payload_column()
+        if self.scan() and self._has_payload:
+            self._payload_column()
 
-    def scan(self) -> MemoryScan | None:
-        """The scan of a shard that is searched in memory; see ``ShardIndex.scan``."""
-        return self._memory() if self._scans else None
-
-    def search(self, queries: Float32, k: int) -> ShardHits:
-        """Nearest rows with exact distances: by scan where that is cheap or no index helps, else by index."""
-        if self._scans or _over_fetch(k) * 2 >= self.rows:
-            return self._scan_search(queries, k)
-        hits, blurred = self._index_search(queries, k)
+    def _search_file(self, queries: Float32, k: int) -> ShardHits:
+        if _over_fetch(k) * 2 >= self.rows:
+            return self._memory().search(queries, k)
+        hits, blurred = self._search_index(queries, k)
         # The library leaves out rows that it cannot rank (zero vectors under cosine), and a stranger's repeated id
         # crowds out others; a scan knows all rows.
         doubtful = np.flatnonzero((hits.counts < k) | blurred)
-        return hits if not len(doubtful) else replaced(hits, doubtful, self._scan_search(queries[doubtful], k))
+        return hits if not len(doubtful) else replaced(hits, doubtful, self._memory().search(queries[doubtful], k))
 
-    def _scan_search(self, queries: Float32, k: int) -> ShardHits:
-        return self._memory().search(queries, k)
-
-    def _index_search(self, queries: Float32, k: int) -> tuple[ShardHits, NDArray[np.bool_]]:
+    def _search_index(self, queries: Float32, k: int) -> tuple[ShardHits, NDArray[np.bool_]]:
         """The hits, and for which queries the library could not tell near rows from others, shape (n,)."""
-        fetch = _over_fetch(k)
-        found = self._query(queries, fetch, ["id", "vector", "_distance"], declared=True)
+        found = self._query(queries, _over_fetch(k), ["id", "vector", "_distance"], declared=True)
         query = found["query_index"].to_numpy()
         ids, rows = self._ids(found), found["_rowid"].to_numpy().astype(np.int64)
         ranks = id_ranks(ids)
@@ -195,7 +153,6 @@ class LanceDBShard:
         return hits, _blurred(query, theirs, distances, error, len(queries), k)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
-        """No options, the library's own distance for a score."""
         found = self._query(queries, k, ["id", "_distance"], declared=False)
         query = found["query_index"].to_numpy()
         distances = found["_distance"].to_numpy().astype(np.float64)
@@ -227,59 +184,48 @@ class LanceDBShard:
         return found.select(["query_index", "_rowid", *columns])
 
     def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
-        """Payload of each row, parsed; text that is no JSON object gives None."""
         if not self._has_payload or len(rows) == 0:
             return [None] * len(rows)
         texts = self._payload_column()
         if texts is None:
-            return _parse(self._take(rows, "payload"))
+            return [parse_payload(text) for text in self._take(rows, "payload").to_pylist()]
         at = np.searchsorted(texts[0], rows)
         if len(at) <= _FEW:
             return [parse_payload(texts[1][place].as_py()) for place in at.tolist()]
-        return _parse(texts[1].take(pa.array(at)))
+        return [parse_payload(text) for text in texts[1].take(pa.array(at)).to_pylist()]
 
     def vectors(self, rows: NDArray[np.int64]) -> Float32:
-        """Stored vectors."""
         scan = self._scan
         if scan is not None and len(scan.rows) == self.rows:
             return scan.vectors[np.searchsorted(scan.rows, rows)]
         return _matrix(self._take(rows, "vector"), self._dim)
 
     def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
-        """Row references by id."""
         found = self._column("id")
         return find_ids(ids, self._ids(found), found["_rowid"].to_numpy().astype(np.int64))
 
-    def sample(self, n: int) -> tuple[IdArray, Float32]:
-        """Evenly spaced rows."""
-        offsets = np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64)) if self.rows else []
-        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
-            query: Any = self._open_table().take_offsets([int(at) for at in offsets])
+    def _at(self, positions: NDArray[np.int64]) -> tuple[IdArray, Float32]:
+        with self._reading():
+            query: Any = self._open_table().take_offsets(positions.tolist())
             found = _in_row_order(query.select(["id", "vector"]).with_row_id().to_arrow())
         return id_values(self._ids(found)), _matrix(found["vector"], self._dim)
 
     def close(self) -> None:
-        """Lets go of the table and of everything held in memory."""
         with self._lock:
-            self._table = self._scan = self._payloads = None
+            self._table = self._payloads = None
+            super().close()
 
     def _open_table(self) -> "Table":
         table = self._table
         if table is None:
-            raise ReaderClosedError(f"the shard in {self._where} was closed")
+            raise self._closed()
         return table
 
-    def _memory(self) -> MemoryScan:
-        scan = self._scan
-        if scan is not None:
-            return scan
-        with self._lock:
-            if self._scan is None:
-                self._open_table()
-                self._scan = self._read_scan()
-            return self._scan
+    def _reading(self) -> AbstractContextManager[None]:
+        return _library(IntegrityError, f"reading the shard in {self._where} failed")
 
     def _read_scan(self) -> MemoryScan:
+        self._open_table()
         if self.rows == 0:
             ids = pa.array([], pa.int64() if self.id_type == "int64" else pa.string())
             return MemoryScan(ids, np.empty(0, np.int64), np.empty((0, self._dim), np.float32), self._metric)
@@ -301,7 +247,7 @@ class LanceDBShard:
                 if self._keeps_payloads:
                     column = found["payload"].combine_chunks()
                     self._payloads = found["_rowid"].to_numpy().astype(np.int64), column
-                    self._payload_bytes = found.nbytes
+                    self._held += found.nbytes
             return self._payloads
 
     def _ids(self, found: pa.Table) -> pa.Array:
@@ -316,14 +262,14 @@ class LanceDBShard:
             ) from error
 
     def _column(self, *names: str) -> pa.Table:
-        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
+        with self._reading():
             query: Any = self._open_table().search()
             return _in_row_order(query.select(list(names)).with_row_id(True).limit(self.rows).to_arrow())
 
     def _take(self, rows: NDArray[np.int64], name: str) -> pa.ChunkedArray:
         """One column at these rows; the library sorts rows and drops repeats, so they are put back."""
         wanted, back = np.unique(rows, return_inverse=True)
-        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
+        with self._reading():
             query: Any = self._open_table().take_row_ids([int(row) for row in wanted])
             found = _in_row_order(query.select([name]).with_row_id().to_arrow())
         if found.num_rows != len(wanted):
@@ -397,14 +343,6 @@ def _blurred(
 
     Rows that it has left out may then be nearer. So it is with nearly parallel vectors, and with vectors so short that
     float32 has no room for the squares of what lies between them.
-
-    Args:
-        query: of each candidate.
-        theirs: the library's distances.
-        exact: distances.
-        error: of the library's distances.
-        n: number of queries.
-        k: hits wanted.
     """
     order = np.lexsort((theirs, query))
     grouped, theirs, exact, error = query[order], theirs[order], exact[order], error[order]
@@ -468,10 +406,6 @@ def _matrix(column: pa.ChunkedArray, dim: int) -> Float32:
     flat = array.flatten().to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # A stranger's float64 may be too large: infinite, and in no answer.
         return flat.astype(np.float32, copy=False).reshape(-1, dim)
-
-
-def _parse(texts: pa.ChunkedArray | pa.Array) -> list[dict[str, Any] | None]:
-    return [parse_payload(text) for text in texts.to_pylist()]
 
 
 @contextmanager

@@ -1,17 +1,20 @@
-"""What the build and the readers ask of an index library."""
+"""What the build and the readers ask of an index library, and what all libraries do alike."""
 
+import json
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.errors import ConfigError, ReaderClosedError
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
 
 if TYPE_CHECKING:
@@ -88,23 +91,6 @@ def _leeway(served: str | None, favoured: IndexFamily) -> float:
 
 
 @dataclass(frozen=True)
-class BuildReport:
-    """What was built.
-
-    Attributes:
-        rows: rows of the table.
-        indexed_rows: rows that the index covers; always ``rows``.
-        index_type: the library's name of the index.
-        seconds: time taken.
-    """
-
-    rows: int
-    indexed_rows: int
-    index_type: str
-    seconds: float
-
-
-@dataclass(frozen=True)
 class ShardHits:
     """Nearest rows of one shard for a batch of queries, nearest first, equal distances by id.
 
@@ -121,99 +107,49 @@ class ShardHits:
     counts: NDArray[np.int64]
 
 
-class ShardIndex(Protocol):
-    """An opened shard. Thread-safe.
+class ShardIndex(ABC):
+    """A shard's index: built by ``build``, searched once opened by ``open``. Thread-safe.
 
-    Attributes:
-        rows: rows of the shard.
-        indexed_rows: rows that a trained index covers; 0 when there is none.
-        id_type: type of the ids as stored.
-    """
-
-    rows: int
-    indexed_rows: int
-    id_type: IdType
-
-    @property
-    def memory_bytes(self) -> int:
-        """About how much memory the shard holds at present."""
-        ...
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether a search is a scan of what is held already: too quick to be worth another thread."""
-        ...
-
-    def warm(self) -> None:
-        """Loads what searches will hold in memory anyway: of a scanned shard its vectors, and payloads if small."""
-        ...
-
-    def scan(self) -> "MemoryScan | None":
-        """The scan of a shard that is searched in memory, loaded on first use; None where ``search`` does more.
-
-        A reader that asks several shards for their rough candidates scores fewer rows than one that asks each for its
-        answer.
-        """
-        ...
-
-    def search(self, queries: Float32, k: int) -> ShardHits:
-        """The nearest rows in the declared metric, with exact distances.
-
-        Args:
-            queries: finite float32, shape (n, dim).
-            k: hits wanted; fewer come back only where the shard has fewer rows.
-        """
-        ...
-
-    def search_raw(self, queries: Float32, k: int) -> ShardHits:
-        """What a reader gets that passes no options and takes the library's own distance for a score.
-
-        Raises:
-            QueryError: ``k`` is more than the library takes.
-        """
-        ...
-
-    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
-        """Payload of each row reference, in their order."""
-        ...
-
-    def vectors(self, rows: NDArray[np.int64]) -> Float32:
-        """Stored vector of each row reference, in their order, shape (n, dim)."""
-        ...
-
-    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
-        """Row reference of each id, shape (n,); -1 where the shard does not have it. Scans the column of ids."""
-        ...
-
-    def sample(self, n: int) -> tuple[IdArray, Float32]:
-        """Ids and vectors of up to ``n`` rows spread over the shard; always the same ones."""
-        ...
-
-    def close(self) -> None:
-        """Frees what is held. Later calls raise ``ReaderClosedError``."""
-        ...
-
-
-class IndexBackend(Protocol):
-    """An index library.
+    A library has one subclass, which says how its files are written and read.
 
     Attributes:
         name: as in ``VectorSpec.backend``.
         directory: what a shard's directory holds: a folder or file of this name.
         subfolder: where the index lies below the directory of a unified shard; empty where it shares the file with
             the keys and values.
-        metrics: distances that it knows.
+        metrics: distances that the library knows.
         scan_bytes: a scan in memory answers sooner than the index where a shard has up to so many bytes of vectors.
+        rows: rows of the shard.
+        indexed_rows: rows that a trained index covers; 0 when there is none.
+        id_type: type of the ids as stored.
     """
 
-    name: str
-    directory: str
-    subfolder: str
-    metrics: frozenset[DistanceMetric]
-    scan_bytes: int
+    name: ClassVar[str]
+    directory: ClassVar[str]
+    subfolder: ClassVar[str]
+    metrics: ClassVar[frozenset[DistanceMetric]]
+    scan_bytes: ClassVar[int]
 
+    rows: int
+    indexed_rows: int
+    id_type: IdType
+
+    def __init__(self, where: Path, metric: DistanceMetric, dim: int, *, scans: bool) -> None:
+        self._where = where
+        self._metric = metric
+        self._dim = dim
+        # Whether searches are scans of vectors held in memory.
+        self._scans = scans
+        self._scan: MemoryScan | None = None
+        # Bytes held beside the scan.
+        self._held = 0
+        # Held while vectors are read, so that threads on a cold shard read them once.
+        self._lock = threading.RLock()
+
+    @classmethod
+    @abstractmethod
     def build(
-        self,
+        cls,
         rows: pa.Table,
         folder: Path,
         *,
@@ -221,8 +157,8 @@ class IndexBackend(Protocol):
         metric: DistanceMetric,
         params: IndexParams,
         vector_type: VectorType = "float32",
-    ) -> BuildReport:
-        """Writes a shard's index into a folder.
+    ) -> None:
+        """Writes a shard's index, which covers every row, into a folder.
 
         Args:
             rows: columns ``id`` (int64 or string), ``vector`` (fixed-size list of float32), ``payload``
@@ -236,9 +172,10 @@ class IndexBackend(Protocol):
         Raises:
             IndexBuildError: it cannot be built, or does not cover every row.
         """
-        ...
 
-    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> ShardIndex:
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> Self:
         """Opens a local shard's index for searching.
 
         Args:
@@ -252,4 +189,100 @@ class IndexBackend(Protocol):
         Raises:
             IntegrityError: what is there is no readable shard of this dimension.
         """
-        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the shard holds at present."""
+        scan = self._scan
+        return self._held + (scan.nbytes if scan else 0)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a search is a scan of what is held already: too quick to be worth another thread."""
+        return self._scans and self._scan is not None
+
+    def warm(self) -> None:
+        """Loads what searches will hold in memory anyway: of a scanned shard its vectors, and payloads if small."""
+        self.scan()
+
+    def scan(self) -> "MemoryScan | None":
+        """The scan of a shard that is searched in memory, loaded on first use; None where ``search`` does more.
+
+        A reader that asks several shards for their rough candidates scores fewer rows than one that asks each for its
+        answer.
+        """
+        return self._memory() if self._scans else None
+
+    def search(self, queries: Float32, k: int) -> ShardHits:
+        """The nearest rows in the declared metric, with exact distances. A row that is not finite is in no answer.
+
+        Args:
+            queries: finite float32, shape (n, dim).
+            k: hits wanted; fewer come back only where the shard has fewer rows.
+        """
+        return self._memory().search(queries, k) if self._scans or not self.rows else self._search_file(queries, k)
+
+    @abstractmethod
+    def search_raw(self, queries: Float32, k: int) -> ShardHits:
+        """What a reader gets that passes no options and takes the library's own distance for a score.
+
+        Raises:
+            QueryError: ``k`` is more than the library takes.
+        """
+
+    @abstractmethod
+    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
+        """Payload of each row reference, in their order; None for text that is no JSON object."""
+
+    @abstractmethod
+    def vectors(self, rows: NDArray[np.int64]) -> Float32:
+        """Stored vector of each row reference, in their order, shape (n, dim)."""
+
+    @abstractmethod
+    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
+        """Row reference of each id, shape (n,); -1 where the shard does not have it. Scans the column of ids."""
+
+    def sample(self, n: int) -> tuple[IdArray, Float32]:
+        """Ids and vectors of up to ``n`` rows spread over the shard; always the same ones."""
+        count = min(n, self.rows)
+        return self._at(np.unique(np.linspace(0, max(0, self.rows - 1), count).astype(np.int64)))
+
+    def close(self) -> None:
+        """Frees what is held. Later calls raise ``ReaderClosedError``."""
+        with self._lock:
+            self._scan, self._held = None, 0
+
+    @abstractmethod
+    def _search_file(self, queries: Float32, k: int) -> ShardHits:
+        """``search`` of a shard with rows that is not scanned in memory."""
+
+    @abstractmethod
+    def _read_scan(self) -> "MemoryScan":
+        """All vectors; called under the lock. Refuses a closed shard."""
+
+    @abstractmethod
+    def _at(self, positions: NDArray[np.int64]) -> tuple[IdArray, Float32]:
+        """Ids and vectors at these positions in the shard, which ascend."""
+
+    def _memory(self) -> "MemoryScan":
+        scan = self._scan
+        if scan is not None:
+            return scan
+        with self._lock:
+            if self._scan is None:
+                self._scan = self._read_scan()
+            return self._scan
+
+    def _closed(self) -> ReaderClosedError:
+        return ReaderClosedError(f"the shard in {self._where} was closed")
+
+
+def parse_payload(text: Any) -> dict[str, Any] | None:
+    """The object that a stored payload says; what is no JSON object is no payload."""
+    if not isinstance(text, str):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

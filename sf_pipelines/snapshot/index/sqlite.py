@@ -32,11 +32,7 @@ _VIRTUAL = re.compile(r"\s*CREATE\s+VIRTUAL\s+TABLE\b", re.IGNORECASE)
 
 @contextmanager
 def writing(folder: Path) -> Iterator["apsw.Connection"]:
-    """The folder's ``shard.db``, created where it is not there, in one transaction.
-
-    Raises:
-        IndexBuildError: the database refuses what is written; the file is then as it was.
-    """
+    """The folder's ``shard.db``, created where it is not there, in one transaction."""
     import apsw
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,16 +120,7 @@ class SqliteFile:
                 raise IntegrityError(f"{self.path}: the schema holds the {kind} {name[:80]!r}; a shard has tables only")
 
     def require(self, name: str, columns: Mapping[str, str | None], *, key: str | None) -> None:
-        """Checks that an ordinary table is there, with exactly these columns and nothing computed.
-
-        Args:
-            name: of the table.
-            columns: it has, in order, each with its declared type; None does not ask.
-            key: the one that is its primary key; None does not ask.
-
-        Raises:
-            IntegrityError: it is not so.
-        """
+        """Checks that an ordinary table is there, with exactly these columns and nothing computed."""
         if name not in self.tables:
             what = "a virtual table" if name in self.virtual else "missing"
             raise IntegrityError(f"{self.path}: the table {name!r} is {what}; a shard has it as an ordinary table")
@@ -157,11 +144,7 @@ class SqliteFile:
             raise IntegrityError(f"{self.path}: table {name!r} has primary key {keys}; expected {key!r}")
 
     def query(self, sql: str, values: tuple[Any, ...] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a query.
-
-        Raises:
-            IntegrityError: the file cannot be read.
-        """
+        """All rows of a query."""
         with reading(self.path):
             return self.connection.execute(sql, values).fetchall()
 
@@ -169,9 +152,6 @@ class SqliteFile:
         """All rows of a query, asked with several values, for keys and values that lie in the file once.
 
         In a stranger's file many values may share the same pages: of a small file, they would fill the memory.
-
-        Raises:
-            IntegrityError: the file cannot be read, or the values are larger than it is.
         """
         out: list[tuple[Any, Any]] = []
         room = self.size
@@ -185,11 +165,7 @@ class SqliteFile:
         return out
 
     def check_size(self, name: str, column: str, most: int) -> None:
-        """Checks that the first ``most`` values of a column have room in the file, without reading them.
-
-        Raises:
-            IntegrityError: the file cannot be read, or the values are larger than it is.
-        """
+        """Checks that the first ``most`` values of a column have room in the file, without reading them."""
         # The lengths stand in front of a row's values.
         sql = f"SELECT total(n) FROM (SELECT octet_length({column}) AS n FROM {name} LIMIT ?)"  # noqa: S608 - our names
         if self.query(sql, (most,))[0][0] > self.size:

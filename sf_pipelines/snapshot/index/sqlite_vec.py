@@ -1,39 +1,42 @@
-"""Shards as SQLite files of the extension sqlite-vec: ``<shard>/shard.db``."""
+"""Shards as SQLite files of the extension sqlite-vec: ``<shard>/shard.db``.
+
+sqlite-vec 0.1.9 keeps its vectors in ordinary tables: chunks of 1,024 vectors side by side in one blob, with the row
+numbers and a bitmap of the slots in use beside them. It has no index: a search reads all of them. Read once into
+numpy, without the extension, they answer three times faster. Every size is checked first, as the file may be a
+stranger's.
+"""
 
 import json
 import re
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryError, ReaderClosedError
-from sf_pipelines.snapshot.index.payloads import parse_payload
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryError
 from sf_pipelines.snapshot.index.protocol import (
-    BuildReport,
     IdArray,
-    IdType,
     IndexFamily,
     ShardHits,
+    ShardIndex,
     VectorType,
+    parse_payload,
 )
-from sf_pipelines.snapshot.index.ranking import Ids, find_ids, first_k, id_ranks, id_values, no_hits, take_ids
+from sf_pipelines.snapshot.index.ranking import Ids, find_ids, first_k, id_ranks, id_values, take_ids
 from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
 from sf_pipelines.snapshot.index.sqlite import CREATE_KV, FILE, SqliteFile, reading, writing
-from sf_pipelines.snapshot.index.vec_file import EMBEDDING, VectorChunks, read_ids
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 
 if TYPE_CHECKING:
     import apsw
 
-_INDEX_TYPE = "SQLITE_VEC_SCAN"
+EMBEDDING = "embedding"
 _DISTANCES = {DistanceMetric.COSINE: "cosine", DistanceMetric.L2: "l2"}
 # Rows turned into Python objects at a time.
 _BATCH = 4_096
@@ -48,10 +51,51 @@ _INSERT_ID = {
     "str": """INSERT INTO vec_id_map VALUES (?, '{"v": ' || json_quote(?) || ', "t": "str"}')""",
 }
 _STORED_COLUMNS = frozenset({"id", "vector", "payload"})
+# Columns with their declared types, and the primary key.
+_TABLES: dict[str, tuple[dict[str, str | None], str | None]] = {
+    "vec_index_info": ({"key": None, "value": None}, None),
+    "vec_index_chunks": (
+        {"chunk_id": "INTEGER", "size": "INTEGER", "validity": "BLOB", "rowids": "BLOB"},
+        "chunk_id",
+    ),
+    "vec_index_rowids": ({"rowid": "INTEGER", "id": None, "chunk_id": "INTEGER", "chunk_offset": "INTEGER"}, "rowid"),
+    "vec_index_vector_chunks00": ({"rowid": None, "vectors": "BLOB"}, None),
+    "vec_payloads": ({"rowid": "INTEGER", "payload": "TEXT"}, "rowid"),
+    "vec_id_map": ({"internal_id": "INTEGER", "original_id": "TEXT"}, "internal_id"),
+}
+_DECLARED = re.compile(
+    r"""\s*CREATE\s+VIRTUAL\s+TABLE\s+["'`\[]?vec_index["'`\]]?\s+USING\s+vec0\s*\((.*)\)\s*;?\s*""",
+    re.IGNORECASE | re.DOTALL,
+)
+_VECTOR_COLUMN = re.compile(
+    rf"{EMBEDDING}\s+(?:float|float32|f32)\s*\[\s*(\d{{1,6}})\s*\](?:\s+distance_metric\s*=\s*(\w+))?", re.IGNORECASE
+)
+_OTHER_COLUMN = re.compile(r"\w+\s+(?:integer|int|boolean|bool|float|double|text)|chunk_size\s*=\s*\d+", re.IGNORECASE)
+_SIZES = """
+SELECT c.chunk_id, c.size, typeof(c.validity), length(c.validity), typeof(c.rowids), length(c.rowids),
+       typeof(v.vectors), length(v.vectors)
+FROM vec_index_chunks c LEFT JOIN vec_index_vector_chunks00 v ON v._rowid_ = c.chunk_id
+ORDER BY c.chunk_id LIMIT ?
+"""
+# An int that is none comes back as bytes, which are no id.
+_IDS = """
+SELECT internal_id, CASE json_extract(original_id, '$.t')
+    WHEN 'int' THEN CASE json_type(original_id, '$.v')
+        WHEN 'integer' THEN json_extract(original_id, '$.v') ELSE CAST(original_id AS BLOB) END
+    ELSE CAST(json_extract(original_id, '$.v') AS TEXT) END
+FROM vec_id_map ORDER BY internal_id LIMIT ?
+"""
+# Slots of a chunk: sqlite-vec takes multiples of 8 up to 4,096.
+_MAX_SLOTS = 4_096
+_INT, _STR = frozenset({int}), frozenset({str})
 
 
-class SqliteVecBackend:
-    """The SQLite extension sqlite-vec. It has no index: every search is an exact scan."""
+class SqliteVecShard(ShardIndex):
+    """The SQLite extension sqlite-vec. It has no index: every search is an exact scan.
+
+    Vectors that are not kept in memory are read from the file in blocks by each search. Rows are referred to by their
+    ``rowid``.
+    """
 
     name = "sqlite-vec"
     directory = FILE
@@ -60,8 +104,9 @@ class SqliteVecBackend:
     # There is no index. Searching 50,000 x 384 in memory takes 8 ms, reading them from the file each time 80.
     scan_bytes = sys.maxsize
 
+    @classmethod
     def build(
-        self,
+        cls,
         rows: pa.Table,
         folder: Path,
         *,
@@ -69,15 +114,14 @@ class SqliteVecBackend:
         metric: DistanceMetric,
         params: IndexParams,
         vector_type: VectorType = "float32",
-    ) -> BuildReport:
-        """Writes vectors, ids and payloads; see ``IndexBackend.build``. Family and parameters mean nothing here.
+    ) -> None:
+        """Writes vectors, ids and payloads. Family and parameters mean nothing here.
 
         A filter column ``c`` becomes a metadata column of ``vec_index``: ``boolean``, ``integer``, ``float`` or
         ``text``; dates are days and timestamps microseconds since 1970 (UTC), both ``integer``. The extension knows
         no null there, so a second, boolean column ``c__null`` tells: where it is 1, ``c`` is 0 or empty. NaN is null.
         """
         del family, params
-        started = time.perf_counter()
         vectors = _checked_vectors(rows, folder, metric, vector_type)
         filters = _filter_columns(rows, folder)
         columns = [f"{EMBEDDING} float[{vectors.shape[1]}] distance_metric={_DISTANCES[metric]}"]
@@ -102,87 +146,43 @@ class SqliteVecBackend:
                 given = rows.column("payload").is_valid()
                 pairs = [numbers.filter(given.combine_chunks()), rows.column("payload").filter(given)]
                 connection.executemany("INSERT INTO vec_payloads VALUES (?, ?)", _tuples(pairs))
-            count: Any = connection.execute("SELECT count(*) FROM vec_index_rowids").get
-        return BuildReport(rows.num_rows, count, _INDEX_TYPE, time.perf_counter() - started)
+            stored: Any = connection.execute("SELECT count(*) FROM vec_index_rowids").get
+        if stored != rows.num_rows:
+            raise IndexBuildError(f"{folder}: the index covers {stored} of {rows.num_rows} rows")
 
-    def open(self, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> "SqliteVecShard":
-        """Opens a local shard directory; see ``IndexBackend.open``.
-
-        There is no index to ask: what is not kept in memory is searched in blocks that are read from the file each
-        time.
-        """
+    @classmethod
+    def open(cls, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> Self:
         file = SqliteFile(folder / FILE)
         try:
-            return SqliteVecShard(file, metric, dim, in_memory=in_memory)
+            return cls(file, metric, dim, in_memory=in_memory)
         except IntegrityError:
             file.close()
             raise
 
-
-class SqliteVecShard:
-    """An opened file; see ``ShardIndex``. Rows are referred to by their ``rowid``."""
-
     def __init__(self, file: SqliteFile, metric: DistanceMetric, dim: int, *, in_memory: bool) -> None:
+        super().__init__(file.path, metric, dim, scans=in_memory)
         self._chunks = VectorChunks(file, dim)
-        self._ids = read_ids(file, self._chunks.rowids)
-        self.id_type: IdType = _id_type(self._ids)
+        ids = self._ids = _read_ids(file, self._chunks.rowids)
+        if isinstance(ids, np.ndarray):
+            self.id_type = "mixed"
+        else:
+            self.id_type = "int64" if pa.types.is_integer(ids.type) else "string"
         self.rows = self.indexed_rows = len(self._chunks.rowids)
-        self._where = str(file.path)
-        self._metric = metric
-        self._dim = dim
-        self._in_memory = in_memory
-        self._ranks = id_ranks(self._ids)
+        self._ranks = id_ranks(ids)
+        self._repeats = int(np.unique(self._ranks, return_counts=True)[1].max(initial=1))
         # Known once a vector was read, NaN before; inf where the vector is not finite.
         self._lengths = np.full(self.rows, np.nan)
-        self._repeats = int(np.unique(self._ranks, return_counts=True)[1].max(initial=1))
-        # Held while all vectors are read, so that threads on a cold shard read them once.
-        self._lock = threading.RLock()
         self._file: SqliteFile | None = file
-        self._scan: MemoryScan | None = None
         self._extended = False
-        self._held = self._ids.nbytes + self._ranks.nbytes + 3 * self._chunks.rowids.nbytes
+        self._held = ids.nbytes + self._ranks.nbytes + 3 * self._chunks.rowids.nbytes
 
-    @property
-    def memory_bytes(self) -> int:
-        """Vectors, ids and row numbers held."""
-        if self._file is None:
-            return 0
-        scan = self._scan
-        return self._held + (scan.nbytes if scan else 0)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether a search is a scan of what is held already."""
-        return self._scan is not None
-
-    def warm(self) -> None:
-        """Loads the vectors of a shard that is scanned in memory."""
-        self.scan()
-
-    def scan(self) -> MemoryScan | None:
-        """The scan of a shard that is searched in memory; see ``ShardIndex.scan``."""
-        return self._memory() if self._in_memory else None
-
-    def search(self, queries: Float32, k: int) -> ShardHits:
-        """Nearest rows with exact distances, by scan. A stranger's row that is no number is in no answer."""
-        if self.rows == 0:
-            with self._lock:
-                self._opened()
-            return no_hits(len(queries), self._ids)
-        if self._in_memory:
-            return self._memory().search(queries, k)
-        return self._block_search(queries, min(k * self._repeats, self.rows))
-
-    def _block_search(self, queries: Float32, k: int) -> ShardHits:
+    def _search_file(self, queries: Float32, k: int) -> ShardHits:
         """The scan in blocks: at any time one block of vectors and the best so far are in memory."""
+        k = min(k * self._repeats, self.rows)
         step = max(self._chunks.slots, _BLOCK_BYTES // (self._dim * 4) // self._chunks.slots * self._chunks.slots)
-        best: ShardHits | None = None
-        for start in range(0, self.rows, step):
-            positions = np.arange(start, min(start + step, self.rows))
-            found = self._scan_of(positions, positions, pa.array(self._ranks[positions])).search(queries, k)
-            best = found if best is None else _nearest(best, found, k)
-        if best is None:
-            return no_hits(len(queries), self._ids)
+        blocks = (np.arange(start, min(start + step, self.rows)) for start in range(0, self.rows, step))
+        found = (self._scan_of(at, at, pa.array(self._ranks[at])).search(queries, k) for at in blocks)
+        best = reduce(lambda one, other: _nearest(one, other, k), found)
         # Until here rows were positions and ids were ranks.
         hit = best.rows >= 0
         positions = best.rows[hit]
@@ -193,11 +193,7 @@ class SqliteVecShard:
         return ShardHits(best.rows, ids, best.distances, best.counts)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
-        """The extension's own search and distance (l2 is not squared); rows without a distance are left out.
-
-        Raises:
-            QueryError: ``k`` is above 4,096, which the extension refuses.
-        """
+        """The extension's own search and distance (l2 is not squared); rows without a distance are left out."""
         if k > _MAX_K:
             raise QueryError(f"top_k {k} is more than {_MAX_K}, the most that sqlite-vec itself searches for")
         sql = "SELECT rowid, distance FROM vec_index WHERE embedding MATCH ? AND k = ?"
@@ -217,14 +213,12 @@ class SqliteVecShard:
         return best.hits(rows, take_ids(self._ids, self._positions(rows)), distances)
 
     def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
-        """Payload of each row, parsed; text that is no JSON object gives None."""
         sql = "SELECT rowid, payload FROM vec_payloads WHERE rowid IN (SELECT value FROM json_each(?))"
         with self._lock:
             texts = dict(self._opened().query_within(sql, (json.dumps(rows.tolist()),)))
         return [parse_payload(texts.get(row)) for row in rows.tolist()]
 
     def vectors(self, rows: NDArray[np.int64]) -> Float32:
-        """Stored vectors."""
         positions, scan = self._positions(rows), self._scan
         if scan is not None and len(scan.rows) == self.rows:
             return scan.vectors[positions]
@@ -233,38 +227,29 @@ class SqliteVecShard:
             return self._chunks.vectors(positions)
 
     def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
-        """Row references by id."""
         with self._lock:
             self._opened()
             return find_ids(ids, self._ids, self._chunks.rowids)
 
-    def sample(self, n: int) -> tuple[IdArray, Float32]:
-        """Evenly spaced rows."""
-        positions = np.unique(np.linspace(0, self.rows - 1, min(n, self.rows)).astype(np.int64))
+    def _at(self, positions: NDArray[np.int64]) -> tuple[IdArray, Float32]:
         with self._lock:
             self._opened()
             return id_values(take_ids(self._ids, positions)), self._chunks.vectors(positions)
 
     def close(self) -> None:
-        """Closes the file and lets go of everything held in memory."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
-            self._file = self._scan = None
+            self._file = None
+            super().close()
 
     def _opened(self) -> SqliteFile:
         if self._file is None:
-            raise ReaderClosedError(f"the shard in {self._where} was closed")
+            raise self._closed()
         return self._file
 
-    def _memory(self) -> MemoryScan:
-        scan = self._scan
-        if scan is not None:
-            return scan
-        with self._lock:
-            if self._scan is None:
-                self._scan = self._scan_of(np.arange(self.rows), self._chunks.rowids, self._ids)
-            return self._scan
+    def _read_scan(self) -> MemoryScan:
+        return self._scan_of(np.arange(self.rows), self._chunks.rowids, self._ids)
 
     def _scan_of(self, positions: NDArray[np.int64], rows: NDArray[np.int64], ids: Ids) -> MemoryScan:
         """A scan over these positions."""
@@ -373,12 +358,6 @@ def _tuples(columns: Sequence[pa.Array | pa.ChunkedArray]) -> Iterator[tuple[Any
         yield from zip(*(column.slice(start, _BATCH).to_pylist() for column in columns), strict=True)
 
 
-def _id_type(ids: pa.Array | IdArray) -> IdType:
-    if isinstance(ids, np.ndarray):
-        return "mixed"
-    return "int64" if pa.types.is_integer(ids.type) else "string"
-
-
 def _nearest(one: ShardHits, other: ShardHits, k: int) -> ShardHits:
     """The k best of two answers to the same queries, whose ids are ranks."""
     rows = np.concatenate([one.rows, other.rows], axis=1)
@@ -388,3 +367,133 @@ def _nearest(one: ShardHits, other: ShardHits, k: int) -> ShardHits:
     ranks = np.concatenate([one.ids, other.ids], axis=1)[hit]
     best = first_k(query, distances, ranks, len(rows), k)
     return best.hits(rows[hit][best.flat], pa.array(ranks[best.flat]), distances)
+
+
+class VectorChunks:
+    """Where each vector of a file lies. Use it under the file's lock.
+
+    Args:
+        file: opened.
+        dim: numbers of a vector, as the manifest says.
+
+    Attributes:
+        rowids: row numbers, ascending, shape (rows,).
+        slots: vectors of a chunk.
+
+    Raises:
+        IntegrityError: the file has other tables, sizes or dimension.
+    """
+
+    def __init__(self, file: SqliteFile, dim: int) -> None:
+        self._file = file
+        self._dim = dim
+        _check_declaration(file, dim)
+        for name, (columns, key) in _TABLES.items():
+            file.require(name, columns, key=key)
+        self._chunks, self.slots = self._check_sizes()
+        used, rowids = self._read_layout()
+        order = np.argsort(rowids, kind="stable")
+        self.rowids = rowids[order]
+        self._places = used[order]
+        if len(rowids) and (np.diff(self.rowids) == 0).any():
+            raise IntegrityError(f"{file.path}: table 'vec_index_chunks' names a row twice")
+
+    def _check_sizes(self) -> tuple[list[int], int]:
+        """Numbers of the chunks, and slots of each; all sizes are checked before any blob is read."""
+        path, width = self._file.path, self._dim * 4
+        most = self._file.size // (8 * width) + 1
+        found = self._file.query(
+            _SIZES,
+            (most + 1,),
+        )
+        slots: Any = found[0][1] if found else 8
+        if not isinstance(slots, int) or slots % 8 or not 0 < slots <= _MAX_SLOTS:
+            raise IntegrityError(f"{path}: table 'vec_index_chunks' has chunks of {slots!r} vectors")
+        expected = (slots, "blob", slots // 8, "blob", slots * 8, "blob", slots * width)
+        for chunk, *sizes in found:
+            if tuple(sizes) != expected:
+                raise IntegrityError(f"{path}: chunk {chunk} of 'vec_index' is {sizes}; expected {list(expected)}")
+        if len(found) * slots * width > self._file.size:
+            raise IntegrityError(f"{path}: {len(found)} chunks of {slots} vectors have no room in the file")
+        return [row[0] for row in found], slots
+
+    def _read_layout(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Places in use (slots of all chunks, counted through) and the row number in each."""
+        blobs = self._file.query(
+            "SELECT validity, rowids FROM vec_index_chunks ORDER BY chunk_id LIMIT ?", (len(self._chunks),)
+        )
+        valid = np.frombuffer(b"".join(validity for validity, _ in blobs), dtype=np.uint8)
+        used = np.flatnonzero(np.unpackbits(valid, bitorder="little")).astype(np.int64)
+        return used, np.frombuffer(b"".join(rowids for _, rowids in blobs), dtype="<i8")[used].astype(np.int64)
+
+    def vectors(self, positions: NDArray[np.int64]) -> Float32:
+        """Vectors at these positions of ``rowids``, shape (n, dim)."""
+        out = np.empty((len(positions), self._dim), dtype=np.float32)
+        chunks, slots = np.divmod(self._places[positions], self.slots)
+        order = np.argsort(chunks, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1) if len(order) else []:
+            chunk = self._chunks[chunks[part[0]]]
+            found = self._file.query("SELECT vectors FROM vec_index_vector_chunks00 WHERE _rowid_ = ?", (chunk,))
+            block = np.frombuffer(found[0][0], dtype="<f4").reshape(self.slots, self._dim)
+            whole = len(part) == self.slots and bool((slots[part] == np.arange(self.slots)).all())
+            if whole and part[-1] - part[0] == self.slots - 1:
+                # Rows as they were written: one copy, four times faster than row by row.
+                out[part[0] : part[-1] + 1] = block
+            else:
+                out[part] = block[slots[part]]
+        return out
+
+
+def _read_ids(file: SqliteFile, rowids: NDArray[np.int64]) -> pa.Array | IdArray:
+    """The id of each row: int64 or string, or numpy objects where a stranger mixed them.
+
+    A row that the map does not name has its row number for an id; an id that does not say its type is a str: so do
+    readers of the format.
+    """
+    # A row of the map takes more than four bytes.
+    most = file.size // 4
+    file.check_size("vec_id_map", "original_id", most)
+    found = file.query(_IDS, (most,))
+    rows, values = zip(*found, strict=True) if found else ((), ())
+    if not frozenset(map(type, rows)) <= _INT:
+        odd = next(row for row in rows if type(row) is not int)
+        raise IntegrityError(f"{file.path}: table 'vec_id_map' names row {repr(odd)[:80]}; rows are whole numbers")
+    mapped = np.fromiter(rows, dtype=np.int64, count=len(rows))
+    kinds = frozenset(map(type, values))
+    if not kinds <= _INT | _STR:
+        strange = next(n for n, value in enumerate(values) if type(value) not in {int, str})
+        raise IntegrityError(
+            f"{file.path}: table 'vec_id_map' has no id for row {rows[strange]}, but {repr(values[strange])[:200]}"
+        )
+    if kinds == _INT and np.array_equal(mapped, rowids):
+        return pa.array(values, pa.int64())
+    if kinds == _STR and np.array_equal(mapped, rowids):
+        return pa.array(values, pa.string())
+    return _joined(mapped, values, rowids)
+
+
+def _joined(mapped: NDArray[np.int64], values: tuple[Any, ...], rowids: NDArray[np.int64]) -> pa.Array | IdArray:
+    """Ids of a map that does not name each row once in order, or mixes types."""
+    ids = rowids.astype(object)
+    here, at = np.isin(mapped, rowids), np.searchsorted(rowids, mapped)
+    objects = np.empty(len(values), dtype=object)
+    objects[:] = values
+    ids[at[here]] = objects[here]
+    kinds = frozenset(map(type, ids.tolist()))
+    if kinds == _STR:
+        return pa.array(ids, pa.string())
+    return ids if str in kinds else pa.array(ids, pa.int64())
+
+
+def _check_declaration(file: SqliteFile, dim: int) -> None:
+    sql = file.virtual.get("vec_index")
+    if sql is None:
+        raise IntegrityError(f"{file.path} has no virtual table 'vec_index'; it holds no vectors")
+    declared = _DECLARED.fullmatch(sql)
+    columns = [column.strip() for column in declared.group(1).split(",")] if declared else [""]
+    vector = _VECTOR_COLUMN.fullmatch(columns[0])
+    strange = [column for column in columns[1:] if not _OTHER_COLUMN.fullmatch(column)]
+    if vector is None or strange:
+        raise IntegrityError(f"{file.path}: 'vec_index' is declared in a way no shard does: {sql[:200]}")
+    if int(vector.group(1)) != dim:
+        raise IntegrityError(f"{file.path}: 'vec_index' holds {vector.group(1)} numbers, the manifest says {dim}")

@@ -1,17 +1,20 @@
-"""A manifest as bytes: a serialized SQLite database of two tables.
+"""A manifest as bytes, a SQLite database of two tables; and how moments and JSON are written everywhere.
 
-Reading one means running a database made by somebody else. So its schema must hold ordinary tables only (a
+Reading a manifest means running a database made by somebody else. So its schema must hold ordinary tables only (a
 view in place of a table is a program), an authorizer lets through nothing but plain reads of the two tables,
 and bytes, steps, rows and texts are bounded.
 """
 
+import json
+import math
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from itertools import count
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from sf_pipelines.snapshot.errors import ManifestError
 from sf_pipelines.snapshot.manifest.models import (
@@ -22,7 +25,6 @@ from sf_pipelines.snapshot.manifest.models import (
     ShardObject,
     ShardRow,
 )
-from sf_pipelines.snapshot.manifest.wire import dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.model import describe_validation
 
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
@@ -31,6 +33,8 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 _MAGIC = b"SQLite format 3\x00"
 _STEPS_PER_TICK = 1000
 _MAX_TICKS = 50_000
+# Numbers above this are taken as milliseconds, as readers of the format do.
+_SECONDS_LIMIT = 2e10
 
 _CREATE = """
 CREATE TABLE build_meta (
@@ -59,80 +63,42 @@ CREATE TABLE shards (
     sf_objects    TEXT
 );
 """
-_INSERT_META = """
-INSERT INTO build_meta (run_id, created_at, num_dbs, s3_prefix, key_col, sharding, db_path_template,
-                        shard_prefix, format_version, key_encoding, custom)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
-_INSERT_SHARD = """
-INSERT INTO shards (db_id, db_url, attempt, row_count, db_bytes, min_key, max_key, checkpoint_id, writer_info,
-                    sf_objects)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
-
-
+# Of the stock format, every column but this one.
 _OBJECTS_COLUMN = "sf_objects"
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     name: str
     columns: tuple[str, ...]
     max_rows: int
 
 
-_BUILD_META = _Table(
-    "build_meta",
-    (
-        *("run_id", "created_at", "num_dbs", "s3_prefix", "key_col", "sharding", "db_path_template"),
-        *("shard_prefix", "format_version", "key_encoding", "custom"),
-    ),
-    1,
-)
-_SHARDS = _Table(
-    "shards",
-    (
-        *("db_id", "db_url", "attempt", "row_count", "db_bytes", "min_key", "max_key", "checkpoint_id"),
-        "writer_info",
-    ),
-    MAX_SHARDS,
-)
+_BUILD_META = _Table("build_meta", tuple(name for name in Manifest.model_fields if name != "shards"), 1)
+_SHARDS = _Table("shards", tuple(name for name in ShardRow.model_fields if name != "objects"), MAX_SHARDS)
 _objects = TypeAdapter(tuple[ShardObject, ...])
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest's bytes; the same for equal manifests.
-
-    Raises:
-        ManifestError: its parts do not agree, or a custom field is no JSON.
-    """
+    """The manifest's bytes; the same for equal manifests."""
     manifest.validated()
     try:
-        meta, shards = _meta_values(manifest), [_shard_values(row) for row in _by_id(manifest.shards)]
+        sharding = dump_json(manifest.sharding.model_dump(mode="json", exclude_none=True))
+        stored = {"created_at": timestamp(manifest.created_at), "sharding": sharding}
+        meta = dict(manifest) | stored | {"custom": dump_json(manifest.custom)}
+        shards = [_stored_shard(row) for row in _by_id(manifest.shards)]
     except ValueError as error:
         raise ManifestError(f"manifest of run {manifest.run_id!r} cannot be written: {error}") from error
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
         # Freed space is zeroed, so that no byte depends on how the pages were filled.
         database.executescript("PRAGMA page_size = 4096; PRAGMA secure_delete = ON; BEGIN;" + _CREATE)
-        database.execute(_INSERT_META, meta)
-        database.executemany(_INSERT_SHARD, shards)
+        database.execute(_insert("build_meta", _BUILD_META.columns), meta)
+        database.executemany(_insert("shards", (*_SHARDS.columns, _OBJECTS_COLUMN)), shards)
         database.execute("COMMIT")
         return database.serialize()
 
 
 def decode_manifest(data: bytes, *, where: str) -> Manifest:
-    """Reads a manifest from somebody else.
-
-    Args:
-        data: the object's bytes.
-        where: its address, for errors.
-
-    Returns:
-        The manifest with its shards by ``db_id``.
-
-    Raises:
-        ManifestError: anything is wrong with it; names ``where``, table, row and field.
-    """
+    """Reads a manifest from somebody else; its shards are in the order of ``db_id``."""
     try:
         meta, shard_rows = _read_tables(data)
         shards = _by_id(tuple(_shard(row, number) for number, row in enumerate(shard_rows)))
@@ -145,41 +111,14 @@ def _by_id(shards: tuple[ShardRow, ...]) -> tuple[ShardRow, ...]:
     return tuple(sorted(shards, key=lambda shard: shard.db_id))
 
 
-# Writing.
+def _stored_shard(row: ShardRow) -> dict[str, Any]:
+    objects = None if row.objects is None else dump_json([item.model_dump() for item in row.objects])
+    keys = {name: None if (key := getattr(row, name)) is None else dump_json(key) for name in ("min_key", "max_key")}
+    return dict(row) | keys | {"writer_info": dump_json(row.writer_info), _OBJECTS_COLUMN: objects}
 
 
-def _meta_values(manifest: Manifest) -> tuple[Any, ...]:
-    return (
-        manifest.run_id,
-        timestamp(manifest.created_at),
-        manifest.num_dbs,
-        manifest.s3_prefix,
-        manifest.key_col,
-        dump_json(manifest.sharding.model_dump(mode="json", exclude_none=True)),
-        manifest.db_path_template,
-        manifest.shard_prefix,
-        manifest.format_version,
-        manifest.key_encoding,
-        dump_json(manifest.custom),
-    )
-
-
-def _shard_values(row: ShardRow) -> tuple[Any, ...]:
-    objects = None
-    if row.objects is not None:
-        objects = dump_json([item.model_dump() for item in row.objects])
-    return (
-        row.db_id,
-        row.db_url,
-        row.attempt,
-        row.row_count,
-        row.db_bytes,
-        None if row.min_key is None else dump_json(row.min_key),
-        None if row.max_key is None else dump_json(row.max_key),
-        row.checkpoint_id,
-        dump_json(row.writer_info),
-        objects,
-    )
+def _insert(table: str, columns: tuple[str, ...]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(f':{name}' for name in columns)})"  # noqa: S608
 
 
 # Reading: the database.
@@ -193,9 +132,8 @@ def _read_tables(data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         with closing(_open(data)) as database:
             _check_schema(database)
-            budget = _Budget(len(data))
-            meta = list(_rows(database, _BUILD_META, budget))
-            shards = list(_rows(database, _SHARDS, budget))
+            meta, left = _rows(database, _BUILD_META, len(data))
+            shards, _ = _rows(database, _SHARDS, left)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         # The second comes from messages that quote the file's bytes.
         raise ManifestError(f"cannot be read as a database of plain tables: {error}") from error
@@ -212,24 +150,14 @@ def _open(data: bytes) -> sqlite3.Connection:
         database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         database.deserialize(data)
         # Part of the copy was read by now, so the caps on steps and texts come before anything else is.
-        database.set_progress_handler(_ticker(), _STEPS_PER_TICK)
+        ticks = count(1)
+        database.set_progress_handler(lambda: int(next(ticks) > _MAX_TICKS), _STEPS_PER_TICK)
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_TEXT_BYTES)
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "query_only = ON"):
             database.execute(f"PRAGMA {pragma}")
         database.set_authorizer(_authorize)
         on_failure.pop_all()
     return database
-
-
-def _ticker() -> Callable[[], int]:
-    ticks = 0
-
-    def tick() -> int:
-        nonlocal ticks
-        ticks += 1
-        return int(ticks > _MAX_TICKS)
-
-    return tick
 
 
 def _authorize(action: int, first: str | None, second: str | None, base: str | None, inside: str | None) -> int:
@@ -273,28 +201,22 @@ def _columns(database: sqlite3.Connection, table: _Table) -> tuple[str, ...]:
     return table.columns + ((_OBJECTS_COLUMN,) if _OBJECTS_COLUMN in found else ())
 
 
-class _Budget:
-    """An honest file's rows hold no more text than it has bytes; a crafted one points to a page twice."""
+def _rows(database: sqlite3.Connection, table: _Table, left: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a table, and what they leave of the bytes that all rows together may have as text.
 
-    def __init__(self, size: int) -> None:
-        self.left = size
-
-    def spend(self, values: tuple[Any, ...]) -> None:
-        """Counts the text of a row; raises ``ManifestError`` when there is more than the file can hold."""
-        self.left -= sum(len(value) for value in values if isinstance(value, str | bytes))
-        if self.left < 0:
-            raise ManifestError("its rows hold more text than the file has bytes")
-
-
-def _rows(database: sqlite3.Connection, table: _Table, budget: _Budget) -> Iterator[dict[str, Any]]:
+    An honest file's rows hold no more text than it has bytes; a crafted one points to a page twice.
+    """
     names = _columns(database, table)
+    rows: list[dict[str, Any]] = []
     # Names are this module's own. NOT INDEXED: a stranger's index may say something other than its table.
-    cursor = database.execute(f"SELECT {', '.join(names)} FROM main.{table.name} NOT INDEXED")  # noqa: S608
-    for number, values in enumerate(cursor):
-        if number >= table.max_rows:
+    for values in database.execute(f"SELECT {', '.join(names)} FROM main.{table.name} NOT INDEXED"):  # noqa: S608
+        if len(rows) >= table.max_rows:
             raise ManifestError(f"table {table.name} has more than {table.max_rows} row(s)")
-        budget.spend(values)
-        yield dict(zip(names, values, strict=True))
+        left -= sum(len(value) for value in values if isinstance(value, str | bytes))
+        if left < 0:
+            raise ManifestError("its rows hold more text than the file has bytes")
+        rows.append(dict(zip(names, values, strict=True)))
+    return rows, left
 
 
 # Reading: the values.
@@ -354,3 +276,63 @@ def _json(where: str, value: Any, kind: Any) -> Any:
     if not isinstance(found, kind) or isinstance(found, bool):
         raise ManifestError(f"{where} is JSON of the wrong kind (got {found!r:.80})")
     return found
+
+
+# Moments and JSON, as manifests, pointers and records have them.
+
+
+def timestamp(moment: datetime) -> str:
+    """A moment as the format writes it: UTC, always six fractional digits, ``Z``."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def parse_moment(value: Any) -> datetime:
+    """A moment in UTC from ISO text, seconds or milliseconds since 1970, or a datetime; no zone means UTC."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | datetime):
+        raise ValueError(f"is no ISO datetime: {value!r}")  # noqa: TRY004 - pydantic turns only ValueError into its own
+    try:
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value / 1000 if abs(value) > _SECONDS_LIMIT else value, UTC)
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (OverflowError, OSError, ValueError) as error:
+        raise ValueError(f"is no ISO datetime: {value!r:.80}") from error
+
+
+Moment = Annotated[datetime, BeforeValidator(parse_moment)]
+
+
+def dump_json(value: Any) -> str:
+    """Compact JSON with sorted keys; a ``ValueError`` for NaN, infinity, or what JSON cannot say."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def load_json(text: str | bytes) -> Any:
+    """JSON from somebody else; a ``ValueError`` where it says NaN, infinity or a key twice, or nests too deeply."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("nests too deeply") from error
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"holds {name}, which is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"holds a number that is too large: {text:.40}")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"names the key {repeated!r:.80} twice")
+    return result

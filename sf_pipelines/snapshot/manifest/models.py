@@ -46,13 +46,7 @@ Part = TypeVar("Part", bound=WireModel)
 
 
 class ShardObject(WireModel):
-    """One object of a shard, sealed.
-
-    Attributes:
-        path: relative to the shard's directory, such as ``vector_index.lance/data/x.lance``.
-        size: bytes.
-        sha256: lower-case hex digest of its bytes.
-    """
+    """One object of a shard, sealed; its path is relative to the shard's directory."""
 
     path: Name
     size: Count
@@ -70,13 +64,8 @@ class ShardRow(WireModel):
     """One shard.
 
     Attributes:
-        db_id: shard, from 0.
         db_url: address of its directory; None for an empty shard.
         attempt: which attempt at building it won.
-        row_count: rows in it.
-        db_bytes: bytes of its objects.
-        min_key: smallest key (key-value snapshots).
-        max_key: largest key.
         checkpoint_id: opaque id of these bytes.
         writer_info: anything that the writer noted.
         objects: every object with size and digest; None where the writer recorded none (stock).
@@ -106,12 +95,7 @@ class ShardRow(WireModel):
 class ShardingRecord(WireModel):
     """How keys find their shard. Vector-only snapshots carry the default as a placeholder.
 
-    Attributes:
-        strategy: ``hash`` or ``cel``.
-        hash_algorithm: always ``xxh3_64``.
-        cel_expr: expression that names the shard.
-        cel_columns: its columns and their types.
-        routing_values: value of the expression for each shard; None for a number.
+    ``routing_values`` has the expression's value for each shard; None where it gives the shard's number.
     """
 
     strategy: Literal["hash", "cel"] = "hash"
@@ -142,26 +126,15 @@ class VectorMeta(WireModel):
     """``custom.vector``: what a vector reader needs. Unknown fields are somebody else's and ignored.
 
     Vector-only snapshots may leave out ``metric`` (cosine) and ``sharding_strategy`` (explicit): readers of the format
-    take these defaults. In unified ones the metric is required.
+    take these defaults. In unified ones the metric is required, and there is no strategy.
 
     Attributes:
-        dim: numbers in a vector.
-        metric: declared distance.
-        index_type: kind of index; informational.
-        quantization: of the index; informational.
-        total_vectors: rows of the snapshot; informational.
-        sharding_strategy: how vectors find their shard; None in unified snapshots.
+        index_type: informational, as ``quantization`` and ``total_vectors`` are.
         num_probes: shards that a reader asks by default.
         centroids_ref: address of the ``.npy`` with one centroid per shard (cluster).
         hyperplanes_ref: address of the ``.npy`` with one hyperplane per bit (lsh).
-        num_hash_bits: number of hyperplanes.
-        cel_expr: expression that names the shard (cel).
-        cel_columns: its columns and their types.
-        routing_values: its value for each shard; bytes as ``{"__bytes_hex__": "…"}``.
+        routing_values: value of ``cel_expr`` for each shard; bytes as ``{"__bytes_hex__": "…"}``.
         unified: whether the shards hold keys and values too.
-        backend: index library of a unified snapshot.
-        kv_backend: key-value library of a unified snapshot.
-        index_params: knobs of the index.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -201,14 +174,7 @@ class VectorMeta(WireModel):
 
 
 class CurveRecord(WireModel):
-    """Recall of the tuning queries at one number of probes.
-
-    Attributes:
-        num_probes: shards asked.
-        recall: mean recall@k.
-        lower: its lower confidence bound.
-        rows_searched: mean share of the snapshot's rows that lie in the asked shards.
-    """
+    """Recall of the tuning queries at one number of probes, and the share of rows in the asked shards; means."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -221,12 +187,7 @@ class CurveRecord(WireModel):
 class JudgedRecord(WireModel):
     """The recall of the snapshot: of the judging queries, which did not choose ``num_probes``, asked as readers ask.
 
-    Attributes:
-        num_probes: shards asked.
-        queries: how many there were.
-        recall: mean recall@k.
-        lower: its lower confidence bound (one-sided, 95 %).
-        percentile_5: recall that 95 % of the queries reach; None in snapshots published before it was recorded.
+    The lower bound is one-sided, of 95 %. The fifth percentile is None in snapshots published before it was recorded.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -239,14 +200,7 @@ class JudgedRecord(WireModel):
 
 
 class RecallRecord(WireModel):
-    """What was measured before the snapshot was published.
-
-    Attributes:
-        k: neighbours asked for.
-        min_recall: what the lower bound of recall@k had to reach.
-        judged: the recall; None in snapshots published before it was recorded here.
-        curve: recall of the tuning queries by number of probes.
-    """
+    """What was measured before publishing; nothing judged in snapshots published before that was recorded here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -263,17 +217,11 @@ class SnapshotExtras(WireModel):
         version: of these fields.
         build_key: digest of source version and config.
         gate_key: digest of the gate that the snapshot was assembled for.
-        index_family: index of all shards.
-        id_type: ``int64`` or ``string``.
-        backend: index library of the shards.
         vector_type: how vectors are stored; under ``float16`` they are routed as rounded to it.
         payload_columns: columns of a hit's payload; None in snapshots published before it was recorded.
         filter_columns: columns beside the vector with their Arrow types.
-        key_type: type of the keys (unified snapshots).
         value_format: ``json`` object of columns or ``bytes`` as given (unified snapshots).
-        row_count: rows of all shards.
         rejected: rows that the data contract turned away.
-        recall: what was measured before publishing.
         routing_sha256: hex digest of the object that ``centroids_ref`` or ``hyperplanes_ref`` names.
     """
 
@@ -304,16 +252,11 @@ class Manifest(WireModel):
     """One snapshot.
 
     Attributes:
-        run_id: the build that made it.
-        created_at: when the manifest was made.
         num_dbs: number of shards, empty ones included.
         s3_prefix: address of the root that it was written for.
-        key_col: name of the key column.
         db_path_template: Python format of a shard's directory.
         shard_prefix: directory of all shards.
-        format_version: always 4.
         key_encoding: of the keys; ``raw`` for vectors.
-        sharding: how keys find their shard.
         custom: kind-specific fields (``vector``) and everybody's extras.
         shards: shards that have a row, by ``db_id``.
     """
@@ -338,20 +281,14 @@ class Manifest(WireModel):
 
     @property
     def vector(self) -> VectorMeta:
-        """The vector fields.
-
-        Raises:
-            ManifestError: there are none, or one of them is missing or of the wrong type.
-        """
+        """The vector fields; a ``ManifestError`` where there are none, or one is missing or of the wrong type."""
         return self._part(VectorMeta, "vector")
 
     @property
     def extras(self) -> SnapshotExtras | None:
         """What this package added; None in snapshots of others.
 
-        Raises:
-            ManifestError: a field is missing, of the wrong type or of another version: what it says of how vectors are
-                stored and found may then mean something else.
+        Another version is refused: what it says of how vectors are stored and found may then mean something else.
         """
         found = self.custom.get(EXTRAS_KEY)
         if found is None:
@@ -364,11 +301,7 @@ class Manifest(WireModel):
         return self._part(SnapshotExtras, EXTRAS_KEY)
 
     def validated(self) -> Self:
-        """This manifest, after checking that its parts agree.
-
-        Raises:
-            ManifestError: they do not; it says which.
-        """
+        """This manifest; a ``ManifestError`` that says which of its parts do not agree."""
         seen: set[int] = set()
         for shard in self.shards:
             where = f"shards row db_id={shard.db_id}"
@@ -391,13 +324,6 @@ class Manifest(WireModel):
         """Key below the root of an address in this manifest, relative to its own ``s3_prefix``.
 
         So a copied snapshot is read where it is, and nothing outside of the root is ever touched.
-
-        Args:
-            ref: the address, such as a ``db_url``.
-            field: what it is, for the error.
-
-        Raises:
-            ManifestError: it lies elsewhere or is not plain (``..``, empty segments, backslashes, escapes).
         """
         prefix = self.s3_prefix.rstrip("/") + "/"
         if not ref.startswith(prefix):
@@ -437,11 +363,7 @@ class Manifest(WireModel):
 
 
 def tail_of(ref: str, tail: str) -> str:
-    """The key that the tail of an address names; those of local files are percent-quoted.
-
-    Raises:
-        ValueError: the key is not plain (see ``unsafe_key``).
-    """
+    """The plain key that the tail of an address names, unquoted for local files; else a ``ValueError``."""
     if ref.startswith("file://"):
         try:
             tail = unquote(tail, errors="strict")

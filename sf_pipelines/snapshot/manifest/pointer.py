@@ -4,11 +4,11 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from sf_pipelines.snapshot.errors import IntegrityError, ManifestError
+from sf_pipelines.snapshot.manifest.codec import Moment, dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE, WireModel, tail_of
-from sf_pipelines.snapshot.manifest.wire import dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.model import describe_validation
 from sf_pipelines.snapshot.store import Store, Versioned
 
@@ -23,19 +23,12 @@ _MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}/(?P<moment>{_MOMENT})_run_id=(?P<run_id>[^/]+)/manifest")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
-Moment = Annotated[datetime, BeforeValidator(parse_moment)]
 # As many as there are: a pointer that somebody else made longer must stay readable.
 RunIds = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class PreviousPointer(WireModel):
-    """The snapshot that was served before.
-
-    Attributes:
-        run_id: its build.
-        manifest_ref: its manifest's address.
-        write_id: of the pointer that named it; None where it had none.
-    """
+    """The snapshot that was served before; no write id where the pointer that named it had none."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -45,12 +38,9 @@ class PreviousPointer(WireModel):
 
 
 class Hold(WireModel):
-    """A build that a rollback keeps from being published again.
+    """A build that a rollback keeps from being published again: under one gate, or whatever the gate.
 
-    Attributes:
-        build_key: of what was withdrawn.
-        gate_key: of the gate that it was published by, where what is served instead is of the same build under another
-            gate; None holds the build whatever the gate.
+    There is a gate where what is served instead is of the same build under another one.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -67,23 +57,16 @@ class Pointer(WireModel):
     """What ``_CURRENT`` says: five fields of the format, then this package's; others are ignored.
 
     Attributes:
-        manifest_ref: address of the manifest.
-        manifest_content_type: of the manifest.
-        run_id: build that made it.
-        updated_at: when the pointer was moved.
-        format_version: of the pointer.
         seq: number of this move, counting up; None when a writer that does not count moved it.
         write_id: unique to this move.
-        previous: what was served before.
         manifest_digest: SHA-256 (hex) of the manifest's bytes.
         build_key: digest of source version and config.
         gate_key: digest of the gate that the snapshot passed.
         hold: build key that a rollback blocked last; written for those who read no ``holds``.
-        holds: all builds that rollbacks block, the last one last. They end with a release, and when another build is
-            published.
+        holds: all builds that rollbacks block, the last one last, until a release or until another build is published.
         served: run ids that were served one after the other, the present one last; a rollback goes back along them.
         withdrawn: run ids that rollbacks have withdrawn, the last one last: nobody should fall back to them.
-        moved_by: what moved the pointer: ``build``, ``rollback`` or ``release``.
+        moved_by: ``build``, ``rollback`` or ``release``.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -130,15 +113,7 @@ class Pointer(WireModel):
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> Self:
-        """Reads a pointer.
-
-        Args:
-            data: the object's bytes.
-            where: its address, for errors.
-
-        Raises:
-            ManifestError: it is no JSON object, or a field is missing or of the wrong type.
-        """
+        """Reads a pointer; ``where`` is its address. A ``ManifestError`` says what is wrong with it."""
         if len(data) > MAX_POINTER_BYTES:
             raise ManifestError(f"pointer {where} has {len(data)} bytes, more than {MAX_POINTER_BYTES}")
         try:
@@ -156,12 +131,7 @@ class Pointer(WireModel):
 
 
 def find_pointer(store: Store) -> tuple[Pointer, Versioned] | None:
-    """The pointer under a root, and its bytes; None where there is none.
-
-    Raises:
-        ManifestError: it is too large or no regular file, or cannot be understood.
-        StoreError: it cannot be read.
-    """
+    """The pointer under a root, and its bytes; None where there is none."""
     try:
         found = store.find(CURRENT, limit=MAX_POINTER_BYTES)
     except IntegrityError as error:
@@ -177,20 +147,12 @@ class ManifestName(NamedTuple):
 
 
 def manifest_name(run_id: str, created_at: datetime) -> str:
-    """Key of a published manifest.
-
-    Raises:
-        ManifestError: the run id cannot be part of a name.
-    """
+    """Key of a published manifest; a ``ManifestError`` where the run id cannot be part of a name."""
     return f"{MANIFESTS}/{timestamp(created_at)}_run_id={plain_run_id(run_id)}/manifest"
 
 
 def plain_run_id(run_id: str) -> str:
-    """The run id, after checking that it can be part of a name.
-
-    Raises:
-        ManifestError: it cannot.
-    """
+    """The run id; a ``ManifestError`` where it cannot be part of a name."""
     if not _RUN_ID.fullmatch(run_id):
         raise ManifestError(f"run id {run_id!r:.80} must be letters, digits, '.', '_' and '-' to be part of a name")
     return run_id
@@ -209,11 +171,7 @@ def parse_manifest_key(key: str) -> ManifestName | None:
 
 
 def manifest_key(pointer: Pointer) -> str:
-    """Key below the root of the manifest that a pointer names, whatever root the pointer was written for.
-
-    Raises:
-        ManifestError: the address does not end in ``manifests/<time>_run_id=<run id>/manifest``.
-    """
+    """Key below the root of the manifest that a pointer names, whatever root the pointer was written for."""
     ref = pointer.manifest_ref
     try:
         key = tail_of(ref, "/".join(ref.rsplit("/", 3)[1:]))

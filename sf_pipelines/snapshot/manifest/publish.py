@@ -7,12 +7,20 @@ whether its own write was applied.
 
 import hashlib
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sf_pipelines.snapshot.errors import IntegrityError, ManifestError, PublishConflictError
-from sf_pipelines.snapshot.manifest.codec import decode_manifest
+from sf_pipelines.snapshot.errors import (
+    ConditionalWritesError,
+    IntegrityError,
+    ManifestError,
+    PublishConflictError,
+    StoreError,
+    WriteUncertainError,
+)
+from sf_pipelines.snapshot.manifest.codec import decode_manifest, timestamp
 from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE
 from sf_pipelines.snapshot.manifest.pointer import (
     CURRENT,
@@ -26,21 +34,14 @@ from sf_pipelines.snapshot.manifest.pointer import (
     manifest_name,
     parse_manifest_key,
 )
-from sf_pipelines.snapshot.manifest.probe import is_proven, require_conditional_writes
-from sf_pipelines.snapshot.manifest.wire import timestamp
 from sf_pipelines.snapshot.store import Store, Versioned
 
-__all__ = ["HistoryEntry", "PointerView", "history", "move", "publish", "read_pointer", "successor", "timestamp"]
+_PROBES = "staging/probe"
 
 
 @dataclass(frozen=True)
 class PointerView:
-    """The pointer as it was found.
-
-    Attributes:
-        pointer: what it says; None when nothing was ever published.
-        version: its bytes and their version.
-    """
+    """The pointer as it was found, and its bytes and version; both None when nothing was ever published."""
 
     pointer: Pointer | None
     version: Versioned | None
@@ -66,14 +67,7 @@ class PointerView:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """One published manifest.
-
-    Attributes:
-        run_id: build that made it.
-        published_at: time in its name, UTC.
-        manifest_key: its key below the root.
-        is_current: whether the pointer names it.
-    """
+    """One published manifest; its time is that in its name, UTC."""
 
     run_id: str
     published_at: datetime
@@ -82,12 +76,7 @@ class HistoryEntry:
 
 
 def read_pointer(store: Store) -> PointerView:
-    """The pointer as it is now.
-
-    Raises:
-        ManifestError: it cannot be understood.
-        StoreError: it cannot be read.
-    """
+    """The pointer as it is now; a ``ManifestError`` where it cannot be understood."""
     return PointerView(*(find_pointer(store) or (None, None)))
 
 
@@ -101,28 +90,7 @@ def publish(
     gate_key: str | None,
     base_fingerprint: str | None,
 ) -> tuple[Pointer, PointerView]:
-    """Publishes a manifest that has passed its gate. Doing it again after a crash is safe.
-
-    Args:
-        store: the snapshot's root.
-        manifest: the manifest's bytes.
-        run_id: its build.
-        created_at: its date, part of its public name.
-        build_key: digest of source version and config.
-        gate_key: digest of the gate.
-        base_fingerprint: the pointer that the build went out from; None when there was none.
-
-    Returns:
-        The pointer that names the manifest, and the pointer that this call found. When the snapshot had been
-        published before, both are the same.
-
-    Raises:
-        PublishConflictError: the pointer is no longer the one that the build went out from.
-        IntegrityError: other bytes are stored under the manifest's public name.
-        ConditionalWritesError: the store ignores conditions on writes.
-        WriteUncertainError: the store did not tell whether the pointer was moved; publish again to find out.
-        ManifestError: the manifest is not the one of this build, or the pointer cannot be understood.
-    """
+    """Publishes a manifest that has passed its gate. Doing it again after a crash is safe."""
     named = decode_manifest(manifest, where=f"to be published for run {run_id}").run_id
     if named != run_id:
         raise ManifestError(f"the manifest to be published for run {run_id!r} is that of run {named!r}")
@@ -151,21 +119,7 @@ def publish(
 
 
 def move(store: Store, ours: Pointer, base: PointerView) -> Pointer:
-    """Moves the pointer to what is published already, by compare-and-swap; of several at once one wins.
-
-    Args:
-        store: the snapshot's root.
-        ours: where to, made by ``successor`` of ``base``.
-        base: the pointer as it was found.
-
-    Returns:
-        The pointer as it is now: ours.
-
-    Raises:
-        PublishConflictError: somebody else moved the pointer; names who.
-        ConditionalWritesError: the store ignores conditions on writes.
-        WriteUncertainError: the store did not tell whether the pointer was moved; look at the history.
-    """
+    """Moves the pointer to ``ours``, a ``successor`` of ``base``, by compare-and-swap; of several at once one wins."""
     if not is_proven(store, base.pointer):
         require_conditional_writes(store)
     applied = store.swap(CURRENT, ours.encode(), base.version, content_type=POINTER_CONTENT_TYPE)
@@ -188,12 +142,7 @@ def move(store: Store, ours: Pointer, base: PointerView) -> Pointer:
 
 
 def history(store: Store, limit: int | None = 10) -> list[HistoryEntry]:
-    """Published manifests, newest first.
-
-    Args:
-        store: the snapshot's root.
-        limit: most entries; None for all.
-    """
+    """Published manifests, newest first, at most so many."""
     try:
         pointer = read_pointer(store).pointer
         current = None if pointer is None else manifest_key(pointer)
@@ -210,12 +159,7 @@ def history(store: Store, limit: int | None = 10) -> list[HistoryEntry]:
 
 
 def successor(base: PointerView, **fields: Any) -> Pointer:
-    """The pointer that comes after another one: the next number, a fresh write id, and what was served before.
-
-    Args:
-        base: the pointer as it was found.
-        fields: all others of ``Pointer``.
-    """
+    """The pointer that comes after ``base``: the next number, a fresh write id, and what was served before."""
     made = {
         "updated_at": datetime.now(UTC),
         "seq": (base.seq or 0) + 1,
@@ -246,11 +190,7 @@ def _previous(base: PointerView) -> PreviousPointer | None:
 
 
 def _copy_manifest(store: Store, key: str, manifest: bytes) -> bool:
-    """Gives the manifest its public name.
-
-    Returns:
-        False when it had it already.
-    """
+    """Gives the manifest its public name; False when it had it already."""
     found = store.find(key)
     if found is None and store.create(key, manifest, content_type=MANIFEST_CONTENT_TYPE):
         return True
@@ -303,3 +243,48 @@ def _conflict(store: Store, ours: str, found: PointerView) -> PublishConflictErr
         f"run {ours!r} is not current, scan again"
     )
     return PublishConflictError(message, ours=ours, theirs=theirs)
+
+
+# Does the store honour conditions on writes? Some providers of the S3 protocol answer a conditional write with success
+# and do not look at the condition: of two publishers both would win, and one snapshot would replace the other.
+
+
+def is_proven(store: Store, pointer: Pointer | None) -> bool:
+    """Whether the store is known to honour conditions: a pointer was moved there by a writer that compares and swaps.
+
+    A snapshot that was copied from elsewhere, or that another tool published, proves nothing. On local disk there is
+    nobody to ask: the comparing is done here, under a lock.
+    """
+    if store.local_root is not None:
+        return True
+    return pointer is not None and pointer.seq is not None and pointer.manifest_ref.startswith(f"{store.url}/")
+
+
+def require_conditional_writes(store: Store) -> None:
+    """Writes an object under ``staging/probe`` in all the ways that a publisher relies on, and removes it."""
+    key = f"{_PROBES}/{uuid.uuid4().hex}"
+    bodies = [f"{key} {number}".encode() for number in range(4)]
+    try:
+        store.create(key, bodies[0])
+        if store.create(key, bodies[1]):
+            raise _ignored(store, "If-None-Match", "an object that must not be there was replaced")
+        first = store.get_versioned(key)
+        if not store.swap(key, bodies[2], first) or store.swap(key, bodies[3], first):
+            raise _ignored(store, "If-Match", "a write that expected another version was not told so")
+    except WriteUncertainError as error:
+        if "NotImplemented" in str(error):
+            raise _ignored(store, "If-None-Match and If-Match", "it answers NotImplemented") from error
+        raise
+    finally:
+        # Whoever may only write, or whose store fails just now, leaves a few bytes, which a cleanup finds; that is no
+        # reason to publish nothing, and must not hide what went wrong before.
+        with suppress(StoreError):
+            store.delete(key)
+
+
+def _ignored(store: Store, header: str, what: str) -> ConditionalWritesError:
+    return ConditionalWritesError(
+        f"{store.url} does not honour conditional writes ({header}): {what}. Two builds at once could overwrite each "
+        "other's snapshot, so nothing is published there; use a provider (or a version of it) that implements "
+        "If-None-Match and If-Match on PUT, as Amazon S3 does, or a local folder"
+    )

@@ -2,16 +2,15 @@
 
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
-from sf_pipelines.snapshot.addresses import without_secrets
-from sf_pipelines.snapshot.errors import IntegrityError, WriteUncertainError
+from sf_pipelines.snapshot.errors import IntegrityError, WriteUncertainError, without_secrets
+from sf_pipelines.snapshot.manifest.codec import Moment, timestamp
 from sf_pipelines.snapshot.manifest.models import DB_PATH_TEMPLATE, SHARD_PREFIX, WireModel
 from sf_pipelines.snapshot.manifest.pointer import plain_run_id
-from sf_pipelines.snapshot.manifest.wire import parse_moment, timestamp
 from sf_pipelines.snapshot.model import describe_validation
 from sf_pipelines.snapshot.store import Store
 
@@ -25,27 +24,10 @@ _MAX_MESSAGE = 2000
 _SWAP_TRIES = 8
 
 Status = Literal["running", "succeeded", "failed"]
-Moment = Annotated[datetime, BeforeValidator(parse_moment)]
 
 
 class BuildRecord(WireModel):
-    """What is known about one build. Unknown fields are somebody else's and ignored.
-
-    Attributes:
-        format_version: always 1.
-        run_id: the build.
-        writer_type: kind of writer, such as ``vector-python``.
-        status: ``running``, ``succeeded`` or ``failed``.
-        started_at: when the build began.
-        updated_at: when this record was last written.
-        lease_expires_at: until when a running build counts as alive.
-        s3_prefix: address of the snapshot's root.
-        shard_prefix: directory of all shards.
-        db_path_template: Python format of a shard's directory.
-        manifest_ref: address of the published manifest.
-        error_type: class of the error that ended the build.
-        error_message: what it said.
-    """
+    """What is known about one build, until when it counts as alive, and how it ended. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -74,11 +56,7 @@ class BuildRecord(WireModel):
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> Self:
-        """Reads a record.
-
-        Raises:
-            IntegrityError: it cannot be understood.
-        """
+        """Reads a record; an ``IntegrityError`` where it cannot be understood."""
         if len(data) > MAX_RECORD_BYTES:
             raise IntegrityError(f"build record {where} has {len(data)} bytes, more than {MAX_RECORD_BYTES}")
         try:
@@ -89,22 +67,11 @@ class BuildRecord(WireModel):
             raise IntegrityError(f"build record {where} is no YAML that can be used: {error}") from error
 
 
-def start_record(store: Store, run_id: str, *, writer_type: str = "vector-python", now: datetime | None = None) -> str:
-    """Writes the record of a build that begins.
-
-    Args:
-        store: the snapshot's root.
-        run_id: the build.
-        writer_type: kind of writer.
-        now: the present moment; None asks the clock.
-
-    Returns:
-        The record's key.
-    """
+def start_record(store: Store, run_id: str, *, now: datetime | None = None) -> str:
+    """Writes the record of a build that begins, and returns its key."""
     moment = now or datetime.now(UTC)
     record = BuildRecord(
         run_id=run_id,
-        writer_type=writer_type,
         status="running",
         started_at=moment,
         updated_at=moment,
@@ -117,28 +84,14 @@ def start_record(store: Store, run_id: str, *, writer_type: str = "vector-python
 
 
 def read_record(store: Store, record_key: str) -> BuildRecord:
-    """One build's record.
-
-    Raises:
-        ObjectMissingError: there is none.
-        IntegrityError: it cannot be understood.
-    """
+    """One build's record; an ``IntegrityError`` where it cannot be understood."""
     return BuildRecord.decode(store.get(record_key, limit=MAX_RECORD_BYTES), store.url_of(record_key))
 
 
 def renew(store: Store, record_key: str, *, force: bool = False, now: datetime | None = None) -> BuildRecord:
-    """Says that a build goes on: extends its lease, at most once a minute.
+    """Says that a build goes on: extends its lease, unless forced at most once a minute; returns the record then.
 
     A failed build that goes on is running again; one that succeeded stays so.
-
-    Args:
-        store: the snapshot's root.
-        record_key: the build's record.
-        force: write even if the last time is less than a minute ago.
-        now: the present moment; None asks the clock.
-
-    Returns:
-        The record as it is now.
     """
     moment = now or datetime.now(UTC)
     found = store.get_versioned(record_key, limit=MAX_RECORD_BYTES)
@@ -170,22 +123,7 @@ def finish(
     *,
     now: datetime | None = None,
 ) -> BuildRecord:
-    """Says how a build ended, and gives up its lease. What has succeeded stays so.
-
-    Args:
-        store: the snapshot's root.
-        record_key: the build's record.
-        status: how it ended.
-        manifest_ref: address of the published manifest.
-        error: what ended it.
-        now: the present moment; None asks the clock.
-
-    Returns:
-        The record as it is now.
-
-    Raises:
-        WriteUncertainError: others kept writing the record.
-    """
+    """Says how a build ended, and gives up its lease. What has succeeded stays so. Returns the record as it is now."""
     for _ in range(_SWAP_TRIES):
         moment = now or datetime.now(UTC)
         found = store.get_versioned(record_key, limit=MAX_RECORD_BYTES)

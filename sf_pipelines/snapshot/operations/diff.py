@@ -8,13 +8,17 @@ from typing import Any
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import OperationError
-from sf_pipelines.snapshot.gate.compare_answers import AnswerOverlap, compare_answers
-from sf_pipelines.snapshot.gate.compare_ids import IdChanges, compare_ids
-from sf_pipelines.snapshot.gate.compare_routing import RoutingShift, routing_shift
+from sf_pipelines.snapshot.gate.compare import (
+    AnswerOverlap,
+    IdChanges,
+    RoutingShift,
+    compare_answers,
+    compare_ids,
+    routing_shift,
+)
 from sf_pipelines.snapshot.gate.verdicts import RecallFigures, judged_recall
-from sf_pipelines.snapshot.manifest.publish import history, read_pointer
-from sf_pipelines.snapshot.operations.rollback import open_published
-from sf_pipelines.snapshot.operations.trail import Trail
+from sf_pipelines.snapshot.manifest.publish import read_pointer
+from sf_pipelines.snapshot.operations.rollback import ServedHistory, open_published
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state
 from sf_pipelines.snapshot.run.build import Progress, scratch, silent
@@ -23,17 +27,7 @@ from sf_pipelines.snapshot.store import Store
 
 @dataclass(frozen=True)
 class SnapshotSide:
-    """One of the two snapshots.
-
-    Attributes:
-        run_id: its build.
-        manifest_key: its manifest.
-        created_at: when it was built.
-        rows: its rows.
-        shards: shards that are not empty.
-        bytes: size of its shards.
-        recall: as its gate judged it; None where nobody knows: snapshots of others, and old ones whose verdict is gone.
-    """
+    """One of the two snapshots, with the recall that its gate judged; None where nobody knows it any more."""
 
     run_id: str
     manifest_key: str
@@ -46,13 +40,7 @@ class SnapshotSide:
 
 @dataclass(frozen=True)
 class FieldChange:
-    """A setting that differs.
-
-    Attributes:
-        name: of the setting.
-        before: its earlier value.
-        after: its later value.
-    """
+    """A setting that differs."""
 
     name: str
     before: Any
@@ -61,15 +49,7 @@ class FieldChange:
 
 @dataclass(frozen=True)
 class ShardChange:
-    """One shard; zeros on the side that does not have it.
-
-    Attributes:
-        db_id: its number.
-        rows_before: its rows in the earlier snapshot.
-        rows_after: in the later one.
-        bytes_before: its bytes in the earlier snapshot.
-        bytes_after: in the later one.
-    """
+    """One shard; zeros on the side that does not have it."""
 
     db_id: int
     rows_before: int
@@ -113,7 +93,7 @@ def diff(
     answers: bool = True,
     progress: Progress | None = None,
 ) -> SnapshotDiff:
-    """Compares two snapshots.
+    """Compares two snapshots: by default the current one with what was served before it.
 
     Args:
         root: the snapshot's root.
@@ -125,12 +105,8 @@ def diff(
         progress: told how many shards have been read.
 
     Raises:
-        SnapshotNotFoundError: nothing was published.
-        RunNotFoundError: no such snapshot is published.
         OperationError: nothing is current, or nothing was served before, and no run was named.
-        SnapshotKindError: one has no vectors.
-        IntegrityError: a manifest or a shard is damaged.
-        StoreError: the store did not do what was asked.
+        SfPipelinesError: a run is not published or has no vectors, or a manifest or a shard is damaged.
     """
     store = open_published(root, s3)
     old, new = _two(store, before, after)
@@ -159,21 +135,21 @@ def diff(
 
 def _two(store: Store, before: str | None, after: str | None) -> tuple[SnapshotState, SnapshotState]:
     pointer = read_pointer(store).pointer
-    trail = Trail.of(pointer, history(store, limit=None))
+    past = ServedHistory.of(store, pointer)
     if pointer is None and after is None:
         raise OperationError(f"nothing is current under {store.url}; name two runs")
     if before is None:
         previous = pointer.previous if pointer is not None else None
         if previous is not None:
             before = previous.run_id
-        elif len(trail.served) > 1:
+        elif len(past.served) > 1:
             # Moved by a writer that does not say what was served before.
-            before = trail.served[-2].run_id
+            before = past.served[-2].run_id
         else:
             raise OperationError(f"nothing was served before the current snapshot of {store.url}; name a run")
     if after is None and pointer is not None:
         after = pointer.run_id
-    old, new = (trail.find(run_id or "", store) for run_id in (before, after))
+    old, new = (past.find(run_id or "") for run_id in (before, after))
     return load_state(store, old.manifest_key), load_state(store, new.manifest_key)
 
 

@@ -1,7 +1,6 @@
 """Pins: published snapshots that no cleanup removes, whatever their age."""
 
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +9,12 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError, OperationError, RunNotFoundError
+from sf_pipelines.snapshot.manifest.codec import dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.manifest.models import WireModel
 from sf_pipelines.snapshot.manifest.pointer import plain_run_id
-from sf_pipelines.snapshot.manifest.publish import history, read_pointer
-from sf_pipelines.snapshot.manifest.wire import dump_json, load_json, parse_moment, timestamp
+from sf_pipelines.snapshot.manifest.publish import read_pointer
 from sf_pipelines.snapshot.model import describe_validation
-from sf_pipelines.snapshot.operations.rollback import open_published
-from sf_pipelines.snapshot.operations.trail import Trail
+from sf_pipelines.snapshot.operations.rollback import ServedHistory, open_published
 from sf_pipelines.snapshot.store import Store
 
 PINS = "pins"
@@ -47,27 +45,8 @@ class Pin(WireModel):
         return timestamp(value)
 
 
-@dataclass(frozen=True)
-class UnpinResult:
-    """What an unpin did.
-
-    Attributes:
-        run_id: the snapshot.
-        pin: what kept it.
-    """
-
-    run_id: str
-    pin: Pin
-
-
 def pin(root: str | Path | Store, run_id: str, reason: str, *, s3: S3Options | None = None) -> Pin:
     """Keeps a published snapshot from being cleaned up. Pinning it again replaces the reason.
-
-    Args:
-        root: the snapshot's root.
-        run_id: the snapshot.
-        reason: why, for those who come later.
-        s3: credentials.
 
     Raises:
         SnapshotNotFoundError: nothing was published.
@@ -77,7 +56,7 @@ def pin(root: str | Path | Store, run_id: str, reason: str, *, s3: S3Options | N
     if not reason.strip() or len(reason) > _MAX_REASON:
         raise OperationError(f"reason must be 1 to {_MAX_REASON} characters (got {len(reason.strip())}): say why")
     store = open_published(root, s3)
-    entry = Trail.of(read_pointer(store).pointer, history(store, limit=None)).find(run_id, store)
+    entry = ServedHistory.of(store, read_pointer(store).pointer).find(run_id)
     made = Pin(run_id=run_id, reason=reason.strip(), pinned_at=datetime.now(UTC), write_id=uuid.uuid4().hex)
     key = _key(run_id)
     store.put(key, dump_json(made.model_dump(mode="json")).encode(), content_type="application/json")
@@ -88,13 +67,8 @@ def pin(root: str | Path | Store, run_id: str, reason: str, *, s3: S3Options | N
     return made
 
 
-def unpin(root: str | Path | Store, run_id: str, *, s3: S3Options | None = None) -> UnpinResult:
-    """Lets cleanups remove a snapshot again.
-
-    Args:
-        root: the snapshot's root.
-        run_id: the snapshot.
-        s3: credentials.
+def unpin(root: str | Path | Store, run_id: str, *, s3: S3Options | None = None) -> Pin:
+    """Lets cleanups remove a snapshot again; the pin that kept it.
 
     Raises:
         SnapshotNotFoundError: nothing was published.
@@ -106,15 +80,11 @@ def unpin(root: str | Path | Store, run_id: str, *, s3: S3Options | None = None)
     if found is None:
         raise RunNotFoundError(f"run {run_id!r} is not pinned under {store.url}; see the list of pins")
     store.delete(key)
-    return UnpinResult(run_id, _decode(found.data, store.url_of(key)))
+    return _decode(found.data, store.url_of(key))
 
 
 def pins(root: str | Path | Store, *, s3: S3Options | None = None) -> list[Pin]:
     """All pins, oldest first.
-
-    Args:
-        root: the snapshot's root.
-        s3: credentials.
 
     Raises:
         SnapshotNotFoundError: nothing was published.

@@ -10,6 +10,7 @@ from sf_pipelines.snapshot.errors import (
     ManifestError,
     ObjectMissingError,
     OperationError,
+    RunNotFoundError,
     SnapshotDamagedError,
 )
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
@@ -22,7 +23,6 @@ from sf_pipelines.snapshot.manifest.pointer import (
     manifest_key,
 )
 from sf_pipelines.snapshot.manifest.publish import HistoryEntry, PointerView, history, move, read_pointer, successor
-from sf_pipelines.snapshot.operations.trail import Trail
 from sf_pipelines.snapshot.operations.verify import Wholeness, check_whole, verify_snapshot
 from sf_pipelines.snapshot.reader.core import open_root
 from sf_pipelines.snapshot.reader.state import SnapshotState, load_state, read_current
@@ -37,18 +37,82 @@ Keys = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
-class RollbackResult:
-    """What a rollback did.
+class ServedHistory:
+    """Published snapshots, oldest first: all that are listed, and in ``served`` the way that a rollback goes back."""
 
-    Attributes:
-        run_id: the snapshot that is served now.
-        manifest_key: its manifest.
-        previous_run_id: the snapshot that was served before; None where the pointer was gone.
-        seq: the pointer's sequence number.
-        holds: builds that are kept from being published again, the last one last.
-        withdrawn: run ids that rollbacks have withdrawn.
-        checked: what was looked at before the pointer was moved.
-    """
+    url: str
+    pointer: Pointer | None
+    entries: tuple[HistoryEntry, ...]
+    served: tuple[HistoryEntry, ...]
+
+    @classmethod
+    def of(cls, store: Store, pointer: Pointer | None) -> "ServedHistory":
+        """As a store has it.
+
+        The pointer remembers the last runs that were served. What is listed from before, or all where a writer moved
+        the pointer that remembers nothing, is taken in the order of the manifests' dates.
+        """
+        listed = tuple(reversed(history(store, limit=None)))
+        if pointer is None:
+            return cls(store.url, None, listed, ())
+        newest = {entry.run_id: entry for entry in listed}
+        known = pointer.served if pointer.served[-1:] == (pointer.run_id,) else (pointer.run_id,)
+        remembered = [newest[run_id] for run_id in known if run_id in newest and run_id not in pointer.withdrawn]
+        first = remembered[0].manifest_key if remembered else manifest_key(pointer)
+        skipped = {*known, *pointer.withdrawn}
+        before = [entry for entry in listed if entry.manifest_key < first and entry.run_id not in skipped]
+        return cls(store.url, pointer, listed, (*before, *remembered))
+
+    def find(self, run_id: str) -> HistoryEntry:
+        """The published snapshot of a run, if it is listed."""
+        for entry in reversed(self.entries):
+            if entry.run_id == run_id:
+                return entry
+        known = ", ".join(entry.run_id for entry in self.entries[-5:]) or "none"
+        raise RunNotFoundError(f"no snapshot of run {run_id!r} is published under {self.url} (the newest are: {known})")
+
+    def back(self, steps: int) -> HistoryEntry:
+        """What was served so many snapshots ago."""
+        if isinstance(steps, bool) or steps < 1:
+            raise OperationError(f"back must be a whole number of at least 1 (got {steps!r})")
+        if self.pointer is None:
+            raise OperationError(f"nothing is current under {self.url}, so there is no way back; name a run: to=…")
+        before = [entry for entry in self.served if entry.run_id != self.pointer.run_id]
+        if steps > len(before):
+            raise RunNotFoundError(
+                f"{self.url}: {len(before)} snapshots that were served before run {self.pointer.run_id!r} are still "
+                f"there, {steps} were asked for"
+            )
+        return before[-steps]
+
+    def withdrawn_by(self, target: HistoryEntry) -> tuple[str, ...]:
+        """The pointer's list of withdrawn runs after a rollback: what comes after the target is withdrawn."""
+        if self.pointer is None:
+            return ()
+        order = [entry.run_id for entry in self.served]
+        # What was never served counts by its date: nobody should fall back to it from the target either.
+        later = {entry.run_id for entry in self.entries if entry.manifest_key > target.manifest_key} - set(order)
+        if target.run_id in order:
+            later |= {*order[order.index(target.run_id) + 1 :], self.pointer.run_id}
+        elif manifest_key(self.pointer) > target.manifest_key:
+            later.add(self.pointer.run_id)
+        # The current one may not be listed any more, which may be the very reason for the rollback.
+        everyone = (*(entry.run_id for entry in self.entries), self.pointer.run_id)
+        known = dict.fromkeys((*self.pointer.withdrawn, *(run_id for run_id in everyone if run_id in later)))
+        return tuple(run_id for run_id in known if run_id != target.run_id)[-MAX_REMEMBERED:]
+
+    def served_after(self, target: HistoryEntry) -> tuple[str, ...]:
+        """The pointer's list of served runs after a rollback: what was served up to the target."""
+        order = [entry.run_id for entry in self.served]
+        if target.run_id in order:
+            return tuple(order[: order.index(target.run_id) + 1])[-MAX_REMEMBERED:]
+        withdrawn = set(self.withdrawn_by(target))
+        return (*(run_id for run_id in order if run_id not in withdrawn), target.run_id)[-MAX_REMEMBERED:]
+
+
+@dataclass(frozen=True)
+class RollbackResult:
+    """What a rollback did: what is served now, what is held and withdrawn, what was looked at before."""
 
     run_id: str
     manifest_key: str
@@ -61,13 +125,7 @@ class RollbackResult:
 
 @dataclass(frozen=True)
 class ReleaseResult:
-    """What a release did.
-
-    Attributes:
-        released: builds that were held.
-        run_id: the snapshot that is served, as before.
-        seq: the pointer's sequence number.
-    """
+    """What a release did: the builds that were held; what is served stays."""
 
     released: tuple[Hold, ...]
     run_id: str
@@ -75,11 +133,7 @@ class ReleaseResult:
 
 
 def open_published(root: str | Path | Store, s3: S3Options | None) -> Store:
-    """A store on a root that something was published under; one that is open already is taken as it is.
-
-    Raises:
-        SnapshotNotFoundError: nothing was; a pointer that is gone from a history says nothing of that.
-    """
+    """A store on a root that something was published under, whether its pointer is there or gone."""
     store = open_root(root, s3)
     if not store.exists(CURRENT) and not history(store, limit=1):
         read_current(store)
@@ -114,23 +168,20 @@ def rollback(
         progress: told how many shards of such a snapshot have been read.
 
     Raises:
-        SnapshotNotFoundError: nothing was published.
-        RunNotFoundError: no such snapshot is published.
         OperationError: it is current already, or ``back`` is no number of snapshots.
+        RunNotFoundError: no such snapshot is published.
         SnapshotDamagedError: objects of the target are gone or changed; names them.
-        IntegrityError: its manifest or its routing cannot be understood or is not what was published.
+        IntegrityError: its manifest or its routing is not what was published.
         PublishConflictError: somebody else moved the pointer at the same time; names who.
-        ConditionalWritesError: the store ignores conditions on writes, so that two operators could both win.
-        StoreError: the store did not do what was asked.
     """
     store = open_published(root, s3)
     view = _present(store, replace=to is not None)
-    trail = Trail.of(view.pointer, history(store, limit=None))
-    target = trail.back(back, store) if to is None else trail.find(to, store)
+    past = ServedHistory.of(store, view.pointer)
+    target = past.back(back) if to is None else past.find(to)
     if view.pointer is not None and manifest_key(view.pointer) == target.manifest_key:
         raise OperationError(f"run {target.run_id!r} is current already under {store.url}")
     state, checked = _verified(store, target, s3, deep=deep, progress=progress)
-    ours = _pointer_to(store, view, trail, target, state)
+    ours = _pointer_to(store, view, past, target, state)
     moved = move(store, ours, view)
     if not store.exists(target.manifest_key):
         _undo(store, moved, view, target)
@@ -149,10 +200,6 @@ def release(root: str | Path | Store, *, s3: S3Options | None = None) -> Release
     """Lifts what rollbacks hold: the next build of that source and config may publish again.
 
     The served snapshot stays the same. The snapshots that were withdrawn stay so: nobody falls back to them.
-
-    Args:
-        root: the snapshot's root.
-        s3: credentials.
 
     Raises:
         SnapshotNotFoundError: nothing was published.
@@ -220,8 +267,10 @@ def _verified(
     return state, checked
 
 
-def _pointer_to(store: Store, view: PointerView, trail: Trail, target: HistoryEntry, state: SnapshotState) -> Pointer:
-    extras, withdrawn = state.manifest.extras, trail.withdrawn_by(target)
+def _pointer_to(
+    store: Store, view: PointerView, past: ServedHistory, target: HistoryEntry, state: SnapshotState
+) -> Pointer:
+    extras, withdrawn = state.manifest.extras, past.withdrawn_by(target)
     keys = (extras.build_key, extras.gate_key) if extras else (None, None)
     return successor(
         view,
@@ -230,8 +279,8 @@ def _pointer_to(store: Store, view: PointerView, trail: Trail, target: HistoryEn
         manifest_digest=state.manifest_digest,
         build_key=keys[0],
         gate_key=keys[1],
-        **_held(_holds(store, view.pointer, trail, withdrawn, keys)),
-        served=trail.served_after(target),
+        **_held(_holds(store, view.pointer, past, withdrawn, keys)),
+        served=past.served_after(target),
         withdrawn=withdrawn,
         moved_by="rollback",
     )
@@ -243,7 +292,7 @@ def _held(holds: tuple[Hold, ...]) -> dict[str, Any]:
 
 
 def _holds(
-    store: Store, found: Pointer | None, trail: Trail, withdrawn: tuple[str, ...], target: Keys
+    store: Store, found: Pointer | None, past: ServedHistory, withdrawn: tuple[str, ...], target: Keys
 ) -> tuple[Hold, ...]:
     """What is held after a rollback: what was held before, and every snapshot that this one takes out of service.
 
@@ -255,10 +304,10 @@ def _holds(
     ends = any(hold.covers(*target) for hold in found.holds)
     # Where a hold ends because the target is covered by it, others that it covers may have to be held by their gate.
     fresh = set(withdrawn) - (set() if ends else set(found.withdrawn)) - {found.run_id}
-    keys = [keys_in(store, entry) for entry in trail.entries if entry.run_id in fresh]
+    keys = [keys_in(store, entry.manifest_key) for entry in past.entries if entry.run_id in fresh]
     if found.run_id in withdrawn:
         own = (found.build_key, found.gate_key)
-        keys.append(own if found.build_key else _keys_at(store, manifest_key(found)))
+        keys.append(own if found.build_key else keys_in(store, manifest_key(found)))
     fresh_holds = [
         Hold(build_key=build_key, gate_key=gate_key if build_key == target[0] else None)
         for build_key, gate_key in keys
@@ -268,12 +317,8 @@ def _holds(
     return tuple(hold for hold in holds if not hold.covers(*target))[-MAX_REMEMBERED:]
 
 
-def keys_in(store: Store, entry: HistoryEntry) -> Keys:
+def keys_in(store: Store, key: str) -> Keys:
     """Build key and gate key as a published manifest says them; nothing where it cannot be understood."""
-    return _keys_at(store, entry.manifest_key)
-
-
-def _keys_at(store: Store, key: str) -> Keys:
     try:
         extras = decode_manifest(store.get(key), where=store.url_of(key)).extras
     except (IntegrityError, ObjectMissingError):

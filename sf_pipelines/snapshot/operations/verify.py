@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError
@@ -28,10 +27,9 @@ from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.core import open_root
-from sf_pipelines.snapshot.reader.handles import open_index
-from sf_pipelines.snapshot.reader.opening import open_reader
+from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader, open_reader
+from sf_pipelines.snapshot.reader.shards import open_index
 from sf_pipelines.snapshot.reader.state import ShardEntry, SnapshotState, load_current, load_state
-from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
 from sf_pipelines.snapshot.routing.protocol import Int32
@@ -49,14 +47,9 @@ class Verification:
     """What was found.
 
     Attributes:
-        run_id: the snapshot that was looked at.
-        manifest_key: its manifest.
         num_probes: shards that readers ask by default.
         shards: non-empty shards that were opened.
-        rows: rows that were counted.
-        objects: objects that were hashed.
-        bytes: their size.
-        k: neighbours asked for.
+        objects: objects that were hashed, and ``bytes`` their size.
         recall: recall@k at ``num_probes``, measured just now with other rows of the snapshot as queries than the gate
             had, so it is another figure than ``judged``; None where it was not measured.
         recall_lower: its lower confidence bound.
@@ -90,8 +83,7 @@ class Wholeness:
     """What a look at a snapshot's objects found.
 
     Attributes:
-        objects: sealed objects of its shards.
-        bytes: their size.
+        objects: sealed objects of its shards, and ``bytes`` their size.
         hashed: those whose bytes were read, because the store's version is not the one that was sealed.
         faults: everything that is gone or changed, one line each, naming the object.
     """
@@ -103,12 +95,18 @@ class Wholeness:
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """Rows of one shard to ask for later."""
+class _Queries:
+    """Rows of the snapshot to ask for: their ids, vectors, and shards."""
 
-    shard: int
     ids: IdArray
     vectors: Float32
+    shards: Int32
+
+    @classmethod
+    def of_all(cls, parts: "list[_Queries]") -> "_Queries":
+        """Those of all shards; ids as text."""
+        ids = _as_text(np.concatenate([part.ids.astype(object) for part in parts]))
+        return cls(ids, np.concatenate([part.vectors for part in parts]), np.concatenate([p.shards for p in parts]))
 
 
 def verify_snapshot(
@@ -121,56 +119,34 @@ def verify_snapshot(
     """Reads every object of a snapshot anew, opens every shard, and measures recall against exact neighbours.
 
     Works on copies of its own in a temporary folder: nothing that was cached earlier is believed. Disk for the whole
-    snapshot is needed, memory for one shard.
-
-    Args:
-        root: the snapshot's root.
-        s3: credentials.
-        manifest_key: manifest to look at; None is the current one.
-        progress: told how many shards are done.
-
-    Raises:
-        SnapshotNotFoundError: nothing is published there.
-        ManifestError: the manifest cannot be understood.
+    snapshot is needed, memory for one shard. ``manifest_key`` None is the current snapshot.
     """
     store = open_root(root, s3)
     state = load_current(store) if manifest_key is None else load_state(store, manifest_key)
-    found = Verification(state.manifest.run_id, state.manifest_key, _default_probes(state))
+    found = Verification(state.manifest.run_id, state.manifest_key, state.default_probes)
     found.judged = judged_recall(store, state.manifest, state.manifest_digest)
     report = progress or silent
     with scratch() as folder:
         cache = ShardCache(Path(folder))
-        drawn = _first_look(store, state, cache, found, report)
+        drawn = _open_shards(store, state, cache, found, report)
         # Without its rows, or with damaged ones, there is no truth to compare with.
         if found.passed and drawn:
             extras = state.manifest.extras
             if extras is not None and extras.recall is not None:
                 found.k, found.min_recall = extras.recall.k, extras.recall.min_recall
-            homes = np.repeat([one.shard for one in drawn], [len(one.ids) for one in drawn]).astype(np.int32)
-            asked = _Asked(
-                ids=_as_text(np.concatenate([one.ids.astype(object) for one in drawn])),
-                vectors=np.concatenate([one.vectors for one in drawn]),
-                homes=homes if isinstance(state.routing, ExplicitRouting | CelRouting) else None,
-            )
-            parts = _neighbours(store, state, cache, asked, found.k, report)
+            queries = _Queries.of_all(drawn)
+            parts = _neighbours(store, state, cache, queries, found.k, report)
             options: dict[str, Any] = {"s3": s3, "cache_dir": Path(folder), "manifest_key": state.manifest_key}
             with open_reader(root, **options) as reader:
-                _measure(found, reader, asked, parts)
+                _measure(found, reader, queries, _named_shards(state, queries), parts)
     return found
 
 
 def check_whole(store: Store, state: SnapshotState, *, deep: bool = False) -> Wholeness:
     """Whether every object that was sealed is there with its size, and is the version, or has the bytes, of then.
 
-    Objects that still have the version that the build's receipts name are taken as unchanged; all others are hashed.
-
-    Args:
-        store: opened on the root.
-        state: a snapshot whose shards were sealed.
-        deep: hash every object.
-
-    Raises:
-        DigestMismatchError: the manifest is not the one that was published.
+    Objects that still have the version that the build's receipts name are taken as unchanged; all others are hashed,
+    and with ``deep`` these too.
     """
     etags = {} if deep else _sealed_versions(store, state)
     faults: list[str] = []
@@ -216,22 +192,9 @@ def _sealed_versions(store: Store, state: SnapshotState) -> dict[str, str | None
     }
 
 
-def _default_probes(state: SnapshotState) -> int:
-    """A search over keys and vectors asks all shards."""
-    return state.manifest.num_dbs if state.kind == "unified" else state.vector.num_probes
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Queries: ids and vectors of rows of the snapshot, and their shards where a query must say them."""
-
-    ids: IdArray
-    vectors: Float32
-    homes: Int32 | None
-
-    def of_shard(self, shard: int) -> NDArray[np.int64]:
-        """Numbers of the queries that may see a shard."""
-        return np.arange(len(self.ids)) if self.homes is None else np.flatnonzero(self.homes == shard)
+def _named_shards(state: SnapshotState, queries: _Queries) -> Int32 | None:
+    """The queries' shards, where a query must say them."""
+    return queries.shards if isinstance(state.routing, ExplicitRouting | CelRouting) else None
 
 
 def _as_text(ids: IdArray) -> IdArray:
@@ -249,18 +212,18 @@ def _copied(store: Store, cache: ShardCache, entry: ShardEntry) -> Iterator[Path
         yield folder
 
 
-def _first_look(
+def _open_shards(
     store: Store, state: SnapshotState, cache: ShardCache, found: Verification, report: Progress
-) -> list[_Drawn]:
+) -> list[_Queries]:
     """Hashes, opens and counts every shard; rows of each, in proportion to its size, to ask for later."""
     total = sum(entry.rows for entry in state.shards)
-    drawn: list[_Drawn] = []
+    drawn: list[_Queries] = []
     for number, entry in enumerate(state.shards, start=1):
         try:
             with _copied(store, cache, entry) as folder:
                 if folder is not None:
                     wanted = max(1, round(_QUERIES * entry.rows / max(1, total)))
-                    drawn.extend(_look(state, entry, folder, found, wanted))
+                    drawn.extend(_open_shard(state, entry, folder, found, wanted))
         except (IntegrityError, ObjectMissingError) as error:
             found.faults.append(f"shard {entry.db_id}: {error}")
         report("verify", number, 2 * len(state.shards), "shards")
@@ -270,7 +233,9 @@ def _first_look(
     return drawn
 
 
-def _look(state: SnapshotState, entry: ShardEntry, folder: Path, found: Verification, wanted: int) -> Iterator[_Drawn]:
+def _open_shard(
+    state: SnapshotState, entry: ShardEntry, folder: Path, found: Verification, wanted: int
+) -> Iterator[_Queries]:
     """Counts the rows and the keys of one shard, and draws some rows."""
     found.shards += 1
     found.objects += len(entry.objects or ())
@@ -289,32 +254,36 @@ def _look(state: SnapshotState, entry: ShardEntry, folder: Path, found: Verifica
         if entry.objects is not None and index.indexed_rows != index.rows:
             found.faults.append(f"shard {entry.db_id}: the index covers {index.indexed_rows} of {index.rows} rows")
         ids, vectors = index.sample(wanted)
-        yield _Drawn(entry.db_id, ids, vectors)
+        yield _Queries(ids, vectors, np.full(len(ids), entry.db_id, dtype=np.int32))
 
 
 def _neighbours(
-    store: Store, state: SnapshotState, cache: ShardCache, asked: _Asked, k: int, report: Progress
+    store: Store, state: SnapshotState, cache: ShardCache, queries: _Queries, k: int, report: Progress
 ) -> list[pa.Table]:
     """Each query's exact neighbours within every shard that it may see."""
-    parts: list[pa.Table] = []
+    parts, named = list[pa.Table](), _named_shards(state, queries)
     for number, entry in enumerate(state.shards, start=1):
-        mine = asked.of_shard(entry.db_id)
+        mine = np.arange(len(queries.ids)) if named is None else np.flatnonzero(named == entry.db_id)
         with _copied(store, cache, entry) as folder:
             if folder is not None and len(mine):
                 with closing(open_index(state, folder)) as index:
                     ids, vectors = index.sample(index.rows)
                 scan = MemoryScan(row_numbers(_as_text(ids)), np.arange(len(ids)), vectors, state.metric)
-                parts.append(truth_table(mine, scan.search(asked.vectors[mine], k + 1)))
+                parts.append(truth_table(mine, scan.search(queries.vectors[mine], k + 1)))
         report("verify", len(state.shards) + number, 2 * len(state.shards), "shards")
     return parts
 
 
 def _measure(
-    found: Verification, reader: ShardedVectorReader | UnifiedShardedReader, asked: _Asked, parts: list[pa.Table]
+    found: Verification,
+    reader: ShardedVectorReader | UnifiedShardedReader,
+    queries: _Queries,
+    named: Int32 | None,
+    parts: list[pa.Table],
 ) -> None:
-    truth = Truth.of(merge_truth(parts, row_numbers(asked.ids), found.k), len(asked.ids))
-    answers = reader.search_arrays(asked.vectors, found.k + 1, homes=asked.homes)
-    estimate = RecallEstimate.of(recall_per_query(_as_text(answers.ids), answers.distances, asked.ids, truth))
+    truth = Truth.of(merge_truth(parts, row_numbers(queries.ids), found.k), len(queries.ids))
+    answers = reader.search_arrays(queries.vectors, found.k + 1, shard_of=named)
+    estimate = RecallEstimate.of(recall_per_query(_as_text(answers.ids), answers.distances, queries.ids, truth))
     found.recall, found.recall_lower = estimate.mean, estimate.lower
     # Other queries than those of the gate: only what chance does not explain is a fault.
     if found.min_recall is not None and estimate.upper < found.min_recall:

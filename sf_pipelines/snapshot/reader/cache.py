@@ -28,7 +28,6 @@ from pathlib import Path, PurePosixPath
 
 from cachetools import LRUCache
 
-from sf_pipelines.snapshot.client import is_disk_full
 from sf_pipelines.snapshot.errors import (
     DigestMismatchError,
     DiskFullError,
@@ -38,8 +37,8 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.manifest.models import ShardObject
-from sf_pipelines.snapshot.reader.file_lock import locked
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store.client import is_disk_full
 
 DEFAULT_BYTES = 20 * 1024**3
 _ENVIRONMENT = "SF_PIPELINES_CACHE"
@@ -80,23 +79,7 @@ class ShardCache:
     def checkout(
         self, store: Store, prefix: str, objects: Sequence[ShardObject] | None, digest: str | None = None
     ) -> Iterator[Path]:
-        """A verified local copy of a shard's directory, held for as long as the block lasts.
-
-        Args:
-            store: where the shard is.
-            prefix: key of its directory.
-            objects: what the manifest recorded; None where the writer recorded nothing: then what is listed there
-                is taken, sizes are checked, and digests only from the download on.
-            digest: of ``objects``, where it is known.
-
-        Yields:
-            The copy.
-
-        Raises:
-            DigestMismatchError: an object is not what was recorded.
-            ObjectMissingError: an object is gone.
-            StoreError: the store cannot be read, or the disk cannot be written.
-        """
+        """A verified local copy of a shard's directory, held for as long as the block lasts."""
         if objects is None:
             listed = _listed(store, prefix)
             sizes = {item.path: item.size for item in listed}
@@ -400,3 +383,68 @@ def _sha256(path: Path) -> str:
 
 def _digest(kind: str, value: object) -> str:
     return hashlib.sha256(json.dumps([kind, value], separators=(",", ":")).encode()).hexdigest()
+
+
+# Locks.
+
+
+class _LockFile:
+    """An open lock file, of this process alone.
+
+    A fork shares the lock with its parent: neither could give it up while the other lives. So a fork lets go of what
+    it got, and what its parent does with the same object is none of its business.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _opening:
+            try:
+                self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StoreError(f"cannot keep copies of shards in {path.parent}: {error}") from error
+            _held.add(self)
+
+    def close(self) -> None:
+        """Gives up the lock; does nothing where it is another process's."""
+        with _opening:
+            if self in _held:
+                _held.remove(self)
+                os.close(self.number)
+
+
+# A fork comes before a file is opened or after it is known.
+_opening = threading.RLock()
+_held: set[_LockFile] = set()
+
+
+def _forget() -> None:
+    """In a fork: closes what belongs to the parent, which keeps its locks."""
+    while _held:
+        os.close(_held.pop().number)
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_forget)
+
+
+@contextmanager
+def locked(path: Path, how: int) -> Iterator[None]:
+    """Holds a lock on a file, which is created where it is not there.
+
+    The file may be removed by whoever had it before: then a new one is taken.
+    """
+    while True:
+        handle = _LockFile(path)
+        try:
+            fcntl.flock(handle.number, how)
+            if _is_still(handle.number, path):
+                yield
+                return
+        finally:
+            handle.close()
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,20 +1,29 @@
 """Calls of readers: written once as steps, run by threads or by asyncio.
 
-A call is a generator. It does what needs no waiting itself and yields what does: tokens of the rate limiter, or work on
-shards that are not in memory. Whoever runs it waits in its own way and sends the answer back, so that planning, merging
-and the treatment of failures exist once for the sync and the async readers.
+A call is a generator. It does what needs no waiting itself and yields what does: tokens of the rate limiter, or a
+``FanOut`` over shards that are not in memory. Both faces wait in their own way and send the answer back.
 """
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
+from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sf_pipelines.snapshot.errors import DeadlineError, IntegrityError, QueryError, SfPipelinesError, StoreError
-from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, Value
-from sf_pipelines.snapshot.reader.handles import OpenShard, ShardHandles
+from sf_pipelines.snapshot.errors import (
+    DeadlineError,
+    IntegrityError,
+    QueryError,
+    ReaderClosedError,
+    SfPipelinesError,
+    StoreError,
+)
+from sf_pipelines.snapshot.reader.metrics import Operation
+from sf_pipelines.snapshot.reader.shards import Handle, OpenShard, OpenShards
 
 # A shard's own failures. Others are of the call or of the reader, and every shard would have them.
 _OF_A_SHARD = (StoreError, IntegrityError, DeadlineError)
@@ -25,80 +34,52 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Job(Generic[AnswerT]):
-    """Work on one shard.
-
-    Attributes:
-        shard: its number.
-        run: the work; on any thread.
-    """
+    """Work on one shard; ``run`` is called on any thread."""
 
     shard: int
     run: Callable[[OpenShard], AnswerT]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Wait for the rate limiter.
+class Call:
+    """One call of a reader: its deadline, and the shards that it goes without.
 
-    Attributes:
-        count: tokens wanted.
-    """
-
-    count: int
-
-
-@dataclass(frozen=True)
-class FanOut:
-    """Work on shards, side by side. The reply is the answer or the error of each shard.
-
-    Attributes:
-        handles: of the shards.
-        jobs: one for each shard.
-    """
-
-    handles: ShardHandles
-    jobs: Sequence[Job[Any]]
-
-
-Outcomes = dict[int, Any]
-Request = Tokens | FanOut
-Steps = Generator[Request, Any, ResultT]
-
-
-@dataclass
-class Terms:
-    """What a caller asks of a call, and what became of it.
-
-    Attributes:
+    Args:
+        operation: as metrics name it; None is not measured.
         timeout: seconds until the answer must be there; None waits as long as it takes.
-        partial: leave out shards that fail in place of failing.
-        missing: why, by shard, for those that were left out.
-        facts: fields of the event that reports the call.
+        partial: leave out shards that fail, and note their errors in ``missing``.
     """
 
-    timeout: float | None = None
-    partial: bool = False
-    missing: dict[int, SfPipelinesError] = field(default_factory=dict)
-    facts: dict[str, Value] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None:
-            self.timeout = _seconds(self.timeout)
-        self.started = time.perf_counter()
+    def __init__(self, operation: Operation | None, timeout: float | None = None, partial: bool = False) -> None:
+        if timeout is not None:
+            if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+                raise QueryError(f"timeout must be a number of seconds above 0, or None (got {timeout!r})")
+            # Locks can wait 292 years; nobody will ask for the rest.
+            timeout = min(float(timeout), threading.TIMEOUT_MAX)
+        self.operation: Operation | None = operation
+        self.timeout = timeout
+        self.partial = partial
+        self.missing: dict[int, SfPipelinesError] = {}
+        self._started = time.perf_counter()
 
     @property
     def left(self) -> float | None:
         """Seconds that are left, at least 0; None where there is no end."""
         if self.timeout is None:
             return None
-        return max(0.0, self.timeout - (time.perf_counter() - self.started))
+        return max(0.0, self.timeout - (time.perf_counter() - self._started))
 
     @property
     def elapsed_ms(self) -> float:
         """Milliseconds since the call began."""
-        return (time.perf_counter() - self.started) * 1000
+        return (time.perf_counter() - self._started) * 1000
 
-    def does_without(self, error: SfPipelinesError) -> bool:
+    def go_without(self, shard: int, error: BaseException) -> None:
+        """Notes a shard that failed; raises the error where the call cannot go without it."""
+        if not isinstance(error, SfPipelinesError) or not self.goes_without(error):
+            raise error
+        self.missing[shard] = error
+
+    def goes_without(self, error: BaseException) -> bool:
         """Whether the call goes on without a shard that failed so."""
         return self.partial and isinstance(error, _OF_A_SHARD)
 
@@ -109,119 +90,172 @@ class Terms:
             "shards before they are asked (preload)"
         )
 
-    @contextmanager
-    def reported(self, events: ReaderEvents, name: EventName | None, kind: str) -> Iterator[None]:
-        """Tells a listener how the call ended; nothing where it has no name."""
-        if events is SILENT or name is None:
-            yield
-            return
-        status, error = "ok", None
-        try:
-            yield
-            status = "partial" if self.missing else "ok"
-        except SfPipelinesError as failed:
-            status, error = "error", failed.kind
-            raise
-        except BaseException as failed:
-            # Cancelled, interrupted, or a fault of ours: counted, and passed on.
-            status, error = "error", type(failed).__name__
-            raise
-        finally:
-            told: dict[str, Value] = {EventField.KIND: kind, EventField.STATUS: status, **self.facts}
-            told[EventField.LATENCY_MS] = self.elapsed_ms
-            if error is not None:
-                told[EventField.ERROR] = error
-            events.emit(name, told)
 
+class FanOut:
+    """Jobs on shards, side by side.
 
-@dataclass(frozen=True)
-class Call(Generic[ResultT]):
-    """A call that can be run, once.
+    Shards are opened without holding a thread of the pool: a store that hangs holds up those who want its shards, and
+    nobody else.
 
     Attributes:
-        event: that reports it; None for none.
-        terms: of the caller.
-        steps: what is to be done.
+        done: ends when all jobs have, or one failed that the call cannot go without.
+        outcomes: answer or error of each shard.
     """
 
-    event: EventName | None
-    terms: Terms
-    steps: Steps[ResultT]
+    def __init__(self, shards: OpenShards, jobs: Sequence[Job[Any]], call: Call) -> None:
+        self.done: Future[None] = Future()
+        self.done.set_running_or_notify_cancel()
+        self.outcomes: dict[int, Any] = {}
+        self._shards = shards
+        self._jobs = jobs
+        self._call = call
+        # Of the caller: traces go on in other threads.
+        self._context = copy_context()
+        self._lock = threading.Lock()
+        self._ended = False
+        self._waiting = deque(jobs)
+        # Who takes a future out of here lets go of its shard: there is no handle while it is being opened.
+        self._running: dict[Future[Any], tuple[Job[Any], Handle | None]] = {}
+
+    def start(self, threads: Executor, concurrency: int) -> None:
+        """Starts so many jobs; each that ends starts another."""
+        self._threads = threads
+        for _ in range(concurrency):
+            self._start_next()
+
+    def stop(self) -> None:
+        """Lets go of what has not ended. It is late."""
+        if self._end():
+            late = [job.shard for job in self._jobs if job.shard not in self.outcomes]
+            self.outcomes.update((shard, self._call.late(shard)) for shard in late)
+
+    def _start_next(self) -> None:
+        with self._lock:
+            if self._ended or not self._waiting:
+                return
+            job = self._waiting.popleft()
+            opening = self._shards.acquire(job.shard)
+            self._running[opening] = (job, None)
+        opening.add_done_callback(self._on_opened)
+
+    def _on_opened(self, opening: Future[Handle]) -> None:
+        with self._lock:
+            job, _ = self._running.pop(opening, (None, None))
+        if job is None:
+            return
+        if error := opening.exception():
+            self._settle(job, error)
+            return
+        handle = opening.result()
+        with ExitStack() as on_failure:
+            on_failure.callback(self._shards.give_back, handle)
+            try:
+                work = self._threads.submit(self._context.copy().run, self._shards.using, handle, job.run)
+            except RuntimeError:
+                self._settle(job, ReaderClosedError("the reader was closed during a call; open another one"))
+                return
+            on_failure.pop_all()
+        with self._lock:
+            ended = self._ended
+            if not ended:
+                self._running[work] = (job, handle)
+        if ended:
+            self._let_go(work, handle)
+        else:
+            work.add_done_callback(self._on_worked)
+
+    def _on_worked(self, work: Future[Any]) -> None:
+        with self._lock:
+            job, _ = self._running.pop(work, (None, None))
+        if job is not None:
+            error = work.exception()
+            self._settle(job, work.result() if error is None else error)
+
+    def _settle(self, job: Job[Any], outcome: Any) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self.outcomes[job.shard] = outcome
+            failed = isinstance(outcome, BaseException) and not self._call.goes_without(outcome)
+            over = failed or len(self.outcomes) == len(self._jobs)
+        if over:
+            self._end()
+        else:
+            self._start_next()
+
+    def _end(self) -> bool:
+        """Whether it had not ended before."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._ended = True
+            running, self._running = self._running, {}
+        for future, (_, handle) in running.items():
+            self._let_go(future, handle)
+        self.done.set_result(None)
+        return True
+
+    def _let_go(self, future: Future[Any], handle: Handle | None) -> None:
+        """What a thread is doing already, it finishes."""
+        if handle is None:
+            self._shards.abandon(future)
+        elif future.cancel():
+            self._shards.give_back(handle)
+
+
+Steps = Generator[int | FanOut, Any, ResultT]
 
 
 def each_shard(
-    handles: ShardHandles,
+    shards: OpenShards,
     jobs: Sequence[Job[AnswerT]],
-    terms: Terms,
+    call: Call,
     is_quick: Callable[[OpenShard], bool],
     *,
     answered: bool = False,
 ) -> Steps[dict[int, AnswerT]]:
     """Runs jobs of different shards; those of shards that are quick right here, the others side by side.
 
-    What takes microseconds, as a look-up in an open file or a payload that is held, costs more to hand to a thread.
-
-    Args:
-        handles: of the shards.
-        jobs: one for each shard.
-        terms: of the call; shards that failed join ``missing`` where partial answers are wanted.
-        is_quick: whether the job of an opened shard is.
-        answered: whether this fetches the rest of answers that came in time. In a partial answer they are not thrown
-            away when the time is over: of shards that are open it is fetched right here, however late it is.
-
-    Returns:
-        The answers by shard.
-
-    Raises:
-        SfPipelinesError: a shard failed or was late, and the caller wants all; or no shard can answer this call.
+    What takes microseconds, as a look-up in an open file, costs more to hand to a thread.
     """
     found: dict[int, AnswerT] = {}
     slow: list[Job[AnswerT]] = []
-    at_any_time = answered and terms.partial
+    at_any_time = answered and call.partial
 
-    def settle(shard: int, outcome: Any) -> None:
-        if not isinstance(outcome, SfPipelinesError):
-            found[shard] = outcome
-        elif terms.does_without(outcome):
-            terms.missing[shard] = outcome
-        else:
-            raise outcome
+    def run(job: Job[AnswerT], handle: Handle) -> None:
+        try:
+            found[job.shard] = shards.using(handle, job.run)
+        except SfPipelinesError as error:
+            call.go_without(job.shard, error)
 
     for job in jobs:
-        late = terms.left == 0
+        late = call.left == 0
         if late and not at_any_time:
-            settle(job.shard, terms.late(job.shard))
-            continue
-        handle = handles.take_open(job.shard, _is_open if late else is_quick)
-        if handle is None:
+            call.go_without(job.shard, call.late(job.shard))
+        elif handle := shards.take_open(job.shard, _any if late else is_quick):
+            run(job, handle)
+        else:
             slow.append(job)
-            continue
-        settle(job.shard, attempt(handles.using, handle, job.run))
-    if slow:
-        outcomes: Outcomes = yield FanOut(handles, slow)
-        runs = {job.shard: job.run for job in slow}
-        for shard, in_time in outcomes.items():
-            is_late = at_any_time and isinstance(in_time, DeadlineError)
-            handle = handles.take_open(shard, _is_open) if is_late else None
-            settle(shard, in_time if handle is None else attempt(handles.using, handle, runs[shard]))
+    if not slow:
+        return found
+    outcomes: dict[int, Any] = yield FanOut(shards, slow, call)
+    by_shard = {job.shard: job for job in slow}
+    for shard, outcome in outcomes.items():
+        is_late = at_any_time and isinstance(outcome, DeadlineError)
+        if is_late and (handle := shards.take_open(shard, _any)):
+            run(by_shard[shard], handle)
+        elif isinstance(outcome, BaseException):
+            call.go_without(shard, outcome)
+        else:
+            found[shard] = outcome
     return found
 
 
-def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result, or the typed error: others go through."""
-    try:
-        return work(*arguments)
-    except SfPipelinesError as error:
-        return error
-
-
-def _is_open(opened: OpenShard) -> bool:
+def _any(opened: OpenShard) -> bool:
     del opened
     return True
 
 
-def _seconds(timeout: float) -> float:
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise QueryError(f"timeout must be a number of seconds above 0, or None (got {timeout!r})")
-    # Locks can wait 292 years; nobody will ask for the rest.
-    return min(float(timeout), threading.TIMEOUT_MAX)
+def never_quick(opened: OpenShard) -> bool:
+    """Of work that takes milliseconds whatever is open."""
+    return not _any(opened)

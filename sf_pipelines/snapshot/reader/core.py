@@ -1,14 +1,20 @@
-"""What all readers share: the served snapshot, its replacement, and the running of calls."""
+"""What both faces of readers share: the served snapshot, its replacement, and the running of calls."""
 
+import asyncio
 import os
+import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Self, TypeVar
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
@@ -21,111 +27,101 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.manifest.pointer import manifest_key as key_of_pointer
 from sf_pipelines.snapshot.reader.cache import ShardCache
-from sf_pipelines.snapshot.reader.calls import Call, Steps, Tokens
-from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, Value, guarded
-from sf_pipelines.snapshot.reader.finding import find_snapshot
-from sf_pipelines.snapshot.reader.handles import Limits, ShardHandles
+from sf_pipelines.snapshot.reader.calls import Call, FanOut, Steps
+from sf_pipelines.snapshot.reader.metrics import metrics_of
 from sf_pipelines.snapshot.reader.options import ReaderSettings
-from sf_pipelines.snapshot.reader.refreshing import BackgroundRefresh
-from sf_pipelines.snapshot.reader.running import Runner
-from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, load_pointed, read_current
-from sf_pipelines.snapshot.reader.types import RefreshOutcome
+from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
+from sf_pipelines.snapshot.reader.shards import OpenShards
+from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, find_snapshot, load_pointed, read_current
+from sf_pipelines.snapshot.reader.types import Health, RefreshOutcome
 from sf_pipelines.snapshot.store import Store
 
 _KINDS: dict[SnapshotKind, str] = {"vector": "vector-only snapshot", "unified": "unified snapshot (keys and vectors)"}
 _READERS: dict[SnapshotKind, str] = {"vector": "ShardedVectorReader", "unified": "UnifiedShardedReader"}
+# Openers wait for the store more than they work; with many, some that hang leave others.
+_OPENERS = 4
+# Readers that were started together must not ask the store together for ever.
+_JITTER = 0.1
+_random = random.SystemRandom()
 
 ResultT = TypeVar("ResultT")
 
 
 class Serving:
-    """A snapshot and its opened shards, counted: closed after it was replaced and the last call on it ended.
+    """A snapshot and its open shards, counted: closed after it was replaced and the last call on it ended."""
 
-    Attributes:
-        state: the snapshot.
-        handles: its shards.
-        users: calls on it.
-        retired: whether another one is served, or none.
-    """
-
-    def __init__(self, state: SnapshotState, handles: ShardHandles) -> None:
+    def __init__(self, state: SnapshotState, shards: OpenShards) -> None:
         self.state = state
-        self.handles = handles
+        self.shards = shards
         self.users = 0
         self.retired = False
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Why the reader does not serve what it should.
+class _Done(Generic[ResultT]):
+    """The end of a call."""
 
-    Attributes:
-        text: what happened.
-        since: when, by ``time.monotonic``.
-    """
-
-    text: str
-    since: float
+    result: ResultT
 
 
 class ReaderCore:
     """The served snapshot under a lock, and calls on its shards.
 
     Args:
-        root: of the snapshot.
-        settings: of the reader.
-        kind: of the snapshots that are served.
-
-    Attributes:
         store: opened on the root.
+        settings: of the reader.
+        state: the snapshot to begin with.
         kind: of the snapshots that are served.
-        events: told what happens; never raises.
-        closed: whether it was closed.
-        fallback: what should be served and why it is not, where an older snapshot is.
-        failure: why the last refresh failed; None after a good one.
-
-    Raises:
-        SnapshotNotFoundError: nothing is published under the root.
-        SnapshotKindError: the snapshot is of another kind.
-        IntegrityError: manifest, routing artifacts or preloaded shards are damaged.
-        StoreError: the store cannot be read.
+        instead_of: what the pointer names and why that is not served; None where it is.
     """
 
-    def __init__(self, root: str | Path, settings: ReaderSettings, kind: SnapshotKind) -> None:
-        started = time.perf_counter()
+    def __init__(
+        self,
+        store: Store,
+        settings: ReaderSettings,
+        state: SnapshotState,
+        *,
+        kind: SnapshotKind,
+        instead_of: str | None = None,
+    ) -> None:
         self._settings = settings
         self._process = os.getpid()
         self.kind: SnapshotKind = kind
-        self.events = guarded(settings.events)
-        self.store = open_root(root, settings.s3)
+        self.metrics = metrics_of(settings.meter_provider)
+        self.store = store
         self._cache = ShardCache(settings.cache_dir, settings.cache_bytes)
-        self._limits = Limits(settings.max_cached_shards, settings.memory_budget, settings.exact_scan)
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._calls = 0
         self.closed = False
-        self.failure: Trouble | None = None
-        found = find_snapshot(self.store, settings.manifest_key, settings.fallback, kind)
-        self.fallback = None if found.instead_of is None else Trouble(found.instead_of, time.monotonic())
-        self._runner = Runner(settings.max_concurrency, settings.rate_limiter)
+        self._fallback = instead_of
+        # Why the last refresh failed, and when.
+        self._failure: tuple[str, float] | None = None
+        workers = settings.max_concurrency
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sf-pipelines-search")
+        self._openers = ThreadPoolExecutor(_OPENERS * workers, thread_name_prefix="sf-pipelines-open")
         with ExitStack() as on_failure:
-            on_failure.callback(self._runner.shut_down)
-            self._serving = self._make(found.state, range(len(found.state.shards)) if settings.preload else ())
+            on_failure.callback(self._shut_down)
+            self._serving = self._make(state, range(len(state.shards)) if settings.preload else ())
             on_failure.pop_all()
-        every = settings.refresh_interval
-        self._background = None if every is None else BackgroundRefresh(self, every)
-        self._tell(EventName.INITIALIZED, {EventField.SHARDS: len(found.state.shards)}, started)
+        # Not an event: its end may come from the garbage collector, in the thread that is just waiting on it.
+        self._stopped: SimpleQueue[None] = SimpleQueue()
+        if settings.refresh_interval is not None:
+            self._refresh_in_background(settings.refresh_interval)
+        self.metrics.opened.add(1, {"kind": kind})
+
+    @classmethod
+    def open(cls, root: str | Path, settings: ReaderSettings, kind: SnapshotKind | None) -> Self:
+        """Opens the snapshot that a root's pointer, or the settings, name; of whatever kind where that is None."""
+        store = open_root(root, settings.s3)
+        state, instead_of = find_snapshot(store, settings.manifest_key, settings.fallback, kind)
+        return cls(store, settings, state, kind=kind or state.kind, instead_of=instead_of)
 
     # The served snapshot.
 
     @contextmanager
     def serving(self) -> Iterator[Serving]:
-        """The snapshot that is served now; it stays open for as long as the block lasts.
-
-        Raises:
-            ReaderClosedError: the reader was closed.
-            ReaderForkedError: it was opened by the process that this one was forked from.
-        """
+        """The snapshot that is served now; it stays open for as long as the block lasts."""
         self.check_process()
         with self._lock:
             self._check_open()
@@ -141,17 +137,13 @@ class ReaderCore:
                 done = serving.retired and not serving.users
                 last = self.closed and not self._calls
             if done:
-                serving.handles.close()
+                serving.shards.close()
             if last:
-                self._runner.shut_down()
+                self._shut_down()
 
     def check_process(self) -> None:
-        """Refuses the use of what belongs to another process.
-
-        Raises:
-            ReaderForkedError: see ``serving``.
-        """
-        # Before any lock, and before any listener: what another thread held during the fork is never freed here.
+        """Refuses the use of what belongs to another process."""
+        # Before any lock: what another thread held during the fork is never freed here.
         if os.getpid() != self._process:
             raise ReaderForkedError(
                 f"the reader of {self.store.url} was opened by process {self._process}, and process {os.getpid()} was "
@@ -169,44 +161,117 @@ class ReaderCore:
         """The same with its shards, for a look; to use them see ``serving``."""
         return self._serving
 
+    def health(self, staleness_threshold: timedelta | float | None) -> Health:
+        """State of the reader; answers after it was closed, too."""
+        self.check_process()
+        serving, failure = self._serving, self._failure
+        state = serving.state
+        age = (datetime.now(UTC) - (state.published_at or state.manifest.created_at)).total_seconds()
+        limit = staleness_threshold
+        if isinstance(limit, timedelta):
+            limit = limit.total_seconds()
+        degraded = (limit is not None and age > limit) or failure is not None or self._fallback is not None
+        return Health(
+            status="unhealthy" if self.closed else "degraded" if degraded else "healthy",
+            manifest_ref=self.store.url_of(state.manifest_key),
+            manifest_age_seconds=age,
+            num_shards=state.manifest.num_dbs,
+            is_closed=self.closed,
+            last_error=None if failure is None else failure[0],
+            last_error_age_seconds=None if failure is None else time.monotonic() - failure[1],
+            fallback=self._fallback,
+            open_shards=serving.shards.open_shards,
+            memory_bytes=serving.shards.memory_bytes,
+        )
+
     # Calls.
 
-    def run(self, call: Call[ResultT]) -> ResultT:
-        """Runs a call by this thread; errors as of the call."""
+    def run(self, call: Call, steps: Steps[ResultT]) -> ResultT:
+        """Runs a call by this thread, which may have others do parts of it."""
         self.check_process()
-        with call.terms.reported(self.events, call.event, self.kind):
-            return self._runner.run(call)
+        with self._measured(call), closing(steps):
+            state = _advance(steps, None)
+            while not isinstance(state, _Done):
+                reply: Any = None
+                if isinstance(state, FanOut):
+                    try:
+                        state.start(self._threads, self._settings.max_concurrency)
+                        with suppress(TimeoutError):
+                            state.done.result(call.left)
+                    finally:
+                        state.stop()
+                    reply = state.outcomes
+                else:
+                    self._limiter.acquire(state, timeout=call.left)
+                state = _advance(steps, reply)
+            return state.result
 
-    async def run_async(self, call: Call[ResultT]) -> ResultT:
-        """Runs a call without blocking the event loop; errors as of the call."""
+    async def run_async(self, call: Call, steps: Steps[ResultT]) -> ResultT:
+        """Runs a call without blocking the event loop; cancelling the task lets go of everything it holds."""
         self.check_process()
-        with call.terms.reported(self.events, call.event, self.kind):
-            return await self._runner.run_async(call)
+        with self._measured(call):
+            state = await self._advance_async(steps, None)
+            while not isinstance(state, _Done):
+                reply: Any = None
+                with ExitStack() as on_failure:
+                    on_failure.callback(steps.close)
+                    if isinstance(state, FanOut):
+                        try:
+                            state.start(self._threads, self._settings.max_concurrency)
+                            await asyncio.wait([asyncio.wrap_future(state.done)], timeout=call.left)
+                        finally:
+                            state.stop()
+                        reply = state.outcomes
+                    else:
+                        await self._limiter.acquire_async(state, timeout=call.left)
+                    on_failure.pop_all()
+                state = await self._advance_async(steps, reply)
+            return state.result
+
+    async def _advance_async(self, steps: Steps[ResultT], reply: Any) -> "int | FanOut | _Done[ResultT]":
+        """One part of a call, on a thread: it plans, scans what is in memory and merges."""
+        try:
+            # With the caller's context variables (of tracing, for one).
+            future = self._threads.submit(copy_context().run, _advance, steps, reply)
+        except RuntimeError as error:
+            steps.close()
+            raise ReaderClosedError("the reader was closed during a call; open another one") from error
+        try:
+            return await asyncio.wrap_future(future)
+        except BaseException:
+            future.cancel()
+            # The thread may be in the middle of it. Whatever it holds is let go as soon as it stops.
+            future.add_done_callback(lambda _: steps.close())
+            raise
+
+    def _measured(self, call: Call) -> Any:
+        if call.operation is None:
+            return nullcontext()
+        return self.metrics.timed(call.operation, self.kind, call.missing)
+
+    @property
+    def _limiter(self) -> RateLimiter:
+        limiter = self._settings.rate_limiter
+        if limiter is None:
+            raise AssertionError("tokens were asked for, and there is no rate limiter")
+        return limiter
 
     @property
     def idle_threads(self) -> Executor | None:
         """Threads that may help with a product; None where other calls need the cores as well."""
-        return self._runner.threads if self._calls == 1 else None
+        return self._threads if self._calls == 1 else None
 
     @property
     def is_limited(self) -> bool:
         """Whether there is a rate limiter."""
-        return self._runner.limiter is not None
+        return self._settings.rate_limiter is not None
 
     def admitted(self, count: int) -> Steps[None]:
-        """The part of a call that waits for the rate limiter.
-
-        Args:
-            count: queries or keys.
-
-        Raises:
-            ReaderClosedError: the reader was closed.
-            RateLimitError: it would take longer than the caller's timeout.
-        """
+        """The part of a call that waits for the rate limiter: a token for each query or key."""
         with self._lock:
             self._check_open()
-        if self._runner.limiter is not None and count:
-            yield Tokens(count)
+        if self.is_limited and count:
+            yield count
 
     # Replacing it.
 
@@ -215,34 +280,24 @@ class ReaderCore:
 
         The new snapshot is loaded, checked and warmed before it is swapped in; when that fails, the old one keeps
         serving.
-
-        Raises:
-            ReaderClosedError: the reader was closed.
-            ReaderForkedError: see ``serving``.
         """
         self.check_process()
         started = time.perf_counter()
         with self._refreshing, self.serving() as old:
             try:
                 outcome = self._refreshed(old)
-            except SfPipelinesError as error:
-                if isinstance(error, ReaderClosedError):
-                    raise
-                self.note_failure(error)
-                outcome = RefreshOutcome("failed", old.state.manifest.run_id, error)
-            except Exception as error:
-                # Not of the tree: the caller hears of it, and so does whoever asks for health.
-                self.note_failure(error)
+            except ReaderClosedError:
                 raise
-        facts: dict[str, Value] = {EventField.STATUS: outcome.status}
-        if outcome.error is not None:
-            facts[EventField.ERROR] = outcome.error.kind
-        self._tell(EventName.REFRESHED, facts, started)
+            except SfPipelinesError as error:
+                self._note_failure(error)
+                outcome = RefreshOutcome("failed", old.state.manifest.run_id, error)
+            except BaseException as error:
+                # Not of the tree: the caller hears of it, and so does whoever asks for health.
+                self._note_failure(error)
+                raise
+        error = outcome.error.kind if outcome.error else None
+        self.metrics.ended("refresh", self.kind, outcome.status, started, error=error)
         return outcome
-
-    def note_failure(self, error: BaseException) -> None:
-        """Has ``health`` tell why a refresh failed."""
-        self.failure = Trouble(f"{type(error).__name__}: {error}", time.monotonic())
 
     def close(self) -> None:
         """Ends serving. Calls that are under way finish; the shards are closed after the last one."""
@@ -256,13 +311,15 @@ class ReaderCore:
             self.closed = True
             self._serving.retired = True
             idle, last = not self._serving.users, not self._calls
-        if self._background is not None:
-            self._background.stop()
+        self._stopped.put(None)
         if idle:
-            self._serving.handles.close()
+            self._serving.shards.close()
         if last:
-            self._runner.shut_down()
-        self._tell(EventName.CLOSED, {})
+            self._shut_down()
+        self.metrics.closed.add(1, {"kind": self.kind})
+
+    def _note_failure(self, error: BaseException) -> None:
+        self._failure = f"{type(error).__name__}: {error}", time.monotonic()
 
     def _refreshed(self, old: Serving) -> RefreshOutcome:
         run_id = old.state.manifest.run_id
@@ -274,14 +331,12 @@ class ReaderCore:
             with self._lock:
                 # The pointer may have been elsewhere in between: its age counts from when it came back.
                 self._serving.state = replace(old.state, published_at=pointer.updated_at)
-            self.failure = self.fallback = None
+            self._failure = self._fallback = None
             return RefreshOutcome("unchanged", run_id)
         state = load_pointed(self.store, pointer)
         every = range(len(state.shards))
-        self._swap(
-            self._make(state, every if self._settings.preload else sorted({*every} & {*old.handles.open_shards}))
-        )
-        self.failure = self.fallback = None
+        self._swap(self._make(state, every if self._settings.preload else sorted({*every} & {*old.shards.open_shards})))
+        self._failure = self._fallback = None
         return RefreshOutcome("updated", state.manifest.run_id)
 
     def _make(self, state: SnapshotState, warm: Iterable[int]) -> Serving:
@@ -290,14 +345,12 @@ class ReaderCore:
                 f"manifest {self.store.url_of(state.manifest_key)} is of a {_KINDS[state.kind]}; open it with "
                 f"{_READERS[state.kind]}"
             )
-        handles = ShardHandles(
-            state, self.store, self._cache, limits=self._limits, openers=self._runner.openers, events=self.events
-        )
+        shards = OpenShards(state, self.store, self._cache, self._settings, self._openers, self.metrics)
         with ExitStack() as on_failure:
-            on_failure.callback(handles.close)
-            handles.warm(warm)
+            on_failure.callback(shards.close)
+            shards.warm(warm)
             on_failure.pop_all()
-        return Serving(state, handles)
+        return Serving(state, shards)
 
     def _swap(self, fresh: Serving) -> None:
         with self._lock:
@@ -307,31 +360,64 @@ class ReaderCore:
                 self._serving.retired = True
                 self._serving = fresh
         if closed:
-            fresh.handles.close()
+            fresh.shards.close()
             raise ReaderClosedError(f"the reader of {self.store.url} was closed while it was refreshed")
+
+    def _refresh_in_background(self, interval: float) -> None:
+        """A thread, for async readers too: it outlives the event loop that the reader was opened in."""
+        stopped = self._stopped
+        # The thread must not keep alive a reader that nobody else holds.
+        known = weakref.ref(self, lambda _: stopped.put(None))
+        threading.Thread(
+            target=_keep_refreshing, args=(known, stopped, interval), name="sf-pipelines-refresh", daemon=True
+        ).start()
 
     def _check_open(self) -> None:
         if self.closed:
             raise ReaderClosedError(f"the reader of {self.store.url} was closed; open another one")
 
-    def _tell(self, name: EventName, facts: dict[str, Value], started: float | None = None) -> None:
-        if self.events is SILENT:
-            return
-        about: dict[str, Value] = {EventField.KIND: self.kind, EventField.RUN_ID: self.state.manifest.run_id}
-        if started is not None:
-            about[EventField.LATENCY_MS] = (time.perf_counter() - started) * 1000
-        self.events.emit(name, {**about, **facts})
+    def _shut_down(self) -> None:
+        """Lets the threads end when they have done what they were given."""
+        self._threads.shutdown(wait=False)
+        self._openers.shutdown(wait=False)
 
 
 def open_root(root: str | Path | Store, s3: S3Options | None) -> Store:
-    """The store below a root that something should have been published under; one that is open is taken as it is.
-
-    Raises:
-        SnapshotNotFoundError: there is no such folder.
-    """
+    """The store below a root that something should have been published under; one that is open is taken as it is."""
     if isinstance(root, Store):
         return root
     try:
         return Store.open(root, s3)
     except ObjectMissingError as error:
         raise SnapshotNotFoundError(f"nothing has been published under {root}: {error}") from error
+
+
+def in_thread(work: Callable[..., ResultT], *arguments: Any) -> Future[ResultT]:
+    """Has a thread of its own do something that may take long."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="sf-pipelines-reader")
+    try:
+        return thread.submit(work, *arguments)
+    finally:
+        thread.shutdown(wait=False)
+
+
+def _advance(steps: Steps[ResultT], reply: Any) -> int | FanOut | _Done[ResultT]:
+    """Goes on with a call until it needs an answer or ends."""
+    try:
+        return steps.send(reply)
+    except StopIteration as end:
+        return _Done(end.value)
+
+
+def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[None]", interval: float) -> None:
+    while True:
+        with suppress(Empty):
+            pause = interval * _random.uniform(1 - _JITTER, 1 + _JITTER)
+            return stopped.get(timeout=min(pause, threading.TIMEOUT_MAX))
+        core = known()
+        if core is None or core.closed:
+            return None
+        # Noted for ``health``; the old snapshot keeps serving.
+        with suppress(Exception):
+            core.refresh()
+        del core

@@ -10,11 +10,10 @@ from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import NoShardError, QueryError
 from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, Terms, each_shard
+from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard, never_quick
 from sf_pipelines.snapshot.reader.core import ReaderCore
-from sf_pipelines.snapshot.reader.events import EventField, EventName
-from sf_pipelines.snapshot.reader.handles import OpenShard
 from sf_pipelines.snapshot.reader.plan import Context, named_shards
+from sf_pipelines.snapshot.reader.shards import OpenShard
 from sf_pipelines.snapshot.reader.state import SnapshotState
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.hash import HashRouting, hash_keys
@@ -27,41 +26,25 @@ _BEYOND = 2**63
 _ALIKE: tuple[set[type], ...] = ({int}, {str}, {bytes})
 
 
+def get_one(core: ReaderCore, call: Call, key: Key, routing_context: Context | None) -> Steps[bytes | None]:
+    """The value of a key, None where it is not there."""
+    found = (yield from _values(core, call, [key], routing_context))[key]
+    core.metrics.get_results.add(found is not None, {"kind": core.kind})
+    return found
+
+
 def get_many(
-    core: ReaderCore, keys: Iterable[Key], routing_context: Context | None, terms: Terms
-) -> Call[dict[Key, bytes | None]]:
-    """The value of each key, None for a key that is not there; each shard is asked once.
-
-    Args:
-        core: of the reader.
-        keys: as the snapshot's ``key_encoding`` takes them.
-        routing_context: values that name the shard, for snapshots sharded by an expression over more than the key.
-        terms: deadline.
-
-    Raises:
-        QueryError: a key is of the wrong type, or its shard cannot be told.
-        ReaderClosedError: the reader was closed.
-        StoreError: a shard cannot be fetched.
-        IntegrityError: a shard is damaged.
-        DeadlineError: a shard did not answer in time.
-        RateLimitError: the rate limiter would have taken longer than that.
-    """
-    return Call(EventName.MULTI_GET, terms, _values(core, keys, routing_context, terms))
-
-
-def get_one(core: ReaderCore, key: Key, routing_context: Context | None, terms: Terms) -> Call[bytes | None]:
-    """The value of a key, None where it is not there; see ``get_many``."""
-
-    def steps() -> Steps[bytes | None]:
-        found = yield from _values(core, [key], routing_context, terms)
-        terms.facts = {EventField.RESULTS: terms.facts[EventField.RESULTS]}
-        return found[key]
-
-    return Call(EventName.GET, terms, steps())
+    core: ReaderCore, call: Call, keys: Iterable[Key], routing_context: Context | None
+) -> Steps[dict[Key, bytes | None]]:
+    """The value of each key, None for a key that is not there; each shard is asked once."""
+    found = yield from _values(core, call, keys, routing_context)
+    core.metrics.multi_get_keys.add(len(found), {"kind": core.kind})
+    core.metrics.multi_get_results.add(sum(value is not None for value in found.values()), {"kind": core.kind})
+    return found
 
 
 def _values(
-    core: ReaderCore, keys: Iterable[Key], routing_context: Context | None, terms: Terms
+    core: ReaderCore, call: Call, keys: Iterable[Key], routing_context: Context | None
 ) -> Steps[dict[Key, bytes | None]]:
     if isinstance(keys, str | bytes | bytearray | memoryview) or not isinstance(keys, Iterable):
         raise QueryError(f"keys must be several keys, not one {type(keys).__name__}; use get for one")
@@ -91,23 +74,17 @@ def _values(
 
         # A key for which the expression gives no shard cannot have been stored.
         filled = [shard for shard in np.unique(shards).tolist() if shard >= 0 and state.shards[shard].key is not None]
-        yield from each_shard(serving.handles, [Job(shard, fetch_of(shard)) for shard in filled], terms, _is_open)
-    found = sum(value is not None for value in values)
-    terms.facts = {EventField.KEYS: len(given), EventField.SHARDS: len(filled), EventField.RESULTS: found}
+        yield from each_shard(serving.shards, [Job(shard, fetch_of(shard)) for shard in filled], call, _has_keys)
     return dict(zip(given, values, strict=True))
 
 
-def _is_open(opened: OpenShard) -> bool:
+def _has_keys(opened: OpenShard) -> bool:
     """A look-up takes microseconds."""
     return opened.has_keys
 
 
 def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> int:
-    """Shard that holds a key if any does; see ``get_many``.
-
-    Raises:
-        NoShardError: the expression gives no shard for the key.
-    """
+    """Shard that holds a key if any does; a ``NoShardError`` where the expression gives none."""
     with core.serving() as serving:
         state = serving.state
         shard = int(_shards_of(state, [key], [encode_key(key, state.key_encoding)], routing_context)[0])
@@ -117,25 +94,9 @@ def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> in
 
 
 def get_vectors(
-    core: ReaderCore, ids: Iterable[int | str], shard_ids: Sequence[int] | None, terms: Terms
-) -> Call[dict[int | str, Float32 | None]]:
-    """The stored vector of each id, None for an id that is not there; each shard is asked once.
-
-    Args:
-        core: of the reader.
-        ids: as searches return them.
-        shard_ids: look only there; None is wherever the ids may be.
-        terms: deadline.
-
-    Raises:
-        QueryError: an id is of the wrong type, or a shard is unknown; further errors as of ``get_many``.
-    """
-    return Call(None, terms, _vectors(core, ids, shard_ids, terms))
-
-
-def _vectors(
-    core: ReaderCore, ids: Iterable[int | str], shard_ids: Sequence[int] | None, terms: Terms
+    core: ReaderCore, call: Call, ids: Iterable[int | str], shard_ids: Sequence[int] | None
 ) -> Steps[dict[int | str, Float32 | None]]:
+    """The stored vector of each id, None for an id that is not there; each shard is asked once."""
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise QueryError(f"ids must be several ids, such as [17], not one {type(ids).__name__}")
     given = list(ids)
@@ -146,9 +107,9 @@ def _vectors(
         state = serving.state
         if shard_ids is not None:
             shards = named_shards(shard_ids, state.manifest.num_dbs, 1).shards[0].tolist()
-            wanted = dict.fromkeys(shards, given)
+            ids_by_shard = dict.fromkeys(shards, given)
         else:
-            wanted = _where_ids_may_be(state, given)
+            ids_by_shard = _where_ids_may_be(state, given)
 
         def fetch_of(asked: list[int | str]) -> Callable[[OpenShard], list[tuple[int | str, Float32]]]:
             def fetch(opened: OpenShard) -> list[tuple[int | str, Float32]]:
@@ -160,17 +121,13 @@ def _vectors(
 
             return fetch
 
-        jobs = [Job(shard, fetch_of(asked)) for shard, asked in wanted.items() if state.shards[shard].key is not None]
-        answers = yield from each_shard(serving.handles, jobs, terms, _has_nothing_quick)
+        jobs = [
+            Job(shard, fetch_of(asked)) for shard, asked in ids_by_shard.items() if state.shards[shard].key is not None
+        ]
+        answers = yield from each_shard(serving.shards, jobs, call, never_quick)
         for _, answer in sorted(answers.items(), reverse=True):
             found.update((row_id, vector.copy()) for row_id, vector in answer)
     return found
-
-
-def _has_nothing_quick(opened: OpenShard) -> bool:
-    """A scan of all ids takes milliseconds."""
-    del opened
-    return False
 
 
 def _check_ids(state: SnapshotState, ids: list[Any]) -> None:
@@ -209,11 +166,11 @@ def _where_ids_may_be(state: SnapshotState, ids: list[int | str]) -> dict[int, l
             # No hexadecimal digits: no row can have it, and the others are found all the same.
             return everywhere
     shards = _shards_of(state, keys, _encoded(keys, state.key_encoding), None).tolist()
-    wanted: dict[int, list[int | str]] = {}
+    ids_by_shard: dict[int, list[int | str]] = {}
     for row_id, shard in zip(ids, shards, strict=True):
         if shard >= 0:
-            wanted.setdefault(shard, []).append(row_id)
-    return wanted
+            ids_by_shard.setdefault(shard, []).append(row_id)
+    return ids_by_shard
 
 
 def _encoded(keys: list[Key], encoding: KeyEncoding) -> list[bytes]:

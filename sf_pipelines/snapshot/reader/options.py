@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from opentelemetry.metrics import MeterProvider
+
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES
-from sf_pipelines.snapshot.reader.events import SILENT, ReaderEvents
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
-
-DEFAULT_MEMORY = 2 * 1024**3
-DEFAULT_CONCURRENCY = 8
 
 
 class ReaderOptions(TypedDict, total=False):
@@ -29,7 +27,7 @@ class ReaderOptions(TypedDict, total=False):
     refresh_interval: float | None
     max_concurrency: int
     rate_limiter: RateLimiter | None
-    events: ReaderEvents
+    meter_provider: MeterProvider | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class ReaderSettings:
         refresh_interval: seconds between refreshes in the background, give or take a tenth; None is never.
         max_concurrency: shards that one call works on at the same time, and threads that serve all calls.
         rate_limiter: asked for one token for each query or key; None lets everything through.
-        events: told what the reader does.
+        meter_provider: where OpenTelemetry metrics go; None is the process's own.
 
     Raises:
         ConfigError: a value is wrong.
@@ -66,28 +64,29 @@ class ReaderSettings:
     manifest_key: str | None = None
     fallback: int = 0
     max_cached_shards: int | None = None
-    memory_budget: int = DEFAULT_MEMORY
+    memory_budget: int = 2 * 1024**3
     exact_scan: bool = True
     preload: bool = False
     refresh_interval: float | None = None
-    max_concurrency: int = DEFAULT_CONCURRENCY
+    max_concurrency: int = 8
     rate_limiter: RateLimiter | None = None
-    events: ReaderEvents = SILENT
+    meter_provider: MeterProvider | None = None
 
     def __post_init__(self) -> None:
-        self._check_whole("cache_bytes", 0)
-        self._check_whole("fallback", 0)
-        self._check_whole("memory_budget", 0)
-        self._check_whole("max_concurrency", 1)
-        if self.max_cached_shards is not None:
-            self._check_whole("max_cached_shards", 1)
+        at_least = {"cache_bytes": 0, "fallback": 0, "memory_budget": 0, "max_concurrency": 1, "max_cached_shards": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is None and name == "max_cached_shards":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least} (got {value!r})")
         for name in ("exact_scan", "preload"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False (got {getattr(self, name)!r})")
         if self.rate_limiter is not None and not isinstance(self.rate_limiter, RateLimiter):
             raise ConfigError(f"rate_limiter must be a RateLimiter, or None (got {self.rate_limiter!r})")
-        if not callable(getattr(self.events, "emit", None)):
-            raise ConfigError(f"events must have a method emit(name, attributes) (got {self.events!r})")
+        if self.meter_provider is not None and not isinstance(self.meter_provider, MeterProvider):
+            raise ConfigError(f"meter_provider must be an OpenTelemetry MeterProvider (got {self.meter_provider!r})")
         every = self.refresh_interval
         if every is not None and (isinstance(every, bool) or not isinstance(every, int | float) or not every > 0):
             raise ConfigError(f"refresh_interval must be a number of seconds above 0, or None (got {every!r})")
@@ -95,8 +94,3 @@ class ReaderSettings:
             raise ConfigError(
                 "manifest_key serves one manifest for good: leave out refresh_interval and fallback, or manifest_key"
             )
-
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least} (got {value!r})")

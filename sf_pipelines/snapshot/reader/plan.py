@@ -47,78 +47,69 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ShardChoice:
     """What a caller says of the shards to ask; nothing leaves it to the snapshot.
 
     Attributes:
         num_probes: so many, nearest first.
         shard_ids: exactly these, by every query.
         routing_context: those that hold these values: one context for all queries, or one for each.
-        homes: for each query the one shard that it is about, shape (n,): measures snapshots whose queries cannot be
+        shard_of: for each query the one shard that it is about, shape (n,): measures snapshots whose queries cannot be
             routed by their vector.
     """
 
     num_probes: int | None = None
     shard_ids: Sequence[int] | None = None
     routing_context: Context | Sequence[Context] | None = None
-    homes: Int32 | None = None
+    shard_of: Int32 | None = None
 
-    def of(self, part: slice, queries: int) -> "Wanted":
+    def of(self, part: slice, queries: int) -> "ShardChoice":
         """The same for a part of so many queries; a wrong number of contexts is left for the plan to refuse."""
         contexts = self.routing_context
         if isinstance(contexts, Sequence) and not isinstance(contexts, str | bytes) and len(contexts) == queries:
             contexts = contexts[part]
-        homes = None if self.homes is None else self.homes[part]
-        return Wanted(self.num_probes, self.shard_ids, contexts, homes)
+        shard_of = None if self.shard_of is None else self.shard_of[part]
+        return ShardChoice(self.num_probes, self.shard_ids, contexts, shard_of)
 
 
-def plan_for(state: SnapshotState, queries: Float32, wanted: Wanted) -> Plan:
-    """Shards to ask: those that are named, else those of the context, else by vector, else all (with keys).
-
-    Args:
-        state: the snapshot.
-        queries: shape (n, dim).
-        wanted: what the caller says.
-
-    Raises:
-        QueryError: that means nothing for this snapshot, or is not enough to know the shards.
-    """
+def plan_for(state: SnapshotState, queries: Float32, choice: ShardChoice) -> Plan:
+    """Shards to ask: those that are named, else those of the context, else by vector, else all (with keys)."""
     routing, num_dbs = state.routing, state.manifest.num_dbs
-    if wanted.num_probes is not None and not isinstance(routing, VectorRouting):
+    if choice.num_probes is not None and not isinstance(routing, VectorRouting):
         raise QueryError(
             f"num_probes is for snapshots sharded by vector; this one is sharded by {routing.strategy!r}, leave it out"
         )
-    if wanted.routing_context is not None and not isinstance(routing, CelRouting):
+    if choice.routing_context is not None and not isinstance(routing, CelRouting):
         raise QueryError(
             "routing_context is for snapshots sharded by an expression ('cel'); this one is sharded by "
             f"{routing.strategy!r}, leave it out"
         )
-    if wanted.homes is not None:
-        return _homes(state, wanted.homes, len(queries))
-    if wanted.shard_ids is not None:
-        if wanted.num_probes is not None:
+    if choice.shard_of is not None:
+        return _one_each(state, choice.shard_of, len(queries))
+    if choice.shard_ids is not None:
+        if choice.num_probes is not None:
             raise QueryError("num_probes and shard_ids exclude each other: shard_ids already says which are asked")
-        return named_shards(wanted.shard_ids, num_dbs, len(queries))
+        return named_shards(choice.shard_ids, num_dbs, len(queries))
     if isinstance(routing, VectorRouting):
-        probes = probes_of(wanted.num_probes, state.vector.num_probes, num_dbs)
+        probes = probes_of(choice.num_probes, state.default_probes, num_dbs)
         return Plan(routing.probe(routable(state, queries))[0][:, :probes])
-    if wanted.routing_context is not None and isinstance(routing, CelRouting):
-        return _located(routing, wanted.routing_context, len(queries))
+    if choice.routing_context is not None and isinstance(routing, CelRouting):
+        return _located(routing, choice.routing_context, len(queries))
     return _everywhere(state, len(queries))
 
 
-def stock_plan(state: SnapshotState, queries: Float32, num_probes: int, homes: Int32 | None) -> Plan:
+def stock_plan(state: SnapshotState, queries: Float32, num_probes: int, shard_of: Int32 | None) -> Plan:
     """The shards that a stock reader asks, in its order; see ``plan_for``."""
-    if homes is not None or not isinstance(state.routing, VectorRouting):
-        return plan_for(state, queries, Wanted(homes=homes))
+    if shard_of is not None or not isinstance(state.routing, VectorRouting):
+        return plan_for(state, queries, ShardChoice(shard_of=shard_of))
     probes = probes_of(num_probes, num_probes, state.manifest.num_dbs)
     return Plan(state.routing.stock_probe(queries, probes))
 
 
-def order_for(state: SnapshotState, queries: Float32, homes: Int32 | None) -> Int32:
+def order_for(state: SnapshotState, queries: Float32, shard_of: Int32 | None) -> Int32:
     """All shards that queries may ask, in the order of their turn; shape (n, shards)."""
     probes = state.manifest.num_dbs if isinstance(state.routing, VectorRouting) else None
-    return plan_for(state, queries, Wanted(num_probes=probes, homes=homes)).shards
+    return plan_for(state, queries, ShardChoice(num_probes=probes, shard_of=shard_of)).shards
 
 
 def routable(state: SnapshotState, queries: Float32) -> Float32:
@@ -134,11 +125,7 @@ def routable(state: SnapshotState, queries: Float32) -> Float32:
 
 
 def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
-    """Queries as float32, shape (n, dim).
-
-    Raises:
-        QueryError: they are no numbers, of another dimension, not finite, or without direction under cosine.
-    """
+    """Queries as float32, shape (n, dim)."""
     try:
         given: NDArray[Any] = np.asarray(queries)
     except ValueError as error:
@@ -170,33 +157,21 @@ def one(query: ArrayLike) -> Any:
 
 
 def positive(value: int, name: str) -> int:
-    """A whole number of at least 1.
-
-    Raises:
-        QueryError: it is something else.
-    """
+    """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise QueryError(f"{name} must be a whole number of at least 1 (got {value!r})")
     return int(value)
 
 
 def hits_of(state: SnapshotState, top_k: int) -> int:
-    """Results to look for: as many as were asked for, and no more than there can be.
-
-    Raises:
-        QueryError: ``top_k`` is no whole number of at least 1.
-    """
+    """Results to look for: as many as were asked for, and no more than there can be."""
     # Others count keys, and need not give each a vector, or may give it several.
     counted = state.kind == "vector" or state.is_ours
     return min(positive(top_k, "top_k"), max(1, state.manifest.row_count if counted else _MOST_HITS))
 
 
 def columns_of(top_k: int) -> int:
-    """Width of a table of answers, which is filled up where a query has fewer.
-
-    Raises:
-        QueryError: such a table would fill the memory.
-    """
+    """Width of a table of answers, which is filled up where a query has fewer."""
     k = positive(top_k, "top_k")
     if k > _MOST_HITS:
         raise QueryError(f"top_k must be at most {_MOST_HITS} (got {k})")
@@ -204,20 +179,12 @@ def columns_of(top_k: int) -> int:
 
 
 def probes_of(num_probes: int | None, default: int, num_dbs: int) -> int:
-    """Shards to ask; more than there are means all.
-
-    Raises:
-        QueryError: it is no whole number of at least 1.
-    """
+    """Shards to ask; more than there are means all."""
     return min(num_dbs, default if num_probes is None else positive(num_probes, "num_probes"))
 
 
 def named_shards(shard_ids: Sequence[int], num_dbs: int, queries: int) -> Plan:
-    """The same shards for every query.
-
-    Raises:
-        QueryError: one is unknown or named twice, or none is named.
-    """
+    """The same shards for every query."""
     if isinstance(shard_ids, str | bytes) or not isinstance(shard_ids, Iterable):
         raise QueryError(f"shard_ids must be several numbers of shards, such as [3], not {shard_ids!r}")
     shards = list(shard_ids)
@@ -236,13 +203,13 @@ def _same(shards: Int32, queries: int) -> Plan:
     return Plan(np.broadcast_to(shards, (queries, len(shards))))
 
 
-def _homes(state: SnapshotState, homes: Int32, queries: int) -> Plan:
+def _one_each(state: SnapshotState, shard_of: Int32, queries: int) -> Plan:
     if not isinstance(state.routing, CelRouting | ExplicitRouting):
-        raise QueryError(f"homes is for snapshots sharded by cel or explicit, not by {state.routing.strategy!r}")
+        raise QueryError(f"shard_of is for snapshots sharded by cel or explicit, not by {state.routing.strategy!r}")
     num_dbs = state.manifest.num_dbs
-    if homes.shape != (queries,) or homes.dtype.kind != "i" or ((homes < 0) | (homes >= num_dbs)).any():
-        raise QueryError(f"homes must name one shard from 0 to {num_dbs - 1} for each of {queries} queries")
-    return Plan(homes.astype(np.int32)[:, None])
+    if shard_of.shape != (queries,) or shard_of.dtype.kind != "i" or ((shard_of < 0) | (shard_of >= num_dbs)).any():
+        raise QueryError(f"shard_of must name one shard from 0 to {num_dbs - 1} for each of {queries} queries")
+    return Plan(shard_of.astype(np.int32)[:, None])
 
 
 def _located(routing: CelRouting, given: Context | Sequence[Context], queries: int) -> Plan:
@@ -255,8 +222,8 @@ def _located(routing: CelRouting, given: Context | Sequence[Context], queries: i
     for at, context in enumerate(given):
         if not isinstance(context, Mapping):
             raise QueryError(f"routing_context {at} must be a mapping, not {type(context).__name__}")
-    homes = np.fromiter((routing.locate(context) for context in given), dtype=np.int32, count=queries)
-    return Plan(homes[:, None])
+    shard_of = np.fromiter((routing.locate(context) for context in given), dtype=np.int32, count=queries)
+    return Plan(shard_of[:, None])
 
 
 def _everywhere(state: SnapshotState, queries: int) -> Plan:

@@ -5,31 +5,27 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from numbers import Real
 
+from opentelemetry.metrics import MeterProvider
+
 from sf_pipelines.snapshot.errors import ConfigError, RateLimitError
-from sf_pipelines.snapshot.reader.events import SILENT, EventField, EventName, ReaderEvents, guarded
+from sf_pipelines.snapshot.reader.metrics import metrics_of
 
 _SLICE = 0.05  # seconds after which a waiting caller looks whether others gave up and its turn came forward
 _INSTANT = 1e-6  # seconds that are no wait: rounding must not refuse a full bucket's worth
 
 
+@dataclass(eq=False, slots=True)
 class _Ticket:
-    """A place in the queue.
+    """A place in the queue: seconds in which the bucket makes its tokens, and when the last of them is its own."""
 
-    Attributes:
-        seconds: time in which the bucket makes its tokens.
-        due: instant at which the last of them is its own.
-    """
-
-    __slots__ = ("due", "seconds")
-
-    def __init__(self, seconds: float, due: float) -> None:
-        self.seconds = seconds
-        self.due = due
+    seconds: float
+    due: float
 
 
 class RateLimiter:
@@ -46,35 +42,26 @@ class RateLimiter:
     Args:
         rate: tokens a second.
         burst: tokens that the bucket holds; None is one second's worth, at least 1.
-        events: told ``rate_limiter.throttled`` when a caller has to wait, ``rate_limiter.denied`` when it is refused.
-        clock: seconds that never go back; for tests.
-        sleep: how threads wait; for tests.
-        sleep_async: how tasks wait; for tests.
+        meter_provider: where OpenTelemetry metrics of waits and refusals go; None is the process's own.
 
     Raises:
         ConfigError: ``rate`` or ``burst`` is no finite number above 0.
     """
 
-    def __init__(
-        self,
-        rate: float,
-        *,
-        burst: float | None = None,
-        events: ReaderEvents = SILENT,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-        sleep_async: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
+    # Tests put their own time here.
+    _clock = staticmethod(time.monotonic)
+    _sleep = staticmethod(time.sleep)
+    _sleep_async = staticmethod(asyncio.sleep)
+
+    def __init__(self, rate: float, *, burst: float | None = None, meter_provider: MeterProvider | None = None) -> None:
         self._rate = _positive(rate, "rate")
         self._burst = max(self._rate, 1.0) if burst is None else _positive(burst, "burst")
         self._full = self._seconds(self._burst)
-        self._events = guarded(events)
-        self._clock = clock
-        self._sleep = sleep
-        self._sleep_async = sleep_async
+        self._metrics = metrics_of(meter_provider)
         self._lock = threading.Lock()
         self._waiting: deque[_Ticket] = deque()
-        self._edge = clock() - self._full  # all that was asked for is served then; before now by what is in the bucket
+        # All that was asked for is served then; before now by what is in the bucket.
+        self._edge = self._clock() - self._full
 
     @property
     def rate(self) -> float:
@@ -87,18 +74,8 @@ class RateLimiter:
         return self._burst
 
     def reserve(self, n: float) -> float:
-        """Takes tokens for good and leaves the waiting to the caller.
-
-        Returns:
-            Seconds until they are the caller's; 0 is now.
-
-        Raises:
-            ConfigError: ``n`` is no finite number above 0.
-        """
-        seconds = self._seconds(_positive(n, "n"))
-        with self._lock:
-            now = self._clock()
-            return self._enter(seconds, now).due - now
+        """Takes tokens for good. Returns the seconds until they are the caller's, who does the waiting; 0 is now."""
+        return self._enter_within(n, math.inf)[1]
 
     def try_acquire(self, n: float = 1) -> bool:
         """Takes tokens if that needs no wait; more than ``burst`` always do.
@@ -108,7 +85,7 @@ class RateLimiter:
         """
         wait = self._enter_within(n, 0.0)[1]
         if wait:
-            self._tell(EventName.DENIED, n, wait)
+            self._metrics.denied.add(1)
         return not wait
 
     def acquire(self, n: float = 1, timeout: float | None = None) -> None:
@@ -139,7 +116,7 @@ class RateLimiter:
     def _queued(self, n: float, timeout: float | None) -> Iterator[_Ticket]:
         ticket, wait = self._enter_within(n, _limit(timeout))
         if ticket is None:
-            self._tell(EventName.DENIED, n, wait)
+            self._metrics.denied.add(1)
             raise RateLimitError(
                 f"{n} tokens would take {wait:.3f} s at {self._rate} tokens a second, longer than the timeout of "
                 f"{timeout} s; try again later, allow a longer wait, or raise the limiter's rate"
@@ -147,7 +124,8 @@ class RateLimiter:
         with ExitStack() as on_failure:
             on_failure.callback(self._give_back, ticket)
             if wait:
-                self._tell(EventName.THROTTLED, n, wait)
+                self._metrics.throttled.add(1)
+                self._metrics.wait.record(wait * 1000)
             yield ticket
             on_failure.pop_all()
 
@@ -207,10 +185,6 @@ class RateLimiter:
         if not math.isfinite(seconds):
             raise ConfigError(f"{tokens} tokens at a rate of {self._rate} tokens a second would never be served")
         return seconds
-
-    def _tell(self, name: EventName, n: float, wait: float) -> None:
-        if self._events is not SILENT:
-            self._events.emit(name, {EventField.TOKENS: float(n), EventField.WAIT_MS: wait * 1000})
 
 
 def _positive(value: float, name: str) -> float:

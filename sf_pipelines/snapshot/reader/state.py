@@ -8,20 +8,32 @@ from typing import Literal
 from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import (
     DigestMismatchError,
+    IntegrityError,
     ManifestError,
+    ObjectMissingError,
     SnapshotKindError,
     SnapshotNotFoundError,
 )
 from sf_pipelines.snapshot.index.protocol import VectorType
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, VectorMeta
-from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, find_pointer, manifest_key
+from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, find_pointer, manifest_key, parse_manifest_key
+from sf_pipelines.snapshot.manifest.publish import history
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.stored_routing import load_routing
+from sf_pipelines.snapshot.reader.types import ShardDetail, SnapshotInfo, UnifiedVectorMeta
+from sf_pipelines.snapshot.routing import stored
+from sf_pipelines.snapshot.routing.cel import CelRouting
+from sf_pipelines.snapshot.routing.cluster import ClusterRouting
+from sf_pipelines.snapshot.routing.explicit import ExplicitRouting
+from sf_pipelines.snapshot.routing.hash import HashRouting
+from sf_pipelines.snapshot.routing.lsh import MOST_BITS, LshRouting
 from sf_pipelines.snapshot.routing.protocol import Routing
 from sf_pipelines.snapshot.store import Store
 
 SnapshotKind = Literal["vector", "unified"]
+
+# What another manifest may be better than: damage that stays. A store that cannot be reached is not.
+_DAMAGE = (IntegrityError, ObjectMissingError)
 
 # What readers of the format take where the manifest says nothing.
 _UNIFIED_BACKEND = "lancedb"
@@ -90,6 +102,11 @@ class SnapshotState:
         return self.manifest.extras is not None
 
     @property
+    def default_probes(self) -> int:
+        """Shards that a query asks by default: in a unified snapshot all."""
+        return self.manifest.num_dbs if self.kind == "unified" else self.vector.num_probes
+
+    @property
     def metric(self) -> DistanceMetric:
         """Declared distance."""
         return self.vector.metric
@@ -101,12 +118,7 @@ class SnapshotState:
 
 
 def read_current(store: Store) -> Pointer:
-    """The current pointer.
-
-    Raises:
-        SnapshotNotFoundError: there is none.
-        ManifestError: it cannot be understood.
-    """
+    """The current pointer."""
     found = find_pointer(store)
     if found is None:
         raise SnapshotNotFoundError(
@@ -130,23 +142,51 @@ def load_pointed(store: Store, pointer: Pointer) -> SnapshotState:
     )
 
 
+def find_snapshot(
+    store: Store, pinned: str | None, fallback: int, kind: SnapshotKind | None
+) -> tuple[SnapshotState, str | None]:
+    """The pinned manifest's snapshot, else that of the pointer, else an older one where that is asked for."""
+    if pinned is not None:
+        return load_state(store, pinned), None
+    pointer = read_current(store)
+    try:
+        return load_pointed(store, pointer), None
+    except _DAMAGE as error:
+        why = f"{pointer.manifest_ref} cannot be served: {type(error).__name__}: {error}"
+        other: str | None = None
+        for key in _older(store, pointer)[:fallback]:
+            try:
+                state = load_state(store, key)
+            except (*_DAMAGE, SnapshotKindError):
+                continue
+            if kind in {None, state.kind}:
+                return state, why
+            other = other or store.url_of(key)
+        if other is not None:
+            raise SnapshotKindError(f"{why}; and {other}, which can be, is of another kind of snapshot") from error
+        raise
+
+
+def _older(store: Store, pointer: Pointer) -> list[str]:
+    """Manifests published before the pointed one and never withdrawn, newest first.
+
+    Newer ones are there when the pointer was rolled back: they are what it was rolled back from.
+    """
+    pointed = parse_manifest_key(manifest_key(pointer))
+    if pointed is None:
+        # A name that says no time: nothing is known to be older.
+        return []
+    return [
+        entry.manifest_key
+        for entry in history(store, None)
+        if entry.published_at < pointed.moment and entry.run_id not in pointer.withdrawn
+    ]
+
+
 def load_state(
     store: Store, key: str, *, digest: str | None = None, published_at: datetime | None = None
 ) -> SnapshotState:
-    """Reads a manifest and its routing artifacts.
-
-    Args:
-        store: opened on the root.
-        key: of the manifest.
-        digest: SHA-256 (hex) that its bytes must have, where the pointer says so.
-        published_at: when the pointer was moved to it.
-
-    Raises:
-        ObjectMissingError: the manifest or a routing artifact is gone.
-        DigestMismatchError: they are not the bytes that were sealed.
-        ManifestError: they cannot be understood or contradict each other; names the field.
-        SnapshotKindError: it has no vectors, or keeps its keys where they cannot be read.
-    """
+    """Reads a manifest and its routing artifacts."""
     data = store.get(key)
     where = store.url_of(key)
     found = hashlib.sha256(data).hexdigest()
@@ -159,12 +199,15 @@ def load_state(
             "write it with vectors, or read it with the library that wrote it"
         )
     try:
-        return _state(store, manifest, key, found, published_at)
+        return state_of(store, manifest, key, digest=found, published_at=published_at)
     except ManifestError as error:
         raise ManifestError(f"manifest {where}: {error}") from error
 
 
-def _state(store: Store, manifest: Manifest, key: str, digest: str, published_at: datetime | None) -> SnapshotState:
+def state_of(
+    store: Store, manifest: Manifest, key: str, *, digest: str, published_at: datetime | None = None
+) -> SnapshotState:
+    """The snapshot of a manifest in memory, which need not be stored; errors as of ``load_state``."""
     vector, extras = manifest.vector, manifest.extras
     backend = extras.backend if extras else None
     if vector.unified:
@@ -180,7 +223,7 @@ def _state(store: Store, manifest: Manifest, key: str, digest: str, published_at
         backend=backend,
         vector_type=extras.vector_type if extras else "float32",
         key_encoding=manifest.key_encoding,
-        routing=load_routing(store, manifest, vector),
+        routing=_routing_of(store, manifest, vector),
         shards=_shard_table(manifest),
     )
 
@@ -208,3 +251,124 @@ def _shard_table(manifest: Manifest) -> tuple[ShardEntry, ...]:
         key = manifest.key_of(row.db_url, field=f"shards row db_id={db_id} db_url")
         entries.append(ShardEntry(db_id, key, row.row_count, row.checkpoint_id, row.objects))
     return tuple(entries)
+
+
+def _routing_of(store: Store, manifest: Manifest, vector: VectorMeta) -> Routing:
+    """How the rows of a snapshot found their shard; faults as of ``load_state``."""
+    if vector.unified:
+        sharding = manifest.sharding
+        if sharding.strategy == "hash":
+            return HashRouting(manifest.num_dbs)
+        return stored.decode_cel(
+            "build_meta.sharding",
+            sharding.cel_expr,
+            sharding.cel_columns,
+            sharding.routing_values,
+            manifest.num_dbs,
+        )
+    if vector.sharding_strategy == "cluster":
+        return _cluster(store, manifest, vector)
+    if vector.sharding_strategy == "lsh":
+        return _lsh(store, manifest, vector)
+    if vector.sharding_strategy == "cel":
+        return stored.decode_cel(
+            "custom.vector", vector.cel_expr, vector.cel_columns, vector.routing_values, manifest.num_dbs
+        )
+    return ExplicitRouting(manifest.num_dbs)
+
+
+def _cluster(store: Store, manifest: Manifest, vector: VectorMeta) -> ClusterRouting:
+    data, field = _artifact(store, manifest, "centroids_ref", vector.centroids_ref, most=manifest.num_dbs * vector.dim)
+    centroids = stored.decode_matrix(
+        data, field=field, rows=manifest.num_dbs, dim=vector.dim, max_rows=manifest.num_dbs
+    )
+    return ClusterRouting(centroids, vector.metric)
+
+
+def _lsh(store: Store, manifest: Manifest, vector: VectorMeta) -> LshRouting:
+    bits = vector.num_hash_bits
+    if bits is not None and bits > MOST_BITS:
+        raise ManifestError(f"custom.vector.num_hash_bits is {bits}, must be at most {MOST_BITS}")
+    data, field = _artifact(store, manifest, "hyperplanes_ref", vector.hyperplanes_ref, most=MOST_BITS * vector.dim)
+    hyperplanes = stored.decode_matrix(data, field=field, rows=bits, dim=vector.dim, max_rows=MOST_BITS)
+    # Snapshots of others were tuned for the order in which their own readers probe.
+    return LshRouting(hyperplanes, manifest.num_dbs, stock_order=manifest.extras is None)
+
+
+def _artifact(store: Store, manifest: Manifest, name: str, ref: str | None, *, most: int) -> tuple[bytes, str]:
+    """Bytes of a stored matrix of so many numbers at most, and what to call it."""
+    field = f"custom.vector.{name}"
+    if ref is None:
+        raise ManifestError(f"{field} is missing")
+    key = manifest.key_of(ref, field=field)
+    data = store.get(key, limit=stored.MOST_HEADER + most * 8)
+    extras = manifest.extras
+    sealed = extras.routing_sha256 if extras else None
+    found = hashlib.sha256(data).hexdigest()
+    if sealed is not None and sealed != found:
+        raise DigestMismatchError(f"{field} {store.url_of(key)} has SHA-256 {found}, the manifest says {sealed}")
+    return data, f"{field} {store.url_of(key)}"
+
+
+# What readers say of it.
+
+
+def snapshot_info(state: SnapshotState, store: Store) -> SnapshotInfo:
+    """What readers say of a snapshot."""
+    unified = state.kind == "unified"
+    extras, sizes = state.manifest.extras, [shard.bytes for shard in state.shards]
+    recall = extras.recall if extras else None
+    judged = recall.judged if recall else None
+    return SnapshotInfo(
+        run_id=state.manifest.run_id,
+        num_dbs=state.manifest.num_dbs,
+        dim=state.dim,
+        metric=state.metric,
+        sharding=state.routing.strategy,
+        kind=state.kind,
+        backend=state.backend,
+        key_encoding=state.key_encoding if unified else None,
+        cel_columns=dict(state.routing.cel_columns) if isinstance(state.routing, CelRouting) else {},
+        num_probes=state.default_probes,
+        recall=judged.recall if judged else None,
+        recall_lower=judged.lower if judged else None,
+        recall_k=recall.k if recall and judged else None,
+        index_type=state.vector.index_type,
+        quantization=state.vector.quantization,
+        id_type=extras.id_type if extras else None,
+        payload_columns=None if extras is None or extras.payload_columns is None else [*extras.payload_columns],
+        filter_columns=dict(extras.filter_columns) if extras else {},
+        manifest_ref=store.url_of(state.manifest_key),
+        total_vectors=state.manifest.row_count,
+        total_bytes=None if any(size is None for size in sizes) else sum(size or 0 for size in sizes),
+        created_at=state.manifest.created_at,
+        published_at=state.published_at,
+    )
+
+
+def shard_details(state: SnapshotState, store: Store) -> list[ShardDetail]:
+    """Every shard, empty ones included."""
+    return [
+        ShardDetail(
+            db_id=shard.db_id,
+            db_url=None if shard.key is None else store.url_of(shard.key),
+            vector_count=shard.rows,
+            bytes=shard.bytes,
+            checkpoint_id=shard.checkpoint_id,
+        )
+        for shard in state.shards
+    ]
+
+
+def vector_meta(state: SnapshotState) -> UnifiedVectorMeta:
+    """How the vectors of a unified snapshot are indexed."""
+    vector = state.vector
+    return UnifiedVectorMeta(
+        dim=vector.dim,
+        metric=vector.metric,
+        index_type=vector.index_type,
+        quantization=vector.quantization,
+        index_params=dict(vector.index_params),
+        backend=state.backend,
+        kv_backend=vector.kv_backend,
+    )

@@ -1,21 +1,20 @@
 """CEL: an expression over columns of the row names its shard (https://cel.dev).
 
-The evaluator hands errors back as values; here they are told apart by their type and are never data. Expressions are
-bounded: the configuration limits their length, macros (``all``, ``exists``, ``map``, ``filter``…) are switched off, so
-that the work grows with the length of the expression alone, and results longer than 1,024 bytes are refused.
+The evaluator returns errors as values; their type tells them from data. Expressions are bounded: the configuration
+limits their length, macros (``all``, ``exists``, ``map``, ``filter``…) are switched off, so that work grows with the
+length of the expression alone, and results longer than 1,024 bytes are refused.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, AnyStr
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.arrow import is_bytes, is_text, plain_column, plain_type
-from sf_pipelines.snapshot.errors import ConfigError, NoShardError, QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.columns import column_of
-from sf_pipelines.snapshot.routing.context import UnusableValueError, as_cel, encode_value
+from sf_pipelines.snapshot.arrow import is_bytes, is_text, plain_column
+from sf_pipelines.snapshot.errors import ConfigError, ManifestError, NoShardError, QueryError, SourceSchemaError
 from sf_pipelines.snapshot.routing.hash import hash_key
 from sf_pipelines.snapshot.routing.protocol import Placement, RowRouting
 from sf_pipelines.snapshot.sharding import CelType
@@ -26,10 +25,12 @@ if TYPE_CHECKING:
 RoutingValue = int | str | bytes
 
 _LONGEST_RESULT = 1024
-# Distinct combinations of values whose shard is remembered from batch to batch.
-_MOST_REMEMBERED = 100_000
+# Distinct combinations of values whose shard is cached from batch to batch.
+_MOST_CACHED = 100_000
 _NO_MACROS = "stdlib:\n  disable_macros: true\n"
 _RESULTS: dict[str, type[RoutingValue]] = {"INT": int, "UINT": int, "STRING": str, "BYTES": bytes}
+_WHOLE = {"int": (-(2**63), 2**63 - 1), "uint": (0, 2**64 - 1)}
+_HEX = "__bytes_hex__"
 
 
 class CelRouting(RowRouting):
@@ -38,13 +39,11 @@ class CelRouting(RowRouting):
     Attributes:
         expr: the expression; ``shard_hash(x)`` is the unsigned hash of an int, uint, string or bytes.
         cel_columns: names that it uses and their CEL types.
-        num_dbs: number of shards.
         routing_values: value of each shard; None: the value is the shard's number.
-        columns: the names.
 
     Raises:
         ConfigError: the expression does not compile, or its type is not int, uint, string or bytes; or
-            ``routing_values`` are not one for each shard, or of another type than it.
+            ``routing_values`` are not one for each shard, or of another type than the expression.
     """
 
     strategy = "cel"
@@ -62,35 +61,26 @@ class CelRouting(RowRouting):
         self.num_dbs = num_dbs
         self.routing_values = None if routing_values is None else tuple(routing_values)
         self._shard_of = None if self.routing_values is None else {v: n for n, v in enumerate(self.routing_values)}
-        self._remembered: dict[tuple[Any, ...], int | str] = {}
+        self._cached: dict[tuple[Any, ...], int | str] = {}
         self._program = _compiled(expr, self.cel_columns)
         self._check_values(_RESULTS[self._program.return_type().name()])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The compiled expression cannot be pickled; it is compiled again.
+        # A compiled expression cannot be pickled.
         return CelRouting, (self.expr, self.cel_columns, self.num_dbs, self.routing_values)
 
     def check_schema(self, schema: pa.Schema) -> None:
-        """Looks whether the columns are there and hold what their CEL types can.
-
-        Raises:
-            SourceSchemaError: one is missing or of another kind.
-        """
         for name, cel_type in self.cel_columns.items():
-            kind = plain_type(column_of(schema, name, self.strategy), uuids=False)
+            kind = self._column_type(schema, name)
             if not _fits(kind, cel_type):
                 raise SourceSchemaError(
                     f"column {name} has type {kind}, which is no CEL {cel_type}; cast one or the other"
                 )
 
     def place(self, rows: pa.RecordBatch) -> Placement:
-        """Shard of each row; the expression is evaluated once for each distinct combination of values.
+        """Shard of each row; the expression is evaluated once per distinct combination of values.
 
-        A row has no shard where a value is null or beyond its CEL type, where the evaluation fails, or where its
-        result is no shard.
-
-        Raises:
-            SourceSchemaError: a column is missing or of a type that cannot be used.
+        A row has no shard if a value is null or beyond its CEL type, the evaluation fails, or its result is no shard.
         """
         self.check_schema(rows.schema)
         groups, combinations = _distinct(rows, self.columns)
@@ -100,17 +90,7 @@ class CelRouting(RowRouting):
         return Placement(shards, faults)
 
     def locate(self, context: Mapping[str, Any]) -> int:
-        """Shard of the rows with these values.
-
-        Args:
-            context: a value for each name in ``columns``. An int column takes an int (not a bool or float), uint an
-                int from 0, double a float or an int that it can hold exactly, string a str, bytes bytes, bool a bool;
-                numpy's scalars count as what they hold.
-
-        Raises:
-            QueryError: a name is missing or unknown, or a value has the wrong type.
-            NoShardError: the result is no shard: no row can have these values.
-        """
+        """Shard of the rows with these values, one for each name in ``columns``; see ``_as_cel`` for their types."""
         if set(context) != set(self.columns):
             missing = ", ".join(name for name in self.columns if name not in context)
             unknown = ", ".join(repr(name) for name in context if name not in self.cel_columns)
@@ -121,8 +101,8 @@ class CelRouting(RowRouting):
             )
         values = tuple(context[name] for name in self.columns)
         try:
-            self._as_cel(values)
-        except UnusableValueError as error:
+            self._checked(values)
+        except _UnusableValueError as error:
             raise QueryError(f"routing_context: {error}") from error
         found = self._outcome(values)
         if isinstance(found, str):
@@ -130,28 +110,30 @@ class CelRouting(RowRouting):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """The expression, its columns and its routing values."""
         described = {"sharding_strategy": self.strategy, "cel_expr": self.expr, "cel_columns": dict(self.cel_columns)}
         if self.routing_values is not None:
-            described["routing_values"] = [encode_value(value) for value in self.routing_values]
+            described["routing_values"] = [
+                {_HEX: value.hex()} if isinstance(value, bytes) else value for value in self.routing_values
+            ]
         return described
 
     def _outcome(self, values: tuple[Any, ...]) -> int | str:
         """Shard of a combination of values, or why it has none."""
         try:
-            checked = self._as_cel(values)
-        except UnusableValueError as error:
+            checked = self._checked(values)
+        except _UnusableValueError as error:
             return str(error)
-        found = self._remembered.get(checked)
+        found = self._cached.get(checked)
         if found is None:
             found = self._evaluate(dict(zip(self.columns, checked, strict=True)))
-            if len(self._remembered) < _MOST_REMEMBERED and _is_short(checked):
-                self._remembered[checked] = found
+            size = sum(len(value) for value in checked if isinstance(value, str | bytes))
+            if len(self._cached) < _MOST_CACHED and size <= _LONGEST_RESULT:
+                self._cached[checked] = found
         return found
 
-    def _as_cel(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _checked(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
-            as_cel(name, kind, value) for (name, kind), value in zip(self.cel_columns.items(), values, strict=True)
+            _as_cel(name, kind, value) for (name, kind), value in zip(self.cel_columns.items(), values, strict=True)
         )
 
     def _evaluate(self, data: dict[str, Any]) -> int | str:
@@ -191,16 +173,11 @@ class CelRouting(RowRouting):
 
 
 def _compiled(expr: str, columns: Mapping[str, CelType]) -> "cel.Expression":
-    """The checked expression.
-
-    Raises:
-        ConfigError: it does not compile, or gives something that names no shard.
-    """
     from cel_expr_python import cel
 
     kinds = cel.Type
     hashed = [
-        cel.Overload(f"shard_hash_{name}", kinds.UINT, [kind], is_member=False, impl=_shard_hash)
+        cel.Overload(f"shard_hash_{name}", kinds.UINT, [kind], is_member=False, impl=hash_key)
         for name, kind in (("int", kinds.INT), ("uint", kinds.UINT), ("string", kinds.STRING), ("bytes", kinds.BYTES))
     ]
     try:
@@ -220,10 +197,6 @@ def _compiled(expr: str, columns: Mapping[str, CelType]) -> "cel.Expression":
     return program
 
 
-def _shard_hash(value: float | str | bytes) -> int:
-    return hash_key(value)
-
-
 def _fits(kind: pa.DataType, cel_type: CelType) -> bool:
     if cel_type in ("int", "uint"):
         return pa.types.is_integer(kind)
@@ -235,13 +208,13 @@ def _fits(kind: pa.DataType, cel_type: CelType) -> bool:
 
 
 def _distinct(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[NDArray[np.int64], list[tuple[Any, ...]]]:
-    """Number of each row's combination of values, and the combinations."""
+    """Index of each row's combination of values, and the combinations."""
     groups = np.zeros(rows.num_rows, dtype=np.int64)
     combinations: list[tuple[Any, ...]] = [()]
     for name in names:
         column = plain_column(rows.column(name), uuids=False).dictionary_encode(null_encoding="encode")
         values = column.dictionary.to_pylist()
-        # Both factors are at most the rows of the batch, so the product fits.
+        # Both factors are at most the rows of the batch: no overflow.
         groups = groups * len(values) + column.indices.to_numpy(zero_copy_only=False)
         pairs, groups = _dense(groups, len(combinations) * len(values))
         combinations = [(*combinations[pair // len(values)], values[pair % len(values)]) for pair in pairs.tolist()]
@@ -249,20 +222,95 @@ def _distinct(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[NDArray[np.in
 
 
 def _dense(codes: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The codes in use of 0 … count - 1, and each code's place among them."""
+    """The codes of 0 … count - 1 that occur, and the index of each row's code among them."""
     if count > 4 * len(codes) + 1024:
         return np.unique(codes, return_inverse=True)
-    # Few possible codes: a table is far quicker than a sort.
+    # Few possible codes: a table is far faster than a sort.
     used = np.zeros(count, dtype=bool)
     used[codes] = True
     return np.flatnonzero(used), (np.cumsum(used) - 1)[codes]
 
 
-def _is_short(values: tuple[Any, ...]) -> bool:
-    """Whether remembering the values costs little."""
-    return sum(len(value) for value in values if isinstance(value, str | bytes)) <= _LONGEST_RESULT
-
-
 def _shown(data: Mapping[str, Any]) -> str:
     parts = (f"{name} {value!r}" for name, value in data.items())
     return ", ".join(part if len(part) <= 120 else f"{part[:117]}…" for part in parts)
+
+
+class _UnusableValueError(ValueError):
+    """A value is not of the type that was declared; the message names both."""
+
+
+def _as_cel(name: str, kind: CelType, value: object) -> Any:
+    """A value as the expression takes it.
+
+    An int column takes an int (not a bool or float), uint an int from 0, double a float or an int that it holds
+    exactly, string a str, bytes bytes, bool a bool; numpy scalars count as what they hold.
+    """
+    if value is None:
+        raise _UnusableValueError(f"{name} is null")
+    plain: Any = value.item() if isinstance(value, np.generic) else value
+    if kind in _WHOLE and type(plain) is int:
+        low, high = _WHOLE[kind]
+        if low <= plain <= high:
+            return plain
+        raise _UnusableValueError(f"{name} {plain} is beyond CEL's {kind}")
+    if kind == "double" and type(plain) in (int, float):
+        return _as_double(name, plain)
+    if kind == "bool" and type(plain) is bool:
+        return plain
+    if kind == "bytes" and isinstance(plain, bytes | bytearray | memoryview):
+        return _without_nul(name, bytes(plain), b"\0")
+    if kind == "string" and isinstance(plain, str):
+        try:
+            plain.encode()
+        except UnicodeEncodeError as error:
+            raise _UnusableValueError(f"{name} {plain!r} cannot be written as UTF-8: {error.reason}") from error
+        return _without_nul(name, str(plain), "\0")
+    raise _UnusableValueError(f"{name} must be a CEL {kind}, not {type(plain).__name__} ({plain!r})")
+
+
+def _without_nul(name: str, value: AnyStr, nul: AnyStr) -> AnyStr:
+    # cel-expr-python 0.1.3 passes on only what precedes the first NUL: two values would look the same.
+    if nul in value:
+        raise _UnusableValueError(f"{name} {value!r} holds a NUL, at which CEL would cut it off")
+    return value
+
+
+def _as_double(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise _UnusableValueError(f"{name} {value} is beyond CEL's double") from error
+    if not math.isnan(number) and number != value:
+        raise _UnusableValueError(f"{name} {value} cannot be held exactly as CEL's double; give a float")
+    # Minus zero equals zero, so both must have the same shard.
+    return number + 0.0
+
+
+def decode_routing_values(values: Sequence[Any] | None) -> tuple[RoutingValue, ...] | None:
+    """Routing values as a manifest holds them: bytes as ``{"__bytes_hex__": hex}``.
+
+    Raises:
+        ManifestError: one is neither a whole number, text nor bytes, or they are of different types or repeated.
+    """
+    if values is None:
+        return None
+    found = tuple(_decoded(f"routing_values[{place}]", value) for place, value in enumerate(values))
+    if len({type(value) for value in found}) > 1:
+        raise ManifestError("routing_values are of different types; they must be all whole numbers, text or bytes")
+    if len(set(found)) != len(found):
+        raise ManifestError("routing_values names a value twice")
+    return found
+
+
+def _decoded(field: str, value: Any) -> RoutingValue:
+    if type(value) in (int, str):
+        return value
+    if not isinstance(value, dict):
+        raise ManifestError(f"{field} is {value!r}; it must be a whole number, text or bytes")
+    if list(value) != [_HEX] or not isinstance(value[_HEX], str):
+        raise ManifestError(f"{field}: an object with {', '.join(map(repr, value)) or 'nothing'} is no value")
+    try:
+        return bytes.fromhex(value[_HEX])
+    except ValueError as error:
+        raise ManifestError(f"{field}: {error}") from error

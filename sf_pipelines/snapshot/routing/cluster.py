@@ -1,23 +1,24 @@
 """CLUSTER: a shard is the set of vectors nearest to its centroid.
 
-Batches are ranked by one float32 matrix product. Its rounding error is bounded; wherever two centroids are closer
-to each other than that bound, both distances are taken again by the canonical formula (float64, one fixed order of
-additions), so an answer depends neither on the size of the batch nor on the BLAS at hand.
+One float32 matrix product ranks a batch. Centroids whose distances differ by less than its error bound are compared
+again by the canonical formula (float64, one fixed order of additions), so that an answer depends neither on the size of
+the batch nor on the BLAS library.
 """
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.errors import ConfigError
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
-from sf_pipelines.snapshot.routing.product import (
+from sf_pipelines.snapshot.metric import (
     EPS,
-    Places,
+    DistanceMetric,
+    Float32,
+    Float64,
+    Positions,
     blocks,
     canonical_products,
     canonical_squares,
@@ -25,11 +26,11 @@ from sf_pipelines.snapshot.routing.product import (
     power_of,
     product_bound,
 )
-from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
+from sf_pipelines.snapshot.routing.protocol import Int32, Trained, VectorRouting
 
 _EPS64 = float(np.finfo(np.float64).eps)
 # The format's formula for cosine adds this to the product of the norms.
-_COSINE_GUARD = 1e-10
+_COSINE_EPSILON = 1e-10
 
 
 class ClusterRouting(VectorRouting):
@@ -58,53 +59,39 @@ class ClusterRouting(VectorRouting):
             self._half_squares = (np.square(self._norms) / 2).astype(np.float32)
 
     def assign(self, vectors: Float32) -> Int32:
-        """Shard of each vector: the first centroid at the smallest distance.
-
-        Args:
-            vectors: float32, shape (n, dim), as they are stored.
-
-        Returns:
-            Shape (n,).
-        """
+        """Shard of each vector: the first centroid at the smallest distance."""
         out = np.empty(len(vectors), dtype=np.int32)
         for part in blocks(len(vectors), self.dim + self.num_dbs):
             block = vectors[part]
-            # An overflow leaves infinities or NaN, which are never nearer for sure: such rows are decided again.
+            # Overflow leaves infinities or NaN, which are never nearer for certain: such rows are decided again.
             with np.errstate(over="ignore", invalid="ignore"):
-                near = block @ self._quick.T
+                scores = block @ self._quick.T
                 if self.metric is DistanceMetric.L2:
-                    near -= self._half_squares
-                best = near.argmax(axis=1).astype(np.int32)
+                    scores -= self._half_squares
+                best = scores.argmax(axis=1).astype(np.int32)
                 rows = np.arange(len(block))
-                # Only centroids that may be the nearest are looked at again; a lone one needs no second look.
-                least = near[rows, best] - self._quick_bound(block)
-                near[rows, best] = -np.inf
-                unsure = np.flatnonzero(~(near.max(axis=1) < least))
+                # Only rows with more than one candidate for the nearest are decided again.
+                least = scores[rows, best] - self._quick_bound(block)
+                scores[rows, best] = -np.inf
+                unsure = np.flatnonzero(~(scores.max(axis=1) < least))
                 if len(unsure):
-                    near[rows, best] = np.inf
-                    best[unsure] = self._decided(block[unsure], ~(near[unsure] < least[unsure, None]))
+                    scores[rows, best] = np.inf
+                    best[unsure] = self._decided(block[unsure], ~(scores[unsure] < least[unsure, None]))
             out[part] = best
         return out
 
     def probe(self, vectors: Float32) -> tuple[Int32, Float64]:
-        """All shards by growing distance, equal distances by shard id.
-
-        Args:
-            vectors: float32, shape (n, dim).
-
-        Returns:
-            Shard ids and distances, both of shape (n, num_dbs).
-        """
-        near, bound = self._approximate(vectors)
-        order = np.argsort(near, axis=1, kind="stable")
-        ranked = np.take_along_axis(near, order, axis=1)
-        tied = np.zeros(near.shape, dtype=bool)
+        """All shards by growing distance, equal distances by shard id."""
+        approximate, bound = self._approximate(vectors)
+        order = np.argsort(approximate, axis=1, kind="stable")
+        ranked = np.take_along_axis(approximate, order, axis=1)
+        tied = np.zeros(approximate.shape, dtype=bool)
         if self.num_dbs > 1:
             close = np.diff(ranked, axis=1) <= bound[:, None]
             tied[:, 1:] |= close
             tied[:, :-1] |= close
         rows, ranks = np.nonzero(tied)
-        exact = near.astype(np.float64)
+        exact = approximate.astype(np.float64)
         if len(rows):
             columns = order[rows, ranks]
             exact[rows, columns] = self._canonical(vectors, rows, columns)
@@ -112,44 +99,34 @@ class ClusterRouting(VectorRouting):
         return order, np.take_along_axis(exact, order, axis=1)
 
     def stock_probe(self, vectors: Float32, num_probes: int) -> Int32:
-        """The shards that a stock reader asks: the same as ``probe``'s first.
-
-        Args:
-            vectors: float32, shape (n, dim).
-            num_probes: most shards to ask.
-
-        Returns:
-            Shape (n, num_probes); -1 beyond the last shard.
-        """
         out = np.full((len(vectors), num_probes), -1, dtype=np.int32)
         out[:, : self.num_dbs] = self.probe(vectors)[0][:, :num_probes]
         return out
 
     def describe(self) -> dict[str, Any]:
-        """The strategy's name; the reference to the centroids is added where they are stored."""
         return {"sharding_strategy": self.strategy}
 
     def _quick_bound(self, vectors: Float32) -> Float32:
-        """By how much a centroid must be ahead in ``assign``'s float32 table to be nearest for sure."""
+        """Lead in ``assign``'s float32 scores from which a centroid is nearest for certain."""
         longest = float(self._norms.max())
         if self.metric is DistanceMetric.COSINE:
-            # Products with unit rows: the formula's guard moves them by less than its share of the shortest centroid.
+            # Products with unit rows: the formula's epsilon moves them by less than its share of the shortest centroid.
             shortest = float(self._norms.min(initial=np.inf, where=self._norms > 0))
-            return 2 * product_bound(vectors, 1.0) + np.float32(2 * _COSINE_GUARD / shortest)
+            return 2 * product_bound(vectors, 1.0) + np.float32(2 * _COSINE_EPSILON / shortest)
         bound = 2 * product_bound(vectors, longest)
         if self.metric is DistanceMetric.L2:
             bound += np.float32(4 * EPS * longest) * (lengths_of(vectors) + np.float32(longest))
         return bound
 
     def _decided(self, vectors: Float32, close: NDArray[np.bool_]) -> Int32:
-        """First nearest centroid among those marked in ``close``, by the canonical formula."""
+        """First nearest centroid among those in ``close``, by the canonical formula."""
         rows, columns = np.nonzero(close)
         table = np.full(close.shape, np.inf)
         table[rows, columns] = self._canonical(vectors, rows, columns)
         return table.argmin(axis=1).astype(np.int32)
 
     def _approximate(self, vectors: Float32) -> tuple[Float64, Float64]:
-        """Distances from one float64 product, and how far apart two must be to be told apart for sure."""
+        """Distances from one float64 product, and the difference from which their order is certain."""
         rows = vectors.astype(np.float64)
         products = rows @ self._exact.T
         lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
@@ -161,12 +138,12 @@ class ClusterRouting(VectorRouting):
         if self.metric is DistanceMetric.L2:
             distances = np.square(self._norms)[None, :] - 2 * products + np.square(lengths)[:, None]
             return distances, 4 * error + (self.dim + 8) * _EPS64 * (np.square(lengths) + longest**2)
-        distances = 1.0 - products / (lengths[:, None] * self._norms[None, :] + _COSINE_GUARD)
+        distances = 1.0 - products / (lengths[:, None] * self._norms[None, :] + _COSINE_EPSILON)
         distances[lengths == 0] = 1.0
         # A short centroid's relative error is the same, so the bound is that of unit vectors.
         return distances, np.full(len(vectors), 4 * (self.dim + 8) * _EPS64)
 
-    def _canonical(self, vectors: Float32, rows: Places, columns: Places) -> Float64:
+    def _canonical(self, vectors: Float32, rows: Positions, columns: Positions) -> Float64:
         """The format's formula in float64 for single pairs of a vector and a centroid."""
         if self.metric is DistanceMetric.L2:
             return canonical_squares(vectors, self._exact, rows, columns)
@@ -174,30 +151,11 @@ class ClusterRouting(VectorRouting):
         if self.metric is DistanceMetric.DOT_PRODUCT:
             return -products
         lengths = np.sqrt(canonical_products(vectors, vectors, rows, rows))
-        cosine = 1.0 - products / (self._norms[columns] * lengths + _COSINE_GUARD)
+        cosine = 1.0 - products / (self._norms[columns] * lengths + _COSINE_EPSILON)
         return np.where(lengths == 0, 1.0, cosine)
 
 
-@dataclass(frozen=True)
-class TrainedCentroids:
-    """Centroids and how well they fit the sample.
-
-    Attributes:
-        centroids: float32, shape (num_dbs, dim); unit length for cosine and dot_product.
-        inertia: mean squared distance of a sample vector to its nearest centre.
-        distinct: number of different centroids; fewer than num_dbs means shards that stay empty.
-        rounds: k-means rounds until it converged or stopped.
-    """
-
-    centroids: Float32
-    inertia: float
-    distinct: int
-    rounds: int
-
-
-def train_centroids(
-    sample: Float32, *, num_dbs: int, metric: DistanceMetric, seed: int, max_iter: int
-) -> TrainedCentroids:
+def train_centroids(sample: Float32, *, num_dbs: int, metric: DistanceMetric, seed: int, max_iter: int) -> Trained:
     """k-means (Lloyd's rounds from a k-means++ start, scikit-learn) over a training sample.
 
     For cosine and dot_product the vectors and the centres are scaled to unit length (spherical k-means: Dhillon and
@@ -211,6 +169,11 @@ def train_centroids(
         seed: of the k-means++ start.
         max_iter: most rounds.
 
+    Returns:
+        Centroids, shape (num_dbs, dim), of unit length for cosine and dot_product. Figures: ``inertia``, mean squared
+        distance of a sample vector to its nearest centre; ``distinct``, number of different centroids (fewer than
+        num_dbs means shards that stay empty); ``rounds`` of k-means.
+
     Raises:
         ConfigError: fewer sample vectors than shards.
     """
@@ -221,12 +184,12 @@ def train_centroids(
     if len(sample) < num_dbs:
         raise ConfigError(f"num_dbs {num_dbs} is more than the {len(sample)} vectors to train on; use fewer shards")
     unit = metric is not DistanceMetric.L2
-    # A power of two changes no digit, and near 1 float32 has room for the squares that k-means adds up.
+    # A power of two changes no digit; numbers near 1 leave float32 room for the squares that k-means adds up.
     power = 0 if unit else power_of(sample)
     data = _unit_rows(sample) if unit else np.ldexp(sample, -power)
-    # One thread: with several, the order of additions and with it the centroids would vary from run to run.
+    # One thread: with several, the order of additions, and so the centroids, would vary from run to run.
     with threadpool_limits(1), warnings.catch_warnings():
-        # Fewer distinct vectors than shards is legal; it is reported as `distinct`.
+        # Fewer distinct vectors than shards are legal, and reported as `distinct`.
         warnings.simplefilter("ignore", ConvergenceWarning)
         # Its stubs know only the string that n_init may be.
         one: Any = 1
@@ -234,12 +197,12 @@ def train_centroids(
         model.fit(data)
     centres = np.asarray(model.cluster_centers_, dtype=np.float32)
     centroids = _unit_rows(centres) if unit else np.ldexp(centres, power)
-    return TrainedCentroids(
-        centroids=centroids,
-        inertia=math.ldexp(float(model.inertia_) / len(sample), 2 * power),
-        distinct=len(np.unique(centroids, axis=0)),
-        rounds=int(model.n_iter_),
-    )
+    figures = {
+        "inertia": math.ldexp(float(model.inertia_) / len(sample), 2 * power),
+        "distinct": len(np.unique(centroids, axis=0)),
+        "rounds": int(model.n_iter_),
+    }
+    return Trained("centroids", centroids, figures)
 
 
 def _unit_rows(rows: Float32) -> Float32:

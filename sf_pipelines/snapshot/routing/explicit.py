@@ -7,18 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sf_pipelines.snapshot.arrow import plain_column, plain_type
+from sf_pipelines.snapshot.arrow import plain_column
 from sf_pipelines.snapshot.errors import QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.columns import column_of
 from sf_pipelines.snapshot.routing.protocol import Placement, RowRouting
 
 
 class ExplicitRouting(RowRouting):
-    """The column ``shard_id`` is the shard; a query must name its shards itself.
-
-    Attributes:
-        num_dbs: number of shards.
-    """
+    """The column ``shard_id`` is the shard; a query must name its shards itself."""
 
     strategy = "explicit"
     columns = ("shard_id",)
@@ -27,26 +22,17 @@ class ExplicitRouting(RowRouting):
         self.num_dbs = num_dbs
 
     def check_schema(self, schema: pa.Schema) -> None:
-        """Looks whether ``shard_id`` is there and holds whole numbers (integers, or floats as pandas makes of them).
-
-        Raises:
-            SourceSchemaError: it is missing, or is neither.
-        """
-        kind = plain_type(column_of(schema, "shard_id", self.strategy), uuids=False)
+        kind = self._column_type(schema, "shard_id")
+        # Whole numbers are floats where pandas had a column with gaps.
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
             raise SourceSchemaError(f"shard_id has type {kind}; it must be whole numbers from 0 to {self.num_dbs - 1}")
 
     def place(self, rows: pa.RecordBatch) -> Placement:
-        """Shard of each row; a row without a whole number from 0 to ``num_dbs - 1`` has none.
-
-        Raises:
-            SourceSchemaError: the column is missing or holds no numbers.
-        """
         self.check_schema(rows.schema)
         column = plain_column(rows.column("shard_id"), uuids=False)
         null = column.is_null().to_numpy(zero_copy_only=False)
         values = pc.fill_null(column, pa.scalar(0, column.type)).to_numpy(zero_copy_only=False)
-        # NaN and infinity fail here, too.
+        # NaN and infinity fail this test.
         known = (values >= 0) & (values < self.num_dbs) & ~null
         if values.dtype.kind == "f":
             known &= np.floor(values) == values
@@ -56,16 +42,10 @@ class ExplicitRouting(RowRouting):
         return Placement(shards, faults)
 
     def locate(self, context: Mapping[str, Any]) -> int:
-        """Refuses: an explicit shard follows from nothing in a query.
-
-        Raises:
-            QueryError: always.
-        """
         named = f"; routing_context ({', '.join(context)}) plays no part" if context else ""
         raise QueryError(f"rows named their shards themselves: pass shard_ids to say which to ask{named}")
 
     def describe(self) -> dict[str, Any]:
-        """The strategy's name."""
         return {"sharding_strategy": self.strategy}
 
     def _fault(self, value: float | None) -> str:

@@ -1,10 +1,10 @@
 """HASH: the key's hash modulo the number of shards.
 
-The bytes that are hashed follow from the key's type alone: a number is 8 bytes, little-endian two's complement; text
-is UTF-8; bytes are themselves. How a key is *stored* plays no part.
+What is hashed follows from the key's type alone, not from how it is stored: a number as 8 bytes, little-endian two's
+complement; text as UTF-8; bytes as they are.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.arrow import is_bytes, is_text, plain_column, plain_type
+from sf_pipelines.snapshot.arrow import is_bytes, is_text, plain_column
 from sf_pipelines.snapshot.errors import QueryError, SourceSchemaError
-from sf_pipelines.snapshot.routing.columns import column_of
 from sf_pipelines.snapshot.routing.protocol import Placement, RowRouting
 
 UInt64 = NDArray[np.uint64]
@@ -24,11 +23,7 @@ _INT64 = np.iinfo(np.int64)
 
 
 class HashRouting(RowRouting):
-    """The shard is ``xxh3_64(key) mod num_dbs``.
-
-    Attributes:
-        num_dbs: number of shards.
-    """
+    """The shard is ``xxh3_64(key) mod num_dbs``."""
 
     strategy = "hash"
     columns = ("key",)
@@ -37,21 +32,11 @@ class HashRouting(RowRouting):
         self.num_dbs = num_dbs
 
     def check_schema(self, schema: pa.Schema) -> None:
-        """Looks whether ``key`` is there and holds integers, strings or bytes.
-
-        Raises:
-            SourceSchemaError: it is missing or holds something else.
-        """
-        kind = plain_type(column_of(schema, "key", self.strategy), uuids=False)
+        kind = self._column_type(schema, "key")
         if not (pa.types.is_integer(kind) or is_text(kind) or is_bytes(kind)):
             raise SourceSchemaError(f"key has type {kind}; a key is a 64-bit integer, a string or bytes")
 
     def place(self, rows: pa.RecordBatch) -> Placement:
-        """Shard of each row; a row whose key is null or beyond 64 signed bits has none.
-
-        Raises:
-            SourceSchemaError: the column is missing or of a type that no key has.
-        """
         self.check_schema(rows.schema)
         keys = plain_column(rows.column("key"), uuids=False)
         good = keys.is_valid().to_numpy(zero_copy_only=False)
@@ -69,14 +54,6 @@ class HashRouting(RowRouting):
         return Placement(shards, faults)
 
     def locate(self, context: Mapping[str, Any]) -> int:
-        """Shard of the rows with this key.
-
-        Args:
-            context: ``{"key": key}``: an int, str or bytes.
-
-        Raises:
-            QueryError: it holds something else, or the key has another type or is beyond 64 bits.
-        """
         if set(context) != {"key"}:
             names = ", ".join(map(repr, context)) or "nothing"
             raise QueryError(
@@ -85,7 +62,6 @@ class HashRouting(RowRouting):
         return hash_key(context["key"]) % self.num_dbs
 
     def describe(self) -> dict[str, Any]:
-        """The strategy's name."""
         return {"sharding_strategy": self.strategy}
 
 
@@ -111,31 +87,22 @@ def hash_key(key: object) -> int:
 
 
 def hash_keys(keys: pa.Array) -> UInt64:
-    """Unsigned 64-bit hash of each key (xxh3, seed 0).
-
-    Args:
-        keys: integers within 64 signed bits, strings or bytes; no nulls.
-
-    Returns:
-        Shape (n,).
+    """Unsigned 64-bit hash of each key (xxh3, seed 0): integers, strings or bytes without nulls.
 
     Raises:
         SourceSchemaError: keys of another type, nulls among them, or integers beyond 64 signed bits.
     """
     if keys.null_count:
         raise SourceSchemaError(f"{keys.null_count} of {len(keys)} keys are null")
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, _pieces(keys)), dtype=np.uint64, count=len(keys))
-
-
-def _pieces(keys: pa.Array) -> Iterable[Any]:
-    """The bytes of each key."""
     if pa.types.is_integer(keys.type):
         try:
             numbers = keys.cast(pa.int64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid as error:
             raise SourceSchemaError(f"a key is beyond a signed 64-bit number: {error}") from error
-        # Void items come out as bytes, with all their zeros.
-        return np.ascontiguousarray(numbers, dtype="<i8").view("V8").tolist()
-    if not (is_text(keys.type) or is_bytes(keys.type)):
+        # Void items become bytes, with all their zeros.
+        hashed: list[Any] = np.ascontiguousarray(numbers, dtype="<i8").view("V8").tolist()
+    elif is_text(keys.type) or is_bytes(keys.type):
+        hashed = keys.cast(pa.large_binary()).to_pylist()
+    else:
         raise SourceSchemaError(f"keys have type {keys.type}; a key is a 64-bit integer, a string or bytes")
-    return keys.cast(pa.large_binary()).to_pylist()
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, hashed), dtype=np.uint64, count=len(keys))

@@ -1,46 +1,31 @@
 """Hyperplanes that spread the training sample evenly over the shards.
 
-The format knows no offset: every hyperplane goes through the origin. Where the data is not centred, random ones have
-it all on one side and leave shards empty. So their normals are taken orthogonal to the sample's mean and then tilted
-towards or away from it until each halves the sample.
+In the format every hyperplane goes through the origin. Data that is not centred lies on one side of random ones, and
+shards stay empty. So normals are taken orthogonal to the sample's mean, then tilted along it until each hyperplane
+halves the sample.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.routing.lsh import LshRouting
+from sf_pipelines.snapshot.routing.protocol import Trained
 
-# Cells of so many bits are far more than anyone has shards.
+# Far more cells than anyone has shards.
 _MOST_BITS = 24
-# Candidates per number of bits; each costs one projection of the sample.
-# Up to so many numbers in a vector, all directions are found at once: 0.2 s.
-_ALL_DIRECTIONS = 512
+# Each candidate costs one projection of the sample.
 _CANDIDATES = 24
-# Cells differ in number between shards by at most this; more bits spread them better.
+# Up to this dimension all directions are found at once: 0.2 s.
+_ALL_DIRECTIONS = 512
+# Most cells of a shard over the mean; more bits spread cells more evenly.
 _FAIREST_SHARE = 1.5
-# Imbalance of a bit, as a part of the sample, that is given up for less tilt.
-_LEEWAY = 0.01
+# Imbalance of a bit, as a part of the sample, that less tilt is worth.
+_IMBALANCE = 0.01
 # A mean or a direction shorter than this part of the sample's spread is noise.
 _NOISE = 1e-6
-
-
-@dataclass(frozen=True)
-class TrainedHyperplanes:
-    """Hyperplanes and how evenly they spread the sample.
-
-    Attributes:
-        hyperplanes: float32, shape (num_hash_bits, dim), unit length.
-        balance: rows of the fullest shard over the mean of all shards: 1 is perfect, ``num_dbs`` is all in one.
-        empty: shards that no row of the sample falls into.
-    """
-
-    hyperplanes: Float32
-    balance: float
-    empty: int
 
 
 def fewest_bits(num_dbs: int) -> int:
@@ -56,9 +41,7 @@ def fewest_bits(num_dbs: int) -> int:
     raise ConfigError(f"num_dbs {num_dbs} is more than lsh can reach with {_MOST_BITS} bits; use fewer shards")
 
 
-def train_hyperplanes(
-    sample: Float32, *, num_dbs: int, num_hash_bits: int | None = None, seed: int = 42
-) -> TrainedHyperplanes:
+def train_hyperplanes(sample: Float32, *, num_dbs: int, num_hash_bits: int | None = None, seed: int = 42) -> Trained:
     """Hyperplanes for a sample, the best of several candidates by the balance of the *shards*.
 
     Each candidate is a random rotation of the sample's principal directions orthogonal to its mean (PCA with random
@@ -71,6 +54,11 @@ def train_hyperplanes(
         num_hash_bits: number of hyperplanes; None takes ``fewest_bits``.
         seed: of the rotations.
 
+    Returns:
+        Hyperplanes, shape (num_hash_bits, dim), of unit length. Figures: ``balance``, rows of the fullest shard over
+        the mean (1 is perfect, ``num_dbs`` is all in one); ``empty``, shards without a row of the sample;
+        ``num_hash_bits``.
+
     Raises:
         ConfigError: no vectors to train on, or bits that are none, too many, or too few to reach every shard.
     """
@@ -81,19 +69,17 @@ def train_hyperplanes(
     bits = fewest_bits(num_dbs) if num_hash_bits is None else num_hash_bits
     if not 1 <= bits <= _MOST_BITS or 1 << bits < num_dbs:
         raise ConfigError(f"num_hash_bits {bits} must be 1 to {_MOST_BITS} and reach all of num_dbs {num_dbs} shards")
-    # One thread: with several, the order of additions and with it the hyperplanes would vary from run to run.
+    # One thread: with several, the order of additions, and so the hyperplanes, would vary from run to run.
     with threadpool_limits(1):
-        found = (_judged(planes, sample, num_dbs) for planes in _candidates(sample, bits, seed))
-        return min(found, key=lambda one: (one.empty, one.balance))
+        found = (_measured(planes, sample, num_dbs) for planes in _candidates(sample, bits, seed))
+        return min(found, key=lambda one: (one.figures["empty"], one.figures["balance"]))
 
 
-def _judged(hyperplanes: Float32, sample: Float32, num_dbs: int) -> TrainedHyperplanes:
+def _measured(hyperplanes: Float32, sample: Float32, num_dbs: int) -> Trained:
     counts = np.bincount(LshRouting(hyperplanes, num_dbs).assign(sample), minlength=num_dbs)
-    return TrainedHyperplanes(
-        hyperplanes=hyperplanes,
-        balance=float(counts.max()) * num_dbs / len(sample),
-        empty=int((counts == 0).sum()),
-    )
+    balance = float(counts.max()) * num_dbs / len(sample)
+    figures = {"balance": balance, "empty": int((counts == 0).sum()), "num_hash_bits": len(hyperplanes)}
+    return Trained("hyperplanes", hyperplanes, figures)
 
 
 def _candidates(sample: Float32, bits: int, seed: int) -> Iterator[Float32]:
@@ -101,7 +87,7 @@ def _candidates(sample: Float32, bits: int, seed: int) -> Iterator[Float32]:
     mean = rows.mean(axis=0)
     spread = float(np.sqrt(np.square(rows).sum(axis=1).mean()))
     length = float(np.sqrt(np.square(mean).sum()))
-    # A mean of nearly nothing has no direction: such data is centred.
+    # A mean of almost zero has no direction: such data is centred.
     axis = mean / length if length > _NOISE * spread else np.zeros_like(mean)
     along = rows @ axis
     rows -= np.outer(along, axis)
@@ -121,7 +107,7 @@ def _principal(rows: Float64, axis: Float64, bits: int) -> Float64:
     Where there is nothing but the mean (one dimension), the mean itself, or the first axis.
     """
     found = _leading(rows, bits)
-    # Rows lie orthogonal to the mean already; among directions without variance it may still turn up.
+    # Rows are orthogonal to the mean already, but it may turn up among directions without variance.
     found = found - np.outer(found @ axis, axis)
     lengths = np.sqrt(np.square(found).sum(axis=1))
     found = (found / np.where(lengths > 0, lengths, 1.0)[:, None])[lengths > 0.5][:bits]
@@ -131,7 +117,7 @@ def _principal(rows: Float64, axis: Float64, bits: int) -> Float64:
 
 
 def _leading(rows: Float64, bits: int) -> Float64:
-    """Directions by falling variance: all, or of long vectors only as many as are needed (Halko and others, 2011)."""
+    """Directions by falling variance: all, or for long vectors only as many as needed (Halko et al., 2011)."""
     if rows.shape[1] <= _ALL_DIRECTIONS:
         return np.linalg.eigh(rows.T @ rows)[1].T[::-1]
     from sklearn.utils.extmath import randomized_svd
@@ -140,20 +126,20 @@ def _leading(rows: Float64, bits: int) -> Float64:
 
 
 def _rotation(rng: np.random.Generator, rows: int, size: int) -> Float64:
-    """Rows of random rotations of ``size`` dimensions: as many as it takes."""
+    """The first ``rows`` rows of as many random rotations of ``size`` dimensions as it takes."""
     turns = []
     for _ in range(-(-rows // size)):
         q, r = np.linalg.qr(rng.standard_normal((size, size)))
-        # The sign makes the rotation uniformly distributed, and the same whatever the library's convention.
+        # This sign makes rotations uniformly distributed, whatever the library's convention.
         turns.append(q * np.where(np.diag(r) < 0, -1.0, 1.0))
     return np.vstack(turns)[:rows]
 
 
 def _tilt(across: Float64, along: Float64) -> float:
-    """The smallest number ``a`` with which ``across + a * along > 0`` for about half of the rows.
+    """The ``a`` nearest to 0 with ``across + a * along > 0`` for about half of the rows.
 
-    Each row changes sides once, at ``a = -across / along``: sorted, these give the number of rows above for every
-    ``a``. Between two of them any ``a`` does the same, so the middle is taken.
+    Each row changes sides once, at ``a = -across / along``. These turning points, sorted, give the number of rows above
+    for every ``a``; between two of them any ``a`` does the same, so the middle is taken.
     """
     moves = np.abs(along) > _NOISE * max(float(np.abs(along).max(initial=0.0)), float(np.abs(across).max(initial=0.0)))
     if not moves.any():
@@ -167,10 +153,10 @@ def _tilt(across: Float64, along: Float64) -> float:
     room = max(1.0, float(turning[-1] - turning[0]))
     ends = np.concatenate([[turning[0] - room], turning, [turning[-1] + room]])
     middles = (ends[:-1] + ends[1:]) / 2
-    # Without any tilt, where zero lies between two turning points, is best of all that are as good.
+    # No tilt is best, where zero lies between two turning points.
     middles[(ends[:-1] < 0) & (ends[1:] > 0)] = 0.0
-    # Between equal turning points there is no room.
+    # Between equal turning points lies no number.
     real = ends[1:] > ends[:-1]
     off = np.abs(above - len(across) / 2)[real]
-    good = off <= off.min() + _LEEWAY * len(across)
+    good = off <= off.min() + _IMBALANCE * len(across)
     return float(min(middles[real][good], key=abs))

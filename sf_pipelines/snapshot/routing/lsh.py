@@ -1,9 +1,8 @@
 """LSH: a shard is made of cells between hyperplanes through the origin.
 
-Bit ``i`` of a vector's code says on which side of hyperplane ``i`` it lies (row 0 is the least significant bit); its
-shard is the code modulo the number of shards. As with centroids, batches are decided by one float32 matrix product,
-and whatever lies nearer to a hyperplane than the product's error bound is decided again in float64 with one fixed
-order of additions.
+Bit ``i`` of a vector's code is its side of hyperplane ``i`` (row 0 is the least significant bit); its shard is the code
+modulo the number of shards. One float32 matrix product decides a batch; a vector nearer to a hyperplane than the
+product's error bound is decided again in float64 with one fixed order of additions.
 """
 
 from typing import Any
@@ -12,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.errors import ConfigError
-from sf_pipelines.snapshot.metric import Float32, Float64
-from sf_pipelines.snapshot.routing.product import blocks, canonical_products, product_bound
+from sf_pipelines.snapshot.metric import Float32, Float64, blocks, canonical_products, product_bound
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 
 # A cell's number is a 64-bit integer; some bits stay free.
@@ -30,7 +28,7 @@ class LshRouting(VectorRouting):
         hyperplanes: float32, shape (num_hash_bits, dim): their normals.
         num_dbs: number of shards.
         num_hash_bits: number of hyperplanes.
-        stock_order: whether ``probe`` begins with the shards that a stock reader asks, in its order.
+        stock_order: whether ``probe`` starts with the shards that a stock reader asks, in its order.
 
     Raises:
         ConfigError: no hyperplane, or more than 62.
@@ -51,29 +49,14 @@ class LshRouting(VectorRouting):
         self._norms = np.sqrt(np.square(self._exact).sum(axis=1))
 
     def assign(self, vectors: Float32) -> Int32:
-        """Shard of each vector: its code modulo ``num_dbs``.
-
-        Args:
-            vectors: float32, shape (n, dim), as they are stored.
-
-        Returns:
-            Shape (n,).
-        """
         return (self.codes(vectors) % self.num_dbs).astype(np.int32)
 
     def codes(self, vectors: Float32) -> Int64:
-        """Cell of each vector; a vector on a hyperplane, or zero, has that bit 0.
-
-        Args:
-            vectors: float32, shape (n, dim).
-
-        Returns:
-            Shape (n,), each from 0 to ``2**num_hash_bits - 1``.
-        """
+        """Cell of each vector, 0 to ``2**num_hash_bits - 1``; a vector on a hyperplane, or zero, has that bit 0."""
         codes = np.empty(len(vectors), dtype=np.int64)
         for part in blocks(len(vectors), self.dim + self.num_hash_bits):
             block = vectors[part]
-            # An overflow makes the bound infinite or the product NaN: both are decided again.
+            # Overflow makes the bound infinite or the product NaN: both are decided again.
             with np.errstate(over="ignore", invalid="ignore"):
                 products = block @ self.hyperplanes.T
                 bound = product_bound(block, self._norms.max())
@@ -86,16 +69,13 @@ class LshRouting(VectorRouting):
         return codes
 
     def probe(self, vectors: Float32) -> tuple[Int32, Float64]:
-        """All shards by how far their nearest cell is.
+        """All shards by the distance of their nearest cell.
 
-        A cell's distance is the sum of the squared distances to the hyperplanes that lie between it and the vector
-        (the query-directed probing sequence of Lv et al., Multi-probe LSH, VLDB 2007); a shard is as far as the
-        cheapest of its cells. It is found for all shards at once, without listing cells: bit after bit, the cheapest
-        way to each remainder of the code. The home shard comes first, at 0; shards that no code reaches come last, at
-        infinity. With ``stock_order`` the shards that a stock reader knows come first, in its order.
-
-        Args:
-            vectors: float32, shape (n, dim).
+        A cell's distance is the sum of the squared distances to the hyperplanes between it and the vector (the
+        query-directed probing sequence of Lv et al., Multi-probe LSH, VLDB 2007). Bit after bit, the cheapest way to
+        each remainder of the code gives the distances of all shards at once, without listing cells. The vector's own
+        shard comes first, at 0; shards that no code reaches come last, at infinity. With ``stock_order`` the shards
+        that a stock reader asks come first, in its order.
 
         Returns:
             Shard ids and distances, both of shape (n, num_dbs); without ``stock_order`` the distances grow.
@@ -118,19 +98,10 @@ class LshRouting(VectorRouting):
         return order, np.take_along_axis(distances, order, axis=1)
 
     def stock_probe(self, vectors: Float32, num_probes: int) -> Int32:
-        """The shards that a stock reader asks: home, then with one bit flipped, from the first bit on.
-
-        Args:
-            vectors: float32, shape (n, dim).
-            num_probes: most shards to ask.
-
-        Returns:
-            Shape (n, num_probes); -1 where one flipped bit reaches no more.
-        """
+        """The vector's own shard, then those with one bit of its code flipped, from the first bit on."""
         return self._stock_probe(self._projections(vectors) > 0, num_probes)
 
     def describe(self) -> dict[str, Any]:
-        """The strategy's name and number of bits; the reference to the hyperplanes is added where they are stored."""
         return {"sharding_strategy": self.strategy, "num_hash_bits": self.num_hash_bits}
 
     def _projections(self, vectors: Float32) -> Float64:

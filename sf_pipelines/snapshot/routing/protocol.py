@@ -1,14 +1,16 @@
-"""What the build, the gate and the readers ask of a way to shard rows."""
+"""How a row finds its shard: the interface that the build, the gate and the readers use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import plain_type
+from sf_pipelines.snapshot.errors import SourceSchemaError
 from sf_pipelines.snapshot.metric import Float32, Float64
 
 Int32 = NDArray[np.int32]
@@ -27,11 +29,11 @@ class BaseRouting(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of it; addresses of stored matrices are added where they are known."""
+        """Fields for the manifest; references to stored matrices are added by the build."""
 
 
 class VectorRouting(BaseRouting):
-    """The vector decides; a query is sent to the shards where its neighbours most likely are.
+    """The vector decides; a query goes to the shards that most likely hold its neighbours.
 
     Attributes:
         matrix: what was trained: float32, one row per centroid or hyperplane.
@@ -54,9 +56,7 @@ class VectorRouting(BaseRouting):
 
     @abstractmethod
     def probe(self, vectors: Float32) -> tuple[Int32, Float64]:
-        """All shards in the order in which to ask them, and how far away each is.
-
-        A vector's first probe is the shard that ``assign`` gives it.
+        """All shards in the order to ask them, and their distances; the first is the shard of ``assign``.
 
         Returns:
             Shard ids and distances, both of shape (n, num_dbs).
@@ -67,7 +67,7 @@ class VectorRouting(BaseRouting):
         """The shards that a stock reader asks, in its order.
 
         Returns:
-            Shape (n, num_probes); -1 where it finds no more.
+            Shape (n, num_probes); -1 where there are no more.
         """
 
 
@@ -76,8 +76,8 @@ class Placement:
     """Shards of a batch of rows.
 
     Attributes:
-        shards: shape (n,); -1 for a row that has none.
-        faults: why, by row, for each of these.
+        shards: shape (n,); -1 for a row without one.
+        faults: why such a row has none, by row.
     """
 
     shards: Int32
@@ -85,20 +85,20 @@ class Placement:
 
 
 class RowRouting(BaseRouting):
-    """Columns of the row decide; a query says which values it is about, or asks all shards.
+    """Columns of the row decide; a query gives their values in ``routing_context``, or asks all shards.
 
     Attributes:
-        columns: names of the values that decide, as in a query's ``routing_context``.
+        columns: names of these columns.
     """
 
     columns: tuple[str, ...]
 
     @abstractmethod
     def place(self, rows: pa.RecordBatch) -> Placement:
-        """Shard of each row.
+        """Shard of each row, by the columns named in ``columns``; others are ignored.
 
-        Args:
-            rows: the columns named by ``columns``; others are ignored.
+        Raises:
+            SourceSchemaError: a column is missing or of a type that cannot be used.
         """
 
     @abstractmethod
@@ -106,18 +106,41 @@ class RowRouting(BaseRouting):
         """Shard of the rows with these values.
 
         Raises:
-            QueryError: a value is missing, unknown or of the wrong type, or names no shard; or this strategy
-                does not route queries.
+            QueryError: a value is missing, unknown or of the wrong type; or this strategy does not route queries.
+            NoShardError: no row can have these values.
         """
 
     @abstractmethod
     def check_schema(self, schema: pa.Schema) -> None:
-        """Looks at the types of the columns that ``place`` will be given.
+        """Checks the columns that ``place`` will be given.
 
         Raises:
-            SourceSchemaError: one cannot be used.
+            SourceSchemaError: one is missing or of a type that cannot be used.
         """
 
+    def _column_type(self, schema: pa.Schema, name: str) -> pa.DataType:
+        found = schema.get_all_field_indices(name)
+        if len(found) != 1:
+            there = "there is none" if not found else f"there are {len(found)}"
+            raise SourceSchemaError(
+                f"{self.strategy} sharding needs one column {name!r}, but {there} ({', '.join(schema.names)})"
+            )
+        return plain_type(schema.field(found[0]).type, uuids=False)
 
-# Either the vector decides, or other columns of the row do.
+
 Routing = VectorRouting | RowRouting
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Centroids or hyperplanes, learnt from the training sample.
+
+    Attributes:
+        kind: what the rows of ``matrix`` are.
+        matrix: float32, one row per centroid or hyperplane.
+        figures: how well it fits the sample.
+    """
+
+    kind: Literal["centroids", "hyperplanes"]
+    matrix: Float32
+    figures: dict[str, float | int]

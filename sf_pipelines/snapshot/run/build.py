@@ -8,24 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import numpy as np
 import pyarrow as pa
 
-from sf_pipelines.snapshot.client import first_line, is_disk_full
-from sf_pipelines.snapshot.config import WriteConfig, digest_json
+from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, DiskFullError, IntegrityError, SfPipelinesError, StoreError
 from sf_pipelines.snapshot.manifest import record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.manifest.publish import read_pointer
+from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.routing import needs_training, routing_for
 from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting
-from sf_pipelines.snapshot.run.ledger import Ledger, get_verified
+from sf_pipelines.snapshot.run.ledger import Ledger, ReceiptType, get_verified
 from sf_pipelines.snapshot.run.receipts import (
+    ManifestReceipt,
     PromoteReceipt,
+    RangeReceipt,
+    Receipt,
+    Ref,
     RouteReceipt,
-    RunReceipts,
     SampleReceipt,
     ScanReceipt,
     TrainReceipt,
@@ -34,9 +38,11 @@ from sf_pipelines.snapshot.sharding import CelSharding, ExplicitSharding
 from sf_pipelines.snapshot.source.contract import SHARD_COLUMN, RowContract
 from sf_pipelines.snapshot.source.files import SourceListing
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store.client import first_line, is_disk_full
 
 if TYPE_CHECKING:
-    from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+    from sf_pipelines.snapshot.reader.options import ReaderOptions
+    from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 
 
 _RENEW_SECONDS = 20.0
@@ -44,6 +50,8 @@ _RENEW_SECONDS = 20.0
 _BEAT_SECONDS = record.RENEW_AFTER.total_seconds()
 # Each open shard keeps its index in memory, and a snapshot may have any number of shards.
 _OPEN_SHARDS = 8
+# Tables that a run keeps in memory: queries, truth, and what was read last.
+_TABLES = 4
 
 
 class Progress(Protocol):
@@ -73,6 +81,7 @@ class Build:
         self.cache_dir = cache_dir
         self._renewed: dict[str, float] = {}
         self._leases: set[str] = set()
+        self._runs: dict[str, Run] = {}
         self._reader: tuple[str, ShardedVectorReader | UnifiedShardedReader] | None = None
 
     @cached_property
@@ -81,8 +90,12 @@ class Build:
         return Store.open(self.config.store, self.config.s3, create=True)
 
     def ledger(self, run_id: str) -> Ledger:
-        """Receipts of a run."""
+        """Receipts of a run, whoever's it is; each is read when it is asked for."""
         return Ledger(self.store, run_id)
+
+    def run(self, run_id: str) -> "Run":
+        """A run of this build."""
+        return self._runs.setdefault(run_id, Run(self, run_id))
 
     def key_of(self, listing: SourceListing) -> str:
         """The build key: digest of the source's version and of the config fields that change bytes."""
@@ -92,26 +105,6 @@ class Build:
         """Takes over the number of shards that a scan has come to."""
         if scanned.num_dbs is not None:
             self.config = self.config.sized(scanned.num_dbs)
-
-    def scanned(self, run_id: str) -> ScanReceipt:
-        """The newest scan of a run; renews the build's lease.
-
-        Raises:
-            ConfigError: the run was begun with another configuration.
-        """
-        ledger = self.ledger(run_id)
-        receipt = ledger.need(ScanReceipt)
-        self.resize(receipt)
-        if receipt.build_key != self.key_of(receipt.listing):
-            raise ConfigError(
-                f"run {run_id} was begun with another configuration than snapshot {self.config.name!r} has now; scan "
-                "again (in Dagster: materialize source_vectors and what follows)"
-            )
-        if ledger.find(PromoteReceipt) is not None:
-            published = receipt.model_copy(update={"published": True})
-            return published.model_copy(update={"held": self.is_held(published, read_pointer(self.store).pointer)})
-        self.renew(receipt)
-        return receipt
 
     def is_held(self, scanned: ScanReceipt, pointer: Pointer | None) -> bool:
         """Whether a rollback keeps what this build makes, or has made, from being published; force does not help."""
@@ -164,50 +157,19 @@ class Build:
             with suppress(StoreError, IntegrityError):
                 record.renew(self.store, scanned.record_key)
 
-    def routing(self, trained: TrainReceipt | None) -> Routing:
-        """How rows find their shard: by what was trained, or by the configuration alone."""
-        config = self.config
-        matrix = None
-        if trained is not None:
-            matrix = np.load(io.BytesIO(get_verified(self.store, trained.ref)), allow_pickle=False)
-        return routing_for(config.sharding, num_dbs=config.shards, metric=config.vector_spec.metric, matrix=matrix)
-
-    def trained(self, run_id: str) -> TrainReceipt | None:
-        """The receipt of what a run trained; None for strategies that train nothing.
-
-        Raises:
-            ReceiptMissingError: it has not been trained yet.
-        """
-        return self.ledger(run_id).need(TrainReceipt) if needs_training(self.config.sharding) else None
-
-    def receipts(self, run_id: str) -> RunReceipts:
-        """What a run did up to its routed rows; renews the build's lease.
-
-        Raises:
-            ReceiptMissingError: a stage has not run yet.
-            ConfigError: the run was begun with another configuration.
-        """
-        ledger = self.ledger(run_id)
-        return RunReceipts(
-            scanned=self.scanned(run_id),
-            sampled=ledger.need(SampleReceipt),
-            trained=self.trained(run_id),
-            routed=ledger.need(RouteReceipt),
-        )
-
     def contract(self, schema: pa.Schema) -> RowContract:
-        """The data contract for a source of this schema.
-
-        Raises:
-            SourceSchemaError: a column's type cannot be used.
-            ConfigError: the vector function or the sharding expression cannot be used.
-        """
+        """The data contract for a source of this schema."""
         if needs_training(self.config.sharding):
             return RowContract(self.config, schema)
         routing = self.routing(None)
         if not isinstance(routing, RowRouting):
             raise TypeError(f"{routing.strategy} is trained on nothing and routes no rows")
         return RowContract(self.config, schema, routing)
+
+    def routing(self, matrix: Float32 | None) -> Routing:
+        """How rows find their shard: by what was trained, or by the configuration alone."""
+        config = self.config
+        return routing_for(config.sharding, num_dbs=config.shards, metric=config.vector_spec.metric, matrix=matrix)
 
     def homes(self, rows: pa.Table) -> Int32 | None:
         """Shards that sampled rows lie in, where a query must say so itself; None where it is routed or asks all."""
@@ -219,25 +181,28 @@ class Build:
         """Tells the watcher how far a stage is."""
         self._progress(stage, done, total, unit)
 
-    def reader(self, manifest_key: str) -> "ShardedVectorReader | UnifiedShardedReader":
-        """A reader of one manifest, kept open for the next caller.
+    @property
+    def reader_options(self) -> "ReaderOptions":
+        """Of every reader that measures: it asks the index of every shard.
 
-        It asks the index of every shard: what is proven must hold where shards are too large to be scanned, too.
+        What is proven must hold where shards are too large to be scanned, too.
         """
-        from sf_pipelines.snapshot.reader.sync import ShardedVectorReader, UnifiedShardedReader
+        return {
+            "s3": self.config.s3,
+            "cache_dir": self.cache_dir,
+            "max_cached_shards": _OPEN_SHARDS,
+            "exact_scan": False,
+        }
+
+    def reader(self, manifest_key: str) -> "ShardedVectorReader | UnifiedShardedReader":
+        """A reader of one manifest, kept open for the next caller."""
+        from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 
         if self._reader is None or self._reader[0] != manifest_key:
             self.close()
             face = ShardedVectorReader if self.config.key_value is None else UnifiedShardedReader
-            reader = face(
-                self.config.store,
-                s3=self.config.s3,
-                cache_dir=self.cache_dir,
-                manifest_key=manifest_key,
-                max_cached_shards=_OPEN_SHARDS,
-                exact_scan=False,
-            )
-            self._reader = (manifest_key, reader)
+            options: ReaderOptions = {**self.reader_options, "manifest_key": manifest_key}
+            self._reader = manifest_key, face(self.config.store, **options)
         return self._reader[1]
 
     def close(self) -> None:
@@ -256,6 +221,127 @@ class Build:
                 self.give_up(error)
         finally:
             self.close()
+
+
+class Run(Ledger):
+    """One run of a build: the receipt of each of its stages, read from the store once, and what follows from them.
+
+    What another process writes meanwhile changes nothing here: a stage works from one set of receipts.
+
+    Attributes:
+        build: that it is a run of.
+    """
+
+    def __init__(self, build: Build, run_id: str) -> None:
+        super().__init__(build.store, run_id)
+        self.build = build
+        self._known: dict[type[Receipt], Receipt] = {}
+        self._read: dict[str, Receipt] = {}
+        self._tables: dict[str, pa.Table] = {}
+
+    @property
+    def scanned(self) -> ScanReceipt:
+        """The newest scan; renews the build's lease."""
+        receipt = self._scan
+        if not receipt.published:
+            self.build.renew(receipt)
+        return receipt
+
+    @cached_property
+    def _scan(self) -> ScanReceipt:
+        receipt, build = self.need(ScanReceipt), self.build
+        build.resize(receipt)
+        if receipt.build_key != build.key_of(receipt.listing):
+            raise ConfigError(
+                f"run {self.run_id} was begun with another configuration than snapshot {build.config.name!r} has now; "
+                "scan again (in Dagster: materialize source_vectors and what follows)"
+            )
+        if self.find(PromoteReceipt) is None:
+            return receipt
+        held = build.is_held(receipt, read_pointer(self.store).pointer)
+        return receipt.model_copy(update={"published": True, "held": held})
+
+    @property
+    def sampled(self) -> SampleReceipt:
+        """Validated rows and samples."""
+        return self.need(SampleReceipt)
+
+    @property
+    def trained(self) -> TrainReceipt | None:
+        """Centroids or hyperplanes; None for strategies that train nothing."""
+        return self.need(TrainReceipt) if needs_training(self.build.config.sharding) else None
+
+    @property
+    def routed(self) -> RouteReceipt:
+        """Rows of each shard."""
+        return self.need(RouteReceipt)
+
+    @cached_property
+    def manifest(self) -> ManifestReceipt:
+        """The newest staged manifest for this gate; where there is none, the newest one."""
+        newest = self.need(ManifestReceipt)
+        gate_key = self.build.config.gate_key()
+        if newest.gate_key == gate_key:
+            return newest
+        return next((one for one in self.all_of(ManifestReceipt) if one.gate_key == gate_key), newest)
+
+    @property
+    def routing_digest(self) -> str:
+        """Digest of what was trained; empty where the configuration alone decides, which the build key covers."""
+        return self.trained.ref.sha256 if self.trained else ""
+
+    @cached_property
+    def routing(self) -> Routing:
+        """How rows and queries find their shard."""
+        matrix = None
+        if self.trained is not None:
+            matrix = np.load(io.BytesIO(get_verified(self.store, self.trained.ref)), allow_pickle=False)
+        return self.build.routing(matrix)
+
+    @cached_property
+    def ranges(self) -> list[RangeReceipt]:
+        """Where the routed rows are."""
+        return [self.read(RangeReceipt, key) for key in self.routed.ranges]
+
+    @cached_property
+    def queries(self) -> pa.Table:
+        """The queries that the truth is of; see ``gate.recall.stratified_queries``."""
+        return self.get_table(self.routed.queries or self.sampled.queries)
+
+    def need(self, kind: type[ReceiptType], part: str = "") -> ReceiptType:
+        if part:
+            return super().need(kind, part)
+        if kind not in self._known:
+            self._known[kind] = super().need(kind)
+        return cast("ReceiptType", self._known[kind])
+
+    def read(self, kind: type[ReceiptType], key: str) -> ReceiptType:
+        # Receipts are never written again.
+        if key not in self._read:
+            self._read[key] = super().read(kind, key)
+        return cast("ReceiptType", self._read[key])
+
+    def get_table(self, ref: Ref) -> pa.Table:
+        """A stored table; the last few are kept: several checks look at the same queries and truth."""
+        table = self._tables.get(ref.key)
+        if table is None:
+            table = self._tables[ref.key] = super().get_table(ref)
+            for key in list(self._tables)[:-_TABLES]:
+                self._tables.pop(key, None)
+        return table
+
+    def commit(self, receipt: ReceiptType, part: str = "", *, number: int) -> ReceiptType:
+        done = super().commit(receipt, part, number=number)
+        self._read[done.key] = done
+        if not part:
+            self.take(done)
+        return done
+
+    def take(self, receipt: Receipt) -> None:
+        """Goes on from this receipt."""
+        self._known[type(receipt)] = receipt
+        for name in ("_scan", "manifest", "routing", "ranges", "queries"):
+            self.__dict__.pop(name, None)
 
 
 @contextmanager

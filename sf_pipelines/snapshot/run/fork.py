@@ -9,13 +9,12 @@ from datetime import UTC, datetime
 
 from sf_pipelines.snapshot.errors import DigestMismatchError
 from sf_pipelines.snapshot.manifest import publish
-from sf_pipelines.snapshot.run.build import Build
+from sf_pipelines.snapshot.run.build import Build, Run
 from sf_pipelines.snapshot.run.ledger import STAGING, ReceiptType, is_intact
 from sf_pipelines.snapshot.run.receipts import (
     PromoteReceipt,
     Receipt,
     Ref,
-    RunReceipts,
     SampleReceipt,
     ScanReceipt,
     ShardReceipt,
@@ -28,22 +27,15 @@ def new_run_id(build_key: str) -> str:
     return f"{build_key[:16]}-{uuid.uuid4().hex[:12]}"
 
 
-def fork_run(
-    build: Build,
-    run: RunReceipts,
-    shards: list[ShardReceipt],
-) -> str:
+def fork_run(run: Run, shards: list[ShardReceipt]) -> str:
     """Copies a published run, with its newest shards, into a run of its own that goes out from the present pointer.
 
     A fork of the same shards that was not published, and goes out from this pointer too, is gone on with.
 
     The routed rows, which nothing published refers to, stay where they are.
-
-    Returns:
-        The new run's id.
     """
-    scanned, view = run.scanned, publish.read_pointer(build.store)
-    unfinished = _unfinished_fork(build, run, shards, view)
+    build, scanned, view = run.build, run.scanned, publish.read_pointer(run.store)
+    unfinished = _unfinished_fork(run, shards, view)
     if unfinished is not None:
         return unfinished
     fork = _Fork(build, scanned.run_id, new_run_id(scanned.build_key))
@@ -58,19 +50,17 @@ def fork_run(
         forced=False,
     )
     with build.working(begun):
-        _copy_run(build, fork, run, shards)
+        _copy_run(fork, run, shards)
     return fork.run_id
 
 
-def _unfinished_fork(
-    build: Build, run: RunReceipts, shards: list[ShardReceipt], view: publish.PointerView
-) -> str | None:
+def _unfinished_fork(run: Run, shards: list[ShardReceipt], view: publish.PointerView) -> str | None:
     """A whole copy of these shards that failed after it was made; what is half made is not worth looking at."""
-    for folder in build.store.folders(STAGING):
+    for folder in run.store.folders(STAGING):
         run_id = folder.removeprefix("run_id=")
-        if run_id == run.scanned.run_id or not run_id.startswith(run.scanned.build_key[:16]):
+        if run_id == run.run_id or not run_id.startswith(run.scanned.build_key[:16]):
             continue
-        ledger = build.ledger(run_id)
+        ledger = run.build.ledger(run_id)
         begun = ledger.find(ScanReceipt, inputs=run.scanned.build_key)
         # Whatever was served before, and withdrawn, went out from an earlier pointer.
         if begun is None or begun.base_fingerprint != view.fingerprint or ledger.find(PromoteReceipt) is not None:
@@ -80,13 +70,13 @@ def _unfinished_fork(
         same = all(
             copy is not None and copy.objects == shard.objects for copy, shard in zip(found, shards, strict=True)
         )
-        samples = ledger.find_whole(SampleReceipt, inputs=begun.build_key, published=False)
-        if same and samples is not None and all(copy is not None and is_intact(build.store, copy) for copy in found):
+        samples = ledger.seek_whole(SampleReceipt, inputs=begun.build_key, published=False)[0]
+        if same and samples is not None and all(copy is not None and is_intact(run.store, copy) for copy in found):
             return run_id
     return None
 
 
-def _copy_run(build: Build, fork: "_Fork", run: RunReceipts, shards: list[ShardReceipt]) -> None:
+def _copy_run(fork: "_Fork", run: Run, shards: list[ShardReceipt]) -> None:
     sampled = run.sampled
     fork.commit(
         sampled,
@@ -101,7 +91,7 @@ def _copy_run(build: Build, fork: "_Fork", run: RunReceipts, shards: list[ShardR
     fork.commit(run.routed, queries=None if queries is None else fork.copy_ref(queries))
     for number, shard in enumerate(shards, start=1):
         fork.copy_shard(shard)
-        build.report("fork", number, len(shards), "shards")
+        run.build.report("fork", number, len(shards), "shards")
 
 
 class _Fork:
@@ -109,7 +99,7 @@ class _Fork:
 
     def __init__(self, build: Build, old: str, new: str) -> None:
         self.run_id = new
-        self._ledger = build.ledger(new)
+        self._ledger = build.run(new)
         self._store: Store = build.store
         self._segments = (f"run_id={old}/", f"run_id={new}/")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,22 +29,27 @@ class Ledger:
 
     def find(self, kind: type[ReceiptType], part: str = "", *, inputs: str | None = None) -> ReceiptType | None:
         """The newest receipt of a stage (and part), only such with these inputs where they are given."""
+        return next((one for one in self.all_of(kind, part) if inputs is None or one.inputs == inputs), None)
+
+    def all_of(self, kind: type[ReceiptType], part: str = "") -> Iterator[ReceiptType]:
+        """Receipts of a stage (and part), the newest first."""
         for number in reversed(self._numbers(kind, part)):
-            receipt = self.read(kind, self._key(kind, part, number))
-            if inputs is None or receipt.inputs == inputs:
-                return receipt
-        return None
+            yield self.read(kind, self._key(kind, part, number))
 
-    def find_whole(self, kind: type[ReceiptType], *, inputs: str, published: bool) -> ReceiptType | None:
-        """The newest receipt with these inputs whose objects are still what it says.
+    def seek(self, kind: type[ReceiptType], part: str = "", *, inputs: str) -> tuple[ReceiptType | None, int]:
+        """The newest receipt with these inputs, and the number of the attempt that would come next."""
+        numbers = self._numbers(kind, part)
+        receipts = (self.read(kind, self._key(kind, part, number)) for number in reversed(numbers))
+        return next((one for one in receipts if one.inputs == inputs), None), numbers[-1] + 1 if numbers else 0
 
-        Args:
-            kind: of the stage.
-            inputs: digest of what the stage would work from.
-            published: the run is published; then nobody works on with its intermediate objects.
+    def seek_whole(self, kind: type[ReceiptType], *, inputs: str, published: bool) -> tuple[ReceiptType | None, int]:
+        """The same; a receipt whose objects are not what it says counts only if its run is published.
+
+        Then nobody works on with its intermediate objects.
         """
-        receipt = self.find(kind, inputs=inputs)
-        return receipt if receipt is None or published or self.is_whole(receipt) else None
+        receipt, number = self.seek(kind, inputs=inputs)
+        usable = receipt is not None and (published or self.is_whole(receipt))
+        return receipt if usable else None, number
 
     def is_whole(self, receipt: Receipt) -> bool:
         """Whether the objects that later stages read are still what a receipt says."""
@@ -67,11 +73,7 @@ class Ledger:
         return newest
 
     def need(self, kind: type[ReceiptType], part: str = "") -> ReceiptType:
-        """The newest receipt of a stage that must have run.
-
-        Raises:
-            ReceiptMissingError: it has not.
-        """
+        """The newest receipt of a stage that must have run."""
         receipt = self.find(kind, part)
         if receipt is None:
             what = f"{kind.stage} {part}".strip()
@@ -79,11 +81,7 @@ class Ledger:
         return receipt
 
     def read(self, kind: type[ReceiptType], key: str) -> ReceiptType:
-        """One receipt.
-
-        Raises:
-            IntegrityError: it cannot be understood.
-        """
+        """One receipt."""
         try:
             return kind.model_validate_json(self.store.get(key)).model_copy(update={"key": key})
         except ValidationError as error:
@@ -95,13 +93,7 @@ class Ledger:
         return numbers[-1] + 1 if numbers else 0
 
     def commit(self, receipt: ReceiptType, part: str = "", *, number: int) -> ReceiptType:
-        """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result.
-
-        Args:
-            receipt: of the work.
-            part: of the stage.
-            number: what ``next_number`` gave before the work began: of several who did the same work, one wins.
-        """
+        """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result."""
         while True:
             key = self._key(type(receipt), part, number)
             data = receipt.model_dump_json(exclude={"key", "reason"}).encode()
@@ -145,11 +137,7 @@ class Ledger:
         return Ref(key=key, size=path.stat().st_size, sha256=digest, rows=rows)
 
     def get_table(self, ref: Ref) -> pa.Table:
-        """Reads a stored table.
-
-        Raises:
-            DigestMismatchError: the bytes are not the ones that were stored.
-        """
+        """Reads a stored table."""
         with pa_ipc.open_file(pa.BufferReader(get_verified(self.store, ref))) as reader:
             return reader.read_all()
 
@@ -159,11 +147,7 @@ def _number_in(info: ObjectInfo) -> int:
 
 
 def get_verified(store: Store, ref: Ref) -> bytes:
-    """An object's bytes, checked against its reference.
-
-    Raises:
-        DigestMismatchError: they differ.
-    """
+    """An object's bytes, checked against its reference."""
     try:
         data = store.get(ref.key, limit=ref.size)
     except IntegrityError as error:
@@ -174,34 +158,46 @@ def get_verified(store: Store, ref: Ref) -> bytes:
     return data
 
 
+def download_verified(store: Store, ref: Ref, path: Path) -> None:
+    """Fetches an object into a file, checked against its reference."""
+    size, found = store.download(ref.key, path)
+    if (size, found) != (ref.size, ref.sha256):
+        raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
+
+
 def is_intact(store: Store, receipt: ShardReceipt) -> bool:
     """Whether every sealed object is still the version that was sealed."""
-    return not changed_objects(store, receipt)
+    return not changed_objects(store, [receipt])
 
 
-def changed_objects(store: Store, receipt: ShardReceipt) -> list[str]:
-    """What is wrong with a sealed shard's objects, one line each; nothing when all are as they were sealed."""
-    if receipt.db_key is None:
-        return []
-    found = {info.key: info for info in store.objects(receipt.db_key)}
+def changed_objects(store: Store, receipts: Sequence[ShardReceipt]) -> list[str]:
+    """What is wrong with the objects of sealed shards, one line each; nothing when all are as they were sealed."""
+    sealed = {receipt.db_key: receipt for receipt in receipts if receipt.db_key is not None}
+    # One listing of a run in place of one for each shard.
+    folders = sealed if len(sealed) == 1 else {key.rsplit("/", 2)[0] for key in sealed}
+    listed: dict[str, dict[str, ObjectInfo]] = {key: {} for key in sealed}
+    for folder in sorted(folders):
+        for info in store.objects(folder):
+            # shards/run_id=…/db=…/attempt=…
+            shard = "/".join(info.key.split("/", 4)[:4])
+            if shard in listed:
+                listed[shard][info.key] = info
     faults: list[str] = []
-    for item, etag in zip(receipt.objects, receipt.etags, strict=True):
-        key = f"{receipt.db_key}/{item.path}"
-        info = found.pop(key, None)
-        if info is None:
-            faults.append(f"{store.url_of(key)} is missing")
-        elif (info.size, info.etag) != (item.size, etag):
-            faults.append(f"{store.url_of(key)} was changed after it was sealed")
-    faults.extend(f"{store.url_of(key)} does not belong to the shard" for key in found)
+    for db_key, receipt in sealed.items():
+        found = listed[db_key]
+        for item, etag in zip(receipt.objects, receipt.etags, strict=True):
+            key = f"{db_key}/{item.path}"
+            info = found.pop(key, None)
+            if info is None:
+                faults.append(f"{store.url_of(key)} is missing")
+            elif (info.size, info.etag) != (item.size, etag):
+                faults.append(f"{store.url_of(key)} was changed after it was sealed")
+        faults.extend(f"{store.url_of(key)} does not belong to the shard" for key in found)
     return faults
 
 
 def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
-    """The newest receipt of every shard, all made from the rows of this routing.
-
-    Raises:
-        ReceiptMissingError: naming the shards that have none.
-    """
+    """The newest receipt of every shard, all made from the rows of this routing."""
     found = ledger.find_parts(ShardReceipt, inputs=routed.inputs)
     parts = [f"db={shard.db_id:05d}" for shard in routed.shards]
     missing = [part for part in parts if part not in found]

@@ -6,17 +6,16 @@ have exactly one winner.
 """
 
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from sf_pipelines.snapshot.config import KeyEncoding, digest_json
+from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.manifest.models import ShardObject
-from sf_pipelines.snapshot.model import Model
+from sf_pipelines.snapshot.model import Model, digest_json
 from sf_pipelines.snapshot.source.columns import IdType
-from sf_pipelines.snapshot.source.files import SourceListing, Span
+from sf_pipelines.snapshot.source.files import SourceListing
 from sf_pipelines.snapshot.source.keys import KeyType
 
 SQLITE_FILE = "shard.db"
@@ -50,6 +49,9 @@ class Receipt(Model):
         key: the receipt's own object; filled in when it is read.
         reason: why nothing was done this time; never stored.
     """
+
+    # Older and newer versions may say more.
+    model_config = ConfigDict(extra="ignore")
 
     stage: ClassVar[str]
 
@@ -132,6 +134,7 @@ class SampleReceipt(Receipt):
         pool: rows that are neither, from which shards with few sample queries get more; None where there is no need.
         disjoint: whether no query is in the training sample (false for tables of a few rows).
         repeated: part of the rows whose vector another row has, too.
+        parts: the rows that passed, a file for each input range; None in builds that were begun before there were any.
     """
 
     stage: ClassVar[str] = "sample"
@@ -145,6 +148,7 @@ class SampleReceipt(Receipt):
     pool: Ref | None = None
     disjoint: bool
     repeated: float = 0.0
+    parts: tuple[Ref, ...] | None = None
 
     def refs(self) -> tuple[Ref, ...]:
         """Reject table and samples."""
@@ -222,7 +226,6 @@ class RangeReceipt(Receipt):
     """One input range, sorted by shard.
 
     Attributes:
-        spans: the range.
         routed_key: Arrow file of stored rows; each record batch holds rows of one shard. It is sealed by the digests
             of the shards' rows, not by one of its bytes: nobody reads it whole.
         routed_size: its bytes.
@@ -232,7 +235,6 @@ class RangeReceipt(Receipt):
 
     stage: ClassVar[str] = "range"
 
-    spans: tuple[Span, ...]
     routed_key: str
     routed_size: int
     parts: tuple[RoutedPart, ...]
@@ -395,28 +397,6 @@ class PromoteReceipt(Receipt):
     seq: int
     published: bool = True
     held: bool = False
-
-
-@dataclass(frozen=True)
-class RunReceipts:
-    """What a run did up to its routed rows.
-
-    Attributes:
-        scanned: pinned source.
-        sampled: validated rows and samples.
-        trained: routing artifact; None for strategies that train nothing.
-        routed: rows of each shard.
-    """
-
-    scanned: ScanReceipt
-    sampled: SampleReceipt
-    trained: TrainReceipt | None
-    routed: RouteReceipt
-
-    @property
-    def routing_digest(self) -> str:
-        """Digest of what was trained; empty where the configuration alone decides, which the build key covers."""
-        return self.trained.ref.sha256 if self.trained else ""
 
 
 def inputs_of(**parts: Any) -> str:

@@ -11,7 +11,6 @@ built anew.
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
 
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.manifest.pointer import Pointer
@@ -24,76 +23,41 @@ VECTOR_BYTES = 64 << 20
 SOURCE_BYTES = 256 << 20
 MOST = 4096
 # As long as the rule's number is within this factor, that of the current snapshot is kept.
-_LEEWAY = 2.0
+_KEPT_WITHIN = 2.0
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of a source, as its footers tell it.
+def shards_for(rows: int, dim: int, source_bytes: int, *, current: int | None = None, limit: int | None = None) -> int:
+    """Number of shards for a source: a power of two, the current snapshot's number, or the limit.
 
-    Attributes:
-        rows: number of rows.
-        dim: numbers in a vector.
-        source_bytes: of all its files.
-    """
-
-    rows: int
-    dim: int
-    source_bytes: int
-
-    @property
-    def load(self) -> float:
-        """How many shards it fills, not rounded."""
-        vectors = 4 * self.dim * self.rows
-        return max(self.rows / ROWS, vectors / VECTOR_BYTES, self.source_bytes / SOURCE_BYTES)
-
-
-def shards_for(size: Size, *, served: int | None = None, most: int | None = None) -> int:
-    """Number of shards.
-
-    Args:
-        size: of the source.
-        served: number of the current snapshot's; None where there is none.
-        most: what else limits it.
-
-    Returns:
-        A power of two, ``served``, or the limit: at most one shard a row.
+    At most one shard a row.
 
     Example:
-        >>> shards_for(Size(rows=1_000_000, dim=384, source_bytes=2 << 30))
+        >>> shards_for(1_000_000, 384, 2 << 30)
         32
-        >>> shards_for(Size(rows=1_000_000, dim=384, source_bytes=2 << 30), served=16)
+        >>> shards_for(1_000_000, 384, 2 << 30, current=16)
         16
     """
-    limit = min(MOST, max(1, size.rows), most or MOST)
-    if served is not None and served <= limit and served / _LEEWAY <= max(size.load, 1.0) <= served * _LEEWAY:
-        return served
-    return min(limit, 2 ** round(math.log2(max(size.load, 1.0))))
+    limit = min(MOST, max(1, rows), limit or MOST)
+    load = max(rows / ROWS, 4 * dim * rows / VECTOR_BYTES, source_bytes / SOURCE_BYTES, 1.0)
+    if current is not None and current <= limit and current / _KEPT_WITHIN <= load <= current * _KEPT_WITHIN:
+        return current
+    return min(limit, 2 ** round(math.log2(load)))
 
 
 def choose_shards(build: Build, listing: SourceListing, pointer: Pointer | None) -> str:
-    """Gives a build the number of shards that ``auto`` comes to.
+    """Gives a build the number of shards that ``auto`` comes to, and says in one line what was chosen and why.
 
-    Args:
-        build: whose configuration says ``auto``.
-        listing: of its source.
-        pointer: to the current snapshot, whose number is kept where that is near enough; None looks at no other.
-
-    Returns:
-        What was chosen and why, in one line.
-
-    Raises:
-        ConfigError: ``num_probes`` is more than that.
+    The number of the current snapshot (``pointer``) is kept if it is near enough.
     """
-    config, served = build.config, None
+    config, current = build.config, None
     if pointer is not None:
-        # What cannot be read says nothing here; the stages that need it say what is wrong.
+        # An unreadable snapshot is reported by the stages that need it.
         with suppress(IntegrityError, ObjectMissingError):
-            served = load_pointed(build.store, pointer).manifest.num_dbs
-    size = Size(listing.rows, config.vector_spec.dim, sum(file.size for file in listing.files))
-    rule = shards_for(size, most=config.most_shards)
-    chosen = shards_for(size, served=served, most=config.most_shards)
+            current = load_pointed(build.store, pointer).manifest.num_dbs
+    rows, dim, size = listing.rows, config.vector_spec.dim, sum(file.size for file in listing.files)
+    rule = shards_for(rows, dim, size, limit=config.most_shards)
+    chosen = shards_for(rows, dim, size, current=current, limit=config.most_shards)
     build.config = config.sized(chosen)
-    files = f"{size.source_bytes / 2**20:,.1f} MiB of files"
-    told = f"num_dbs auto: {chosen} for {size.rows:,} rows x {size.dim} and {files}"
-    return told if chosen == rule else f"{told}, as in the current snapshot (the rule alone says {rule})"
+    files = f"{size / 2**20:,.1f} MiB of files"
+    reason = f"num_dbs auto: {chosen} for {rows:,} rows x {dim} and {files}"
+    return reason if chosen == rule else f"{reason}, as in the current snapshot (the rule alone says {rule})"

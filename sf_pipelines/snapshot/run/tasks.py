@@ -12,6 +12,7 @@ import re
 import resource
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ class Outcome(Model):
     worker: str
 
 
-class Engine(Protocol):
-    """Runs tasks somewhere.
+class Engine(ABC):
+    """Runs tasks somewhere; a context manager that closes itself.
 
     The contract, which ``sf_pipelines.snapshot.testing.engine`` checks: the future of a task gives what ``run_task``
     returns; a worker that dies makes it raise ``WorkerLostError``, unless the engine itself has run the task again;
@@ -96,35 +97,30 @@ class Engine(Protocol):
     Attributes:
         name: as in the configuration.
         remote: whether tasks run in other processes.
+        slots: tasks at a time.
     """
 
     name: str
     remote: bool
+    slots: int
 
-    @property
-    def slots(self) -> int:
-        """Tasks at a time."""
-        ...
-
+    @abstractmethod
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
         """Runs ``run_task(config, task)`` as soon as there is room."""
-        ...
 
+    @abstractmethod
     def stop(self) -> None:
         """Gives up all tasks that are not done, and returns when none of them runs any more."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what the engine has opened."""
-        ...
 
     def __enter__(self) -> Self:
-        """Itself."""
-        ...
+        return self
 
     def __exit__(self, *exc: object) -> None:
-        """Closes it."""
-        ...
+        self.close()
 
 
 def peak_bytes() -> int:
@@ -143,7 +139,7 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-class InProcess:
+class InProcess(Engine):
     """Threads of this process: index libraries let go of the interpreter while they work."""
 
     name = "in_process"
@@ -171,12 +167,6 @@ class InProcess:
     def close(self) -> None:
         """The same."""
         self.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @dataclass(order=True)
@@ -284,23 +274,7 @@ def spread(
     keep_going: bool = False,
     on_done: OnDone = nobody,
 ) -> list[Receipt]:
-    """Has an engine do all tasks; tries again what may pass, with backoff.
-
-    Args:
-        build: what is built.
-        scanned: its scan; the build's lease is renewed as long as tasks run.
-        engine: where they run.
-        tasks: what to do; those at the front are begun first.
-        keep_going: do all other tasks although one has failed for good; else what runs is stopped then.
-        on_done: told of each task that is done, in this thread.
-
-    Returns:
-        The receipts, in the order of the tasks.
-
-    Raises:
-        TasksFailedError: tasks failed for good; names each with its cause. In this process the error of a single one,
-            or that which stopped the others, is raised as it is.
-    """
+    """Has an engine do all tasks; tries again what may pass, with backoff."""
     driver = _Driver(build, scanned, engine, tasks)
     driver.run(on_done, keep_going=keep_going)
     if driver.failures:

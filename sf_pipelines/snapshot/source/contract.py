@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,43 +16,17 @@ from sf_pipelines.snapshot.arrow import column_errors, compute, plain_rows, plai
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import SourceSchemaError
 from sf_pipelines.snapshot.metric import Float32
+from sf_pipelines.snapshot.routing.protocol import RowRouting
 from sf_pipelines.snapshot.source.columns import IdType, as_int64, id_type_of, require_filter, require_json
 from sf_pipelines.snapshot.source.files import SourceBatch
 from sf_pipelines.snapshot.source.json_text import json_objects
 from sf_pipelines.snapshot.source.keys import KeyValueColumns
-from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, Faults, RejectReason
-from sf_pipelines.snapshot.source.text import without_invalid_text
+from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, Faults, RejectReason, without_invalid_text
 from sf_pipelines.snapshot.source.vectors import VectorColumn
 
 # Sampled rows of snapshots that are sharded by other columns carry them under these names.
 CONTEXT_PREFIX = "context."
 SHARD_COLUMN = "shard"
-
-
-class Placed(Protocol):
-    """Shards of a batch of rows, -1 for a row that has none, and why."""
-
-    @property
-    def shards(self) -> NDArray[np.int32]:
-        """Shape (n,)."""
-        ...
-
-    @property
-    def faults(self) -> dict[int, str]:
-        """Why a row has no shard."""
-        ...
-
-
-class Placer(Protocol):
-    """A way to shard rows by their columns."""
-
-    def place(self, rows: pa.RecordBatch) -> Placed:
-        """Shard of each row."""
-        ...
-
-    def check_schema(self, schema: pa.Schema) -> None:
-        """Raises ``SourceSchemaError`` when the columns' types cannot be used."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,12 +35,14 @@ class CheckedBatch:
 
     Attributes:
         kept: of the rows that passed: ``id``, and where columns decide the shard, ``shard`` and ``context.<name>``.
+        stored: these rows as they are stored, by ``stored_schema``.
         vectors: float32, shape (rows, dim), of the rows that passed.
         rows: their positions in the whole source.
         rejects: the others, by ``REJECT_SCHEMA``.
     """
 
     kept: pa.RecordBatch
+    stored: pa.RecordBatch
     vectors: Float32
     rows: NDArray[np.int64]
     rejects: pa.RecordBatch
@@ -88,7 +63,7 @@ class RowContract:
     Args:
         config: of the snapshot.
         schema: of the source's columns.
-        placer: how rows find their shard, where columns decide it; None where the vector does.
+        routing: how rows find their shard, where columns decide it; None where the vector does.
 
     Attributes:
         id_type: type of the ids, in the snapshot and in every answer.
@@ -102,9 +77,9 @@ class RowContract:
         ConfigError: the vector function cannot be imported.
     """
 
-    def __init__(self, config: WriteConfig, schema: pa.Schema, placer: Placer | None = None) -> None:
+    def __init__(self, config: WriteConfig, schema: pa.Schema, routing: RowRouting | None = None) -> None:
         self._config = config
-        self._placer = placer
+        self._routing = routing
         self._vectors = VectorColumn(config.vector_spec, schema)
         keyed = config.key_value
         self.keys: KeyValueColumns | None = None if keyed is None else KeyValueColumns(keyed, schema)
@@ -125,10 +100,10 @@ class RowContract:
         )
         self._routed_by = config.routing_columns
         self._bytes_cols = config.bytes_columns
-        if placer is not None:
-            placer.check_schema(self.routing_rows(_no_rows(schema)).schema)
-        companions = {} if placer is None else self._companions(_no_rows(schema), Faults(0))
-        self.kept_schema = pa.record_batch({"id": pa.array([], id_arrow), **companions}).schema
+        if routing is not None:
+            routing.check_schema(self._routing_rows(self._no_rows(schema)).schema)
+        deciding = {} if routing is None else self._deciding_columns(self._no_rows(schema), Faults(0))
+        self.kept_schema = pa.record_batch({"id": pa.array([], id_arrow), **deciding}).schema
 
     @property
     def filter_columns(self) -> dict[str, str]:
@@ -136,61 +111,51 @@ class RowContract:
         return {name: str(self.stored_schema.field(name).type) for name in self._config.filter_cols}
 
     def check(self, batch: SourceBatch) -> CheckedBatch:
-        """Sorts a batch into rows that may be stored and rejects with their reason.
-
-        Raises:
-            SourceSchemaError: a column's values cannot be read; the message names column and file.
-        """
+        """Sorts a batch into rows that may be stored and rejects with their reason."""
         faults = Faults(len(batch.rows))
         with _in_file(batch.file):
-            rows = without_invalid_text(self._plain(batch.rows), faults)
+            rows = without_invalid_text(plain_rows(batch.rows, bytes_cols=self._bytes_cols), faults)
             batch = replace(batch, rows=rows)
-            ids = self.ids(rows)
+            ids = self._ids(rows)
             self._check_ids(rows, ids, faults)
             if self.keys is not None:
                 self.keys.check(rows, faults)
             vectors, present = self._vectors.read(rows, faults)
             self._vectors.check(vectors, present, faults)
-            companions = self._companions(rows, faults)
-        passed = faults.passed
-        kept_vectors = vectors if passed.all() else vectors[passed[present]]
-        kept = pa.record_batch({"id": ids, **companions}).filter(pa.array(passed))
+            deciding = self._deciding_columns(rows, faults)
+            passed = faults.passed
+            kept_vectors = vectors if passed.all() else vectors[passed[present]]
+            kept = pa.record_batch({"id": ids, **deciding}).filter(pa.array(passed))
+            stored = self._stored(rows.filter(pa.array(passed)), kept.column("id"), kept_vectors)
         positions = batch.first_row + np.flatnonzero(passed)
-        return CheckedBatch(kept, kept_vectors, positions, _rejects(batch, ids, faults))
+        return CheckedBatch(kept, stored, kept_vectors, positions, _rejects(batch, ids, faults))
 
-    def stored(self, rows: pa.RecordBatch, file: str = "") -> tuple[pa.RecordBatch, Float32]:
-        """Rows that passed the check, as they are stored, and their vectors as a matrix of shape (rows, dim).
+    def _stored(self, rows: pa.RecordBatch, ids: pa.Array, vectors: Float32) -> pa.RecordBatch:
+        """Rows that passed, in plain form, as they are stored."""
+        columns = [
+            ids,
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self._config.vector_spec.dim),
+            self._payload(rows),
+            *(rows.column(name) for name in self._config.filter_cols),
+            *([self.keys.keys(rows), self.keys.values(rows)] if self.keys else []),
+        ]
+        return pa.record_batch(columns, schema=self.stored_schema)
 
-        Args:
-            rows: of the source.
-            file: that they are from.
-
-        Raises:
-            SourceSchemaError: a column's values cannot be stored; the message names column and file.
-        """
-        with _in_file(file):
-            rows = self._plain(rows)
-            vectors = self._vectors.read_again(rows)
-            columns = [
-                self.ids(rows),
-                pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self._config.vector_spec.dim),
-                self._payload(rows),
-                *(rows.column(name) for name in self._config.filter_cols),
-                *([self.keys.keys(rows), self.keys.values(rows)] if self.keys else []),
-            ]
-        return pa.record_batch(columns, schema=self.stored_schema), vectors
-
-    def routing_rows(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+    def _routing_rows(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """The columns that decide a row's shard, by the names that the strategy knows them by."""
-        rows = self._plain(rows)
         columns = {
             name: self.keys.keys(rows) if self.keys and source == self._config.id_col else rows.column(source)
             for name, source in self._routed_by.items()
         }
         return pa.record_batch(list(columns.values()), names=list(columns))
 
-    def _plain(self, rows: pa.RecordBatch) -> pa.RecordBatch:
-        return plain_rows(rows, bytes_cols=self._bytes_cols)
+    def _no_rows(self, schema: pa.Schema) -> pa.RecordBatch:
+        """A batch without rows, in plain form."""
+        columns = []
+        for field in schema:
+            with column_errors(field.name):
+                columns.append(pa.nulls(0, field.type))
+        return plain_rows(pa.record_batch(columns, schema=schema), bytes_cols=self._bytes_cols)
 
     def _check_ids(self, rows: pa.RecordBatch, ids: pa.Array, faults: Faults) -> None:
         name = self._config.id_col
@@ -201,20 +166,20 @@ class RowContract:
         missing = np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))
         faults.add(missing, RejectReason.NULL_ID, f"{name}: no id")
 
-    def _companions(self, rows: pa.RecordBatch, faults: Faults) -> dict[str, pa.Array]:
-        if self._placer is None:
+    def _deciding_columns(self, rows: pa.RecordBatch, faults: Faults) -> dict[str, pa.Array]:
+        if self._routing is None:
             return {}
-        deciding = self.routing_rows(rows)
-        placed = self._placer.place(deciding)
+        columns = self._routing_rows(rows)
+        placed = self._routing.place(columns)
         faults.add_each(placed.faults.items(), RejectReason.NO_SHARD)
-        named = {f"{CONTEXT_PREFIX}{name}": deciding.column(name) for name in deciding.schema.names}
+        named = {f"{CONTEXT_PREFIX}{name}": columns.column(name) for name in columns.schema.names}
         return {SHARD_COLUMN: pa.array(placed.shards, pa.int32()), **named}
 
-    def ids(self, rows: pa.RecordBatch) -> pa.Array:
+    def _ids(self, rows: pa.RecordBatch) -> pa.Array:
         """Ids of the rows, with their stored type; null where a number is too large for one."""
         if self.keys is not None:
             return self.keys.ids(rows)
-        column = self._plain(rows).column(self._config.id_col)
+        column = rows.column(self._config.id_col)
         return as_int64(column) if self.id_type == "int64" else column
 
     def _payload(self, rows: pa.RecordBatch) -> pa.Array:
@@ -246,14 +211,6 @@ def _rejects(batch: SourceBatch, ids: pa.Array, faults: Faults) -> pa.RecordBatc
         ],
         schema=REJECT_SCHEMA,
     )
-
-
-def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
-    columns = []
-    for field in schema:
-        with column_errors(field.name):
-            columns.append(pa.nulls(0, field.type))
-    return pa.record_batch(columns, schema=schema)
 
 
 def _id_type(field: pa.Field, keys: KeyValueColumns | None) -> IdType:

@@ -23,6 +23,14 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.model import Model
+from sf_pipelines.snapshot.source.columns import (
+    fitted,
+    index_range,
+    stored_name,
+    stored_names,
+    uniform_type,
+    wider_type,
+)
 from sf_pipelines.snapshot.source.pieces import (
     AHEAD_BYTES,
     STREAM_MAGIC,
@@ -31,16 +39,9 @@ from sf_pipelines.snapshot.source.pieces import (
     row_group_batches,
     stream_rows,
 )
-from sf_pipelines.snapshot.source.schema import (
-    fitted,
-    index_range,
-    stored_name,
-    stored_names,
-    uniform_type,
-    wider_type,
-)
 from sf_pipelines.snapshot.source.table_formats import refuse_part_of_table, table_error, table_of
-from sf_pipelines.snapshot.store import Credentials, ObjectInfo, PinnedFile, Store
+from sf_pipelines.snapshot.store import ObjectInfo, PinnedFile, Store
+from sf_pipelines.snapshot.store.client import S3Options
 
 _SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
 
@@ -119,16 +120,11 @@ class SourceBatch:
     file_row: int
 
 
-def find_files(source: str, s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+def find_files(source: str, s3: S3Options | None) -> tuple[Store, list[ObjectInfo]]:
     """The store and the files that a path, folder or glob stands for, in key order.
 
     A source that exists under its literal name is that file or folder, even if the name has glob characters. Files
     below a folder that a glob matches are taken, too: many writers make ``x.parquet`` a folder.
-
-    Raises:
-        SourceNotFoundError: nothing matches.
-        SourceSchemaError: it is a table of a format that knows deleted rows, or holds one.
-        StoreDeniedError: nothing was found, and looking for it was refused.
     """
     scheme, place = source.split("://", 1) if "://" in source else ("", str(Path(source).expanduser().absolute()))
     if scheme == "file":
@@ -156,12 +152,12 @@ def find_files(source: str, s3: Credentials | None) -> tuple[Store, list[ObjectI
     ) from problem
 
 
-def _one_file(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+def _one_file(lead: str, pieces: list[str], s3: S3Options | None) -> tuple[Store, list[ObjectInfo]]:
     store = _open(lead, pieces[:-1], s3)
     return store, [store.head(pieces[-1])]
 
 
-def _folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+def _folder(lead: str, pieces: list[str], s3: S3Options | None) -> tuple[Store, list[ObjectInfo]]:
     store, found, odd = _open(lead, pieces, s3), list[ObjectInfo](), list[str]()
     for info in store.objects(odd=odd):
         if table_of(info.key) is not None:
@@ -172,7 +168,7 @@ def _folder(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store
     return store, _versioned(store, found)
 
 
-def _glob(lead: str, pieces: list[str], s3: Credentials | None) -> tuple[Store, list[ObjectInfo]]:
+def _glob(lead: str, pieces: list[str], s3: S3Options | None) -> tuple[Store, list[ObjectInfo]]:
     fixed = next(n for n, piece in enumerate(pieces) if _is_pattern(piece))
     store, odd = _open(lead, pieces[:fixed], s3), list[str]()
     pattern = re.compile(_glob_regex("/".join(pieces[fixed:])))
@@ -213,7 +209,7 @@ def _refuse_odd(store: Store, keys: list[str]) -> None:
         )
 
 
-def _open(lead: str, pieces: list[str], s3: Credentials | None) -> Store:
+def _open(lead: str, pieces: list[str], s3: S3Options | None) -> Store:
     return Store.open(lead + ("/".join(pieces) or ("" if lead else "/")), s3)
 
 
@@ -226,12 +222,7 @@ def _is_table(name: str) -> bool:
 
 
 def _is_hidden(key: str, named: list[re.Pattern[str]]) -> bool:
-    """Writers of tables leave markers such as _SUCCESS and hidden files beside the data.
-
-    Args:
-        key: of a file.
-        named: patterns of the names that the source asks for although they look hidden.
-    """
+    """Writers of tables leave markers such as _SUCCESS and hidden files beside the data."""
     return any(
         part.startswith(("_", ".")) and not any(pattern.fullmatch(part) for pattern in named) for part in key.split("/")
     )
@@ -276,27 +267,13 @@ def _glob_regex(pattern: str) -> str:
 
 def pin(
     source: str,
-    s3: Credentials | None,
+    s3: S3Options | None,
     columns: tuple[str, ...],
     *,
     optional: frozenset[str] = frozenset(),
     parts: tuple[Store, tuple[str, ...]] | None = None,
 ) -> SourceListing:
-    """Lists the source's files, reads their footers and pins their versions.
-
-    Args:
-        source: path, folder or glob.
-        s3: credentials.
-        columns: columns that are read.
-        optional: those of them that a file may lack; its rows have nulls there.
-        parts: these very files, in this order, whatever else is at ``source``; None looks there.
-
-    Raises:
-        SourceNotFoundError: nothing matches.
-        SourceEmptyError: no rows at all.
-        SourceSchemaError: a file is empty, damaged, of another format, part of a table that knows deleted rows, lacks a
-            column, has it twice, or has a type of it that another file's does not fit.
-    """
+    """Lists the source's files, reads their footers and pins their versions."""
     if parts is None:
         store, found = find_files(source, s3)
         refuse_part_of_table(store, s3)
@@ -399,19 +376,7 @@ def _decoding(where: str) -> Iterator[None]:
 
 
 def read_span(store: Store, file: SourceFile, span: Span, schema: pa.Schema, batch_rows: int) -> Iterator[SourceBatch]:
-    """Streams part of a pinned file.
-
-    Args:
-        store: of the source.
-        file: pinned.
-        span: part of it.
-        schema: columns and types that are wanted, as ``pin`` found them.
-        batch_rows: most rows of a batch.
-
-    Raises:
-        SourceChangedError: the file is no longer the pinned version.
-        SourceSchemaError: the bytes cannot be decoded, or a value does not fit the type that all files have.
-    """
+    """Streams part of a pinned file."""
     info, where = ObjectInfo(file.key, file.size, file.etag), store.url_of(file.key)
     file_row = sum(file.unit_rows[: span.first_unit])
     with store.open_file(file.key, pinned=info) as raw, _decoding(where):

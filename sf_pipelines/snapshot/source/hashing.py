@@ -33,14 +33,7 @@ def mix(values: UInt64) -> UInt64:
 
 
 def hash_column(column: pa.Array) -> UInt64:
-    """Hash of each value of an integer, string or binary column; a null has a hash of its own.
-
-    Args:
-        column: int64, (large) string or (large) binary, n values.
-
-    Returns:
-        Shape (n,).
-    """
+    """Hash of each value of an integer, string or binary column; a null has a hash of its own."""
     if pa.types.is_integer(column.type):
         plain = cast("NDArray[np.int64]", pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
         hashes = mix(plain.astype(np.int64).view(np.uint64))
@@ -86,14 +79,7 @@ def _hash_long(data: NDArray[np.uint8], offsets: NDArray[np.int64], lengths: NDA
 
 
 def hash_vectors(vectors: Float32) -> UInt64:
-    """Hash of each vector's bits: multilinear hashing with odd weights from a fixed seed.
-
-    Args:
-        vectors: float32, shape (n, dim).
-
-    Returns:
-        Shape (n,).
-    """
+    """Hash of each vector's bits: multilinear hashing with odd weights from a fixed seed."""
     words = np.ascontiguousarray(vectors, dtype="<f4").view("<u4")
     weights = mix(np.arange(words.shape[1], dtype=np.uint64)) | np.uint64(1)
     out = np.empty(len(words), dtype=np.uint64)

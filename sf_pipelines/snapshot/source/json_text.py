@@ -30,9 +30,6 @@ def json_objects(rows: pa.RecordBatch, names: Sequence[str]) -> pa.Array:
 
     Numbers that JSON cannot say are null. Dates and times are ISO 8601, with their zone's offset; years beyond 9999
     have a sign. Decimals are strings, bytes hex digits, maps objects (lists of pairs where the keys are no strings).
-
-    Raises:
-        SourceSchemaError: a column cannot be written; the message names it.
     """
     texts = []
     for name in names:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
-from sf_pipelines.snapshot.source.schema import stored_names
+from sf_pipelines.snapshot.source.columns import stored_names
 from sf_pipelines.snapshot.store import PinnedFile
 
 # Bytes that are asked for together, and the most that are held, the end of the file apart.
@@ -63,11 +63,7 @@ class PieceReader(io.RawIOBase):
         return self._tail[1].endswith(b"ARROW1")
 
     def hold(self, extents: Sequence[_Extent]) -> None:
-        """Fetches pieces and gives up those of the last time.
-
-        Args:
-            extents: first byte and end of each; one request each.
-        """
+        """Fetches pieces and gives up those of the last time."""
         self._pieces = []
         self._pieces = [self._fetch(*extent) for extent in extents if extent[0] < self._tail[0]]
 
@@ -124,14 +120,7 @@ class PieceReader(io.RawIOBase):
 def row_group_batches(
     file: PieceReader, units: Sequence[int], columns: Sequence[str], batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of some row groups of a Parquet file; neighbours that fit are fetched together, a larger one is streamed.
-
-    Args:
-        file: over the object.
-        units: numbers of the row groups.
-        columns: names.
-        batch_rows: most rows of a batch.
-    """
+    """Rows of some row groups of a Parquet file; neighbours that fit are fetched together, a larger one is streamed."""
     # Pages are streamed: pre-buffering would hold whole row groups, which may be the whole file.
     parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=AHEAD_BYTES)
     columns = stored_names(parquet.schema_arrow, columns)
@@ -141,11 +130,7 @@ def row_group_batches(
 
 
 def stream_rows(file: PieceReader) -> int:
-    """Rows of an Arrow stream, which has no footer: by the headers of its messages, without what is in them.
-
-    Raises:
-        pa.ArrowInvalid: it is damaged, or ends in the middle of a message.
-    """
+    """Rows of an Arrow stream, which has no footer: by the headers of its messages, without what is in them."""
     rows, place, end = 0, 0, file.seek(0, io.SEEK_END)
     file.ahead = _TAIL_BYTES
     while place < end:

@@ -6,7 +6,8 @@ from contextlib import suppress
 from itertools import islice
 
 from sf_pipelines.snapshot.errors import SourceSchemaError, StoreDeniedError
-from sf_pipelines.snapshot.store import Credentials, Store
+from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store.client import S3Options
 
 # What tells a table of a format, relative to its folder; and how to write out the rows that are its present ones.
 _SIGNS = {
@@ -45,7 +46,7 @@ def table_error(store: Store, key: str) -> SourceSchemaError:
     )
 
 
-def refuse_part_of_table(store: Store, s3: Credentials | None) -> None:
+def refuse_part_of_table(store: Store, s3: S3Options | None) -> None:
     """Raises ``SourceSchemaError`` where the source is part of such a table: its data folder, or one file of it."""
     scheme, place = store.url.split("://", 1)
     lead, pieces = f"{scheme}://", place.split("/")

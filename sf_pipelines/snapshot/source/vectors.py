@@ -43,18 +43,7 @@ class VectorColumn:
             self._function = _imported(spec.vector_fn)
 
     def read(self, rows: pa.RecordBatch, faults: Faults) -> tuple[Float32, NDArray[np.bool_]]:
-        """Those vectors that are there and have the right length, and which rows these are.
-
-        Args:
-            rows: a batch of the source.
-            faults: is told of the others.
-
-        Returns:
-            float32, shape (present rows, dim), rounded as they are stored; and a mask of the present rows.
-
-        Raises:
-            VectorFunctionError: the function failed or gave something else than vectors.
-        """
+        """Those vectors that are there and have the right length, and which rows these are."""
         column = self._column(rows)
         present = np.asarray(column.is_valid())
         if pa.types.is_fixed_size_list(column.type):
@@ -105,24 +94,6 @@ class VectorColumn:
             detail = "squared norm below 1e-36 underflows float32 under dot_product; scale the vectors up or use zeros"
             faults.add(where[small], RejectReason.OUT_OF_RANGE, detail)
 
-    def read_again(self, rows: pa.RecordBatch) -> Float32:
-        """Vectors of rows that passed before, shape (rows, dim).
-
-        Raises:
-            VectorFunctionError: the function gives others now.
-        """
-        faults = Faults(len(rows))
-        vectors, present = self.read(rows, faults)
-        if self._function is not None:
-            self.check(vectors, present, faults)
-            if not faults.passed.all():
-                row = int(np.flatnonzero(~faults.passed)[0])
-                raise VectorFunctionError(
-                    f"vector_fn {self._spec.vector_fn} gives another vector for a row than the first time "
-                    f"({faults.details[row]}); it must always give the same"
-                )
-        return vectors
-
     def _column(self, rows: pa.RecordBatch) -> pa.Array:
         if self._function is None:
             return rows.column(self._spec.vector_col)
@@ -131,11 +102,7 @@ class VectorColumn:
 
 
 def call_vector_fn(function: Callable[[pa.RecordBatch], Any], rows: pa.RecordBatch, dim: int, name: str) -> pa.Array:
-    """One list of floating-point numbers for each row, from a user's function.
-
-    Raises:
-        VectorFunctionError: the function failed or gave something else than vectors.
-    """
+    """One list of floating-point numbers for each row, from a user's function."""
     try:
         made = function(rows)
     except Exception as error:

@@ -12,7 +12,6 @@ from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.run.build import Build, Progress, Stopwatch
 from sf_pipelines.snapshot.run.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.run.tasks import Engine
-from sf_pipelines.snapshot.stages.shuffle import Shuffle, StagedFrame
 
 _Done = TypeVar("_Done")
 
@@ -68,7 +67,7 @@ def run_build(
     progress: Progress | None = None,
     force: bool = False,
     cache_dir: Path | None = None,
-    frame: StagedFrame | None = None,
+    parts: tuple[str, ...] | None = None,
 ) -> BuildResult:
     """Builds, gates and publishes one snapshot; goes on with an unfinished build of the same source and config.
 
@@ -79,7 +78,7 @@ def run_build(
         force: build and publish again although nothing is new, taking nothing over from the current snapshot. What a
             rollback holds stays held until ``release``.
         cache_dir: folder for verified copies of shards; None is the readers' default.
-        frame: the source, where it is what an engine's frame was written to, and the engine's shuffle.
+        parts: keys in the store of what an engine's frame was written to; None reads ``config.source``.
 
     Returns:
         What is published now, and whether this call published it.
@@ -91,18 +90,12 @@ def run_build(
         durations: dict[str, float] = {}
         watch = Stopwatch()
         build.report("scan", 0, None, "")
-        scanned = stages.scan(build, force=force, parts=None if frame is None else frame.keys)
+        scanned = stages.scan(build, force=force, parts=parts)
         durations["scan"] = watch.seconds
-        return _run(build, scanned, durations, engine, None if frame is None else frame.shuffle)
+        return _run(build, scanned, durations, engine)
 
 
-def _run(
-    build: Build,
-    scanned: ScanReceipt,
-    durations: dict[str, float],
-    engine: Engine | None,
-    shuffle: Shuffle | None,
-) -> BuildResult:
+def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine: Engine | None) -> BuildResult:
     run_id, every = scanned.run_id, range(build.config.shards)
 
     def timed(name: str, work: Callable[[], _Done]) -> _Done:
@@ -116,7 +109,7 @@ def _run(
     sampled = timed("sample", lambda: stages.sample(build, run_id))
     if needs_training(build.config.sharding):
         timed("train", lambda: stages.train(build, run_id))
-    timed("route", lambda: stages.route(build, run_id, engine=engine, shuffle=shuffle))
+    timed("route", lambda: stages.route(build, run_id, engine=engine))
     shards = timed("shards", lambda: stages.build_shards(build, run_id, every, engine=engine))
     manifest = timed("assemble", lambda: stages.assemble(build, run_id))
     # A damaged shard of a published run was built anew into a fork of that run.

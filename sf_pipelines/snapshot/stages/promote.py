@@ -5,7 +5,7 @@ from sf_pipelines.snapshot.gate.verdicts import require_passed, require_whole
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.run import find
 from sf_pipelines.snapshot.run.build import Build
-from sf_pipelines.snapshot.run.receipts import ManifestReceipt, PromoteReceipt, inputs_of
+from sf_pipelines.snapshot.run.receipts import PromoteReceipt, inputs_of
 
 
 def promote(build: Build, run_id: str) -> PromoteReceipt:
@@ -13,27 +13,21 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
 
     The verdicts are read from the store and from nowhere else, so it does not matter who calls this, or when. What a
     rollback holds is not published; the receipt then is of what stays current.
-
-    Raises:
-        GateMissingError: a required check has not been run on this manifest.
-        GateFailedError: a required check has failed.
-        PublishConflictError: the pointer moved since the scan.
-        IntegrityError: the staged manifest, a shard or the centroids are no longer what the checks have seen.
     """
-    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    manifest = ledger.need(ManifestReceipt)
+    run = build.run(run_id)
+    scanned, manifest = run.scanned, run.manifest
     inputs = inputs_of(manifest=manifest.manifest_digest)
     pointer = publish.read_pointer(build.store).pointer
     if pointer is not None and build.is_held(scanned, pointer):
         return find.held_back(build, scanned, pointer, inputs)
-    found = ledger.find(PromoteReceipt, inputs=inputs)
+    found, number = run.seek(PromoteReceipt, inputs=inputs)
     if found is not None:
         reason = f"run {run_id} was published before; nothing is new"
         ref = build.store.url_of(found.manifest_key)
         return found.model_copy(update={"published": False, "reason": reason, "manifest_ref": ref})
     require_passed(build, run_id, manifest)
     with build.working(scanned):
-        require_whole(build, run_id, manifest)
+        require_whole(run, manifest)
     data = staged_manifest(build.store, manifest)
     pointer, before = publish.publish(
         build.store,
@@ -54,4 +48,4 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
         seq=pointer.seq or 0,
     )
     record.finish(build.store, scanned.record_key, "succeeded", manifest_ref=pointer.manifest_ref)
-    return ledger.commit(receipt, number=ledger.next_number(PromoteReceipt))
+    return run.commit(receipt, number=number)

@@ -1,4 +1,4 @@
-"""Routed files: the rows of one input range, sorted by shard.
+"""Stage route: the rows of each input range, sorted by shard.
 
 One Arrow file for each range. Each record batch holds rows of one shard only, in source order, so that a shard's
 builder reads just its own batches. Memory is bounded by the write buffer, not by the range.
@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,73 +17,50 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.arrow import vectors_of
-from sf_pipelines.snapshot.errors import CountMismatchError, IntegrityError, ObjectMissingError, SourceChangedError
+from sf_pipelines.snapshot.errors import (
+    CountMismatchError,
+    IntegrityError,
+    ObjectMissingError,
+    ReceiptMissingError,
+    SourceChangedError,
+)
 from sf_pipelines.snapshot.gate.recall import stratified_queries
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
-from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting, VectorRouting
-from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.routing.protocol import Int32, Routing, VectorRouting
+from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
+from sf_pipelines.snapshot.run.ledger import download_verified
 from sf_pipelines.snapshot.run.receipts import (
     RangeReceipt,
     Ref,
     RoutedPart,
     RoutedShard,
     RouteReceipt,
-    SampleReceipt,
-    ScanReceipt,
-    TrainReceipt,
     inputs_of,
 )
 from sf_pipelines.snapshot.run.tasks import Engine, InProcess, Task, spread
-from sf_pipelines.snapshot.source.contract import RowContract
-from sf_pipelines.snapshot.source.files import SourceBatch, Span, plan_ranges, read_span
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
+from sf_pipelines.snapshot.source.parts import read_part
+from sf_pipelines.snapshot.source.rejects import RejectReason
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
-if TYPE_CHECKING:
-    from sf_pipelines.snapshot.stages.shuffle import Shuffle
-
-BUFFER_BYTES = 32 * 1024 * 1024
-# Decoded vectors of one input range.
-_RANGE_BYTES = 64 * 1024 * 1024
+_BUFFER_BYTES = 32 * 1024 * 1024
 
 
-def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: "Shuffle | None" = None) -> RouteReceipt:
-    """Sends every row that satisfies the contract to its shard, range by range.
-
-    Args:
-        build: what to build.
-        run_id: the build.
-        engine: where the ranges are routed; None is this process.
-        shuffle: an engine's own shuffle, which routes the ranges and brings each shard's rows together; in place of
-            tasks.
-
-    Raises:
-        SourceChangedError: a file changed since the scan.
-        CountMismatchError: routed and rejected rows do not add up to the rows of the source.
-    """
-    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
-    inputs = routing_inputs(scanned, sampled, trained)
-    number = ledger.next_number(RouteReceipt)
-    found = ledger.find(RouteReceipt, inputs=inputs)
-    if found is not None and (scanned.published or all(_is_routed(ledger, key) for key in found.ranges)):
+def route(build: Build, run_id: str, *, engine: Engine | None = None) -> RouteReceipt:
+    """Sends every row that satisfies the contract to its shard, range by range."""
+    run = build.run(run_id)
+    scanned, sampled, inputs = run.scanned, run.sampled, _inputs(run)
+    found, number = run.seek(RouteReceipt, inputs=inputs)
+    if found is not None and (
+        scanned.published or all(_is_there(run.read(RangeReceipt, key), run) for key in found.ranges)
+    ):
+        run.take(found)
         return found.model_copy(update={"reason": "these rows were routed before"})
     watch = Stopwatch()
-    places = len(spans_of(build, scanned))
-    if shuffle is not None:
-        with build.working(scanned):
-            ranges = [ledger.read(RangeReceipt, key) for key in shuffle(build.config, run_id, places)]
-    else:
-        tasks = [Task(stage="route_range", run_id=run_id, number=place) for place in range(places)]
-        with (
-            nullcontext(engine)
-            if engine
-            else InProcess(1, lambda task: route_range(build, run_id, task.number)) as where
-        ):
-            done = spread(build, scanned, where, tasks)
-        ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
+    tasks = [Task(stage="route_range", run_id=run_id, number=place) for place in range(len(_parts(run)))]
+    with nullcontext(engine) if engine else InProcess(1, lambda task: route_range(build, run_id, task.number)) as where:
+        done = spread(build, scanned, where, tasks)
+    ranges = [receipt for receipt in done if isinstance(receipt, RangeReceipt)]
     shards = _sum_shards(ranges, build.config.shards)
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
@@ -96,50 +72,81 @@ def route(build: Build, run_id: str, *, engine: Engine | None = None, shuffle: "
         inputs=inputs,
         ranges=tuple(receipt.key for receipt in ranges),
         shards=shards,
-        index_family=_family(build, scanned, sampled, shards).value,
-        queries=ledger.put_table("samples/asked", stratified_queries(build, ledger, sampled, trained)),
+        index_family=_family(run, shards).value,
+        queries=run.put_table("samples/asked", stratified_queries(run)),
         seconds=watch.seconds,
     )
-    return ledger.commit(receipt, number=number)
+    return run.commit(receipt, number=number)
 
 
 def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
-    """Sends the rows of one input range to their shards.
+    """Sends the checked rows of one input range to their shards: one Arrow file, sorted by shard."""
+    run = build.run(run_id)
+    name, inputs = f"range-{place:05d}", _inputs(run)
+    found, number = run.seek(RangeReceipt, name, inputs=inputs)
+    if found is not None and _is_there(found, run):
+        return found
+    watch, part, schema = (
+        Stopwatch(),
+        _parts(run)[place],
+        build.contract(run.scanned.listing.arrow_schema).stored_schema,
+    )
+    repeats = _repeats(run)
+    with scratch() as folder:
+        download_verified(run.store, part, folder / "part.arrow")
+        writer = _RoutedWriter(folder / "routed.arrow", schema)
+        done = 0
+        for stored, shards in read_part(folder / "part.arrow", schema, repeats):
+            writer.add(stored, _shards_of(run.routing, stored) if shards is None else shards)
+            done += stored.num_rows
+            build.report("route", done, part.rows)
+            build.renew(run.scanned)
+        parts, shards = writer.close()
+        key = f"{run.root}/routed/{name}-{uuid.uuid4().hex[:8]}.arrow"
+        run.store.upload(writer.path, key)
+        receipt = RangeReceipt(
+            run_id=run_id,
+            inputs=inputs,
+            routed_key=key,
+            routed_size=writer.path.stat().st_size,
+            parts=parts,
+            shards=shards,
+            seconds=watch.seconds,
+        )
+    return run.commit(receipt, name, number=number)
 
-    Raises:
-        SourceChangedError: a file changed since the scan.
-    """
-    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    sampled, trained = ledger.need(SampleReceipt), build.trained(run_id)
-    part, inputs = f"range-{place:05d}", routing_inputs(scanned, sampled, trained)
-    receipt = ledger.find(RangeReceipt, part, inputs=inputs)
-    if receipt is not None and _is_routed(ledger, receipt.key):
-        return receipt
-    spans = spans_of(build, scanned)[place]
-    return _route_spans(build, scanned, sampled, build.routing(trained), spans, part, inputs)
+
+def _inputs(run: Run) -> str:
+    """Digest of all that decides what the routed files hold."""
+    return inputs_of(build_key=run.scanned.build_key, rejects=run.sampled.rejects.sha256, routing=run.routing_digest)
 
 
-def _family(build: Build, scanned: ScanReceipt, sampled: SampleReceipt, shards: tuple[RoutedShard, ...]) -> IndexFamily:
+def _parts(run: Run) -> tuple[Ref, ...]:
+    if run.sampled.parts is None:
+        raise ReceiptMissingError(f"build {run.run_id} has kept no checked rows; run stage sample again")
+    return run.sampled.parts
+
+
+def _family(run: Run, shards: tuple[RoutedShard, ...]) -> IndexFamily:
     """The one family of a snapshot; sqlite-vec has no other than the exact scan."""
-    spec = build.config.vector_spec
+    spec, scanned = run.build.config.vector_spec, run.scanned
     if spec.backend == "sqlite-vec":
         return IndexFamily.FLAT
     base = scanned.base_run_id
-    served = None if base is None or scanned.forced else build.ledger(base).find(RouteReceipt)
+    served = None if base is None or scanned.forced else run.build.ledger(base).find(RouteReceipt)
     return choose_family(
         spec.index_type,
         max(shard.rows for shard in shards),
         eight_bit=spec.quantization == "i8",
         served=None if served is None else served.index_family,
-        repeated=sampled.repeated,
+        repeated=run.sampled.repeated,
     )
 
 
-def _is_routed(ledger: Ledger, key: str) -> bool:
+def _is_there(receipt: RangeReceipt, run: Run) -> bool:
     """Whether a range's routed file is there; its rows are checked by whoever reads them."""
-    receipt = ledger.read(RangeReceipt, key)
     try:
-        return ledger.store.head(receipt.routed_key).size == receipt.routed_size
+        return run.store.head(receipt.routed_key).size == receipt.routed_size
     except ObjectMissingError:
         return False
 
@@ -154,133 +161,25 @@ def _sum_shards(ranges: list[RangeReceipt], num_dbs: int) -> tuple[RoutedShard, 
     )
 
 
-def _route_spans(
-    build: Build,
-    scanned: ScanReceipt,
-    sampled: SampleReceipt,
-    routing: Routing,
-    spans: tuple[Span, ...],
-    part: str,
-    inputs: str,
-) -> RangeReceipt:
-    """Reads one input range and stores its rows sorted by shard."""
-    watch, contract = Stopwatch(), build.contract(scanned.listing.arrow_schema)
-    number = build.ledger(scanned.run_id).next_number(RangeReceipt, part)
-    with scratch() as folder:
-        writer = RoutedWriter(folder / "routed.arrow", contract.stored_schema)
-        for stored, shards in routed_rows(build, scanned, sampled, routing, contract, spans):
-            writer.add(stored, shards)
-        return commit_routed(build, scanned.run_id, writer, part, number, inputs=inputs, spans=spans, watch=watch)
+def _shards_of(routing: Routing, stored: pa.RecordBatch) -> Int32:
+    """Shard of each row by its vector."""
+    if not isinstance(routing, VectorRouting):
+        raise TypeError(f"{type(routing).__name__} routes by columns, and these rows were stored without their shards")
+    return routing.assign(vectors_of(stored))
 
 
-def routed_rows(
-    build: Build,
-    scanned: ScanReceipt,
-    sampled: SampleReceipt,
-    routing: Routing,
-    contract: RowContract,
-    spans: tuple[Span, ...],
-) -> Iterator[tuple[pa.RecordBatch, Int32]]:
-    """The rows of one input range as they are stored, without rejects, and the shard of each."""
-    config = build.config
-    source = Store.open(scanned.listing.root, config.s3)
-    rejected = RejectedRows(build.store, sampled.rejects)
-    for span in spans:
-        file = scanned.listing.files[span.file]
-        gone = rejected.between(file.first_row, file.first_row + file.rows)
-        for batch in read_span(source, file, span, scanned.listing.arrow_schema, config.batch_rows):
-            rows = _without(batch, gone)
-            if rows.num_rows:
-                stored, vectors = contract.stored(rows, batch.file)
-                yield stored, _shards_of(routing, contract, rows, vectors)
-            build.report("route", batch.first_row + batch.rows.num_rows, scanned.rows)
-            build.renew(scanned)
+def _repeats(run: Run) -> NDArray[np.int64]:
+    """Sorted positions of rows that were turned away after their batch had been stored: repeated ids."""
+    rejects = run.sampled.rejects
+    if not run.sampled.reject_reasons.get(RejectReason.DUPLICATE_ID.value):
+        return np.empty(0, dtype=np.int64)
+    with run.store.open_file(rejects.key, pinned=ObjectInfo(rejects.key, rejects.size, None)) as raw:
+        repeated = pc.field("reason") == RejectReason.DUPLICATE_ID.value
+        table = pq.read_table(raw, columns=["row"], filters=repeated)
+    return np.sort(table.column("row").to_numpy())
 
 
-def commit_routed(
-    build: Build,
-    run_id: str,
-    writer: "RoutedWriter",
-    part: str,
-    number: int,
-    *,
-    inputs: str,
-    spans: tuple[Span, ...],
-    watch: Stopwatch,
-) -> RangeReceipt:
-    """Closes a routed file, uploads it under a fresh name and commits its receipt."""
-    ledger = build.ledger(run_id)
-    parts, shards = writer.close()
-    key = f"{ledger.root}/routed/{part}-{uuid.uuid4().hex[:8]}.arrow"
-    build.store.upload(writer.path, key)
-    receipt = RangeReceipt(
-        run_id=run_id,
-        inputs=inputs,
-        spans=spans,
-        routed_key=key,
-        routed_size=writer.path.stat().st_size,
-        parts=parts,
-        shards=shards,
-        seconds=watch.seconds,
-    )
-    return ledger.commit(receipt, part, number=number)
-
-
-def spans_of(build: Build, scanned: ScanReceipt) -> list[tuple[Span, ...]]:
-    """The input ranges: the same ones whoever asks, and whatever the engine."""
-    return plan_ranges(scanned.listing.files, max(1, _RANGE_BYTES // (4 * build.config.vector_spec.dim)))
-
-
-def routing_inputs(scanned: ScanReceipt, sampled: SampleReceipt, trained: TrainReceipt | None) -> str:
-    """Digest of all that decides what a routed file holds."""
-    return inputs_of(
-        build_key=scanned.build_key,
-        rejects=sampled.rejects.sha256,
-        routing=trained.ref.sha256 if trained else "",
-    )
-
-
-def _shards_of(routing: Routing, contract: RowContract, rows: pa.RecordBatch, vectors: Float32) -> Int32:
-    """Shard of each row, by its vector or by its columns."""
-    if isinstance(routing, VectorRouting):
-        return routing.assign(vectors)
-    if not isinstance(routing, RowRouting):
-        raise TypeError(f"{type(routing).__name__} is routing neither by vector nor by row")
-    placed = routing.place(contract.routing_rows(rows))
-    if placed.faults:
-        row, fault = next(iter(placed.faults.items()))
-        raise SourceChangedError(f"row {contract.ids(rows)[row]} passed the contract, but has no shard now: {fault}")
-    return placed.shards
-
-
-class RejectedRows:
-    """Which source rows were turned away, read for one file at a time."""
-
-    def __init__(self, store: Store, ref: Ref) -> None:
-        self._store = store
-        self._ref = ref
-
-    def between(self, first_row: int, end_row: int) -> NDArray[np.int64]:
-        """Sorted positions of rejected rows in ``first_row <= row < end_row``."""
-        if not self._ref.rows:
-            return np.empty(0, dtype=np.int64)
-        info = ObjectInfo(self._ref.key, self._ref.size, None)
-        with self._store.open_file(self._ref.key, pinned=info) as raw:
-            inside = (pc.field("row") >= first_row) & (pc.field("row") < end_row)
-            table = pq.read_table(raw, columns=["row"], filters=inside)
-        return np.sort(table.column("row").to_numpy())
-
-
-def _without(batch: SourceBatch, gone: NDArray[np.int64]) -> pa.RecordBatch:
-    first, end = np.searchsorted(gone, [batch.first_row, batch.first_row + batch.rows.num_rows])
-    if first == end:
-        return batch.rows
-    kept = np.ones(batch.rows.num_rows, dtype=bool)
-    kept[gone[first:end] - batch.first_row] = False
-    return batch.rows.filter(pa.array(kept))
-
-
-def by_shard(batches: list[pa.RecordBatch], shards: list[Int32]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _by_shard(batches: list[pa.RecordBatch], shards: list[Int32]) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Each shard that has rows here, with its rows in one batch, in their order."""
     rows = pa.Table.from_batches(batches).combine_chunks()
     places = np.concatenate(shards)
@@ -292,7 +191,7 @@ def by_shard(batches: list[pa.RecordBatch], shards: list[Int32]) -> Iterator[tup
         yield db_id, part.to_batches()[0]
 
 
-class RoutedWriter:
+class _RoutedWriter:
     """Collects rows with their shard and writes them shard by shard whenever the buffer is full."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -309,7 +208,7 @@ class RoutedWriter:
         self._batches.append(rows)
         self._shards.append(shards)
         self._bytes += rows.nbytes
-        if self._bytes >= BUFFER_BYTES:
+        if self._bytes >= _BUFFER_BYTES:
             self._flush()
 
     def close(self) -> tuple[tuple[RoutedPart, ...], tuple[RoutedShard, ...]]:
@@ -325,7 +224,7 @@ class RoutedWriter:
     def _flush(self) -> None:
         if not self._batches:
             return
-        for db_id, batch in by_shard(self._batches, self._shards):
+        for db_id, batch in _by_shard(self._batches, self._shards):
             self._parts.append(RoutedPart(db_id=db_id, batch=self._next_batch(), rows=len(batch)))
             self._writer.write_batch(batch)
             add_rows(self._digests.setdefault(db_id, RowSetDigest()), batch)
@@ -336,12 +235,7 @@ class RoutedWriter:
 
 
 def read_shard(store: Store, ranges: list[RangeReceipt], db_id: int, expected: RoutedShard) -> pa.Table:
-    """All rows of one shard, in source order, checked against what was routed to it.
-
-    Raises:
-        CountMismatchError: rows are missing or too many.
-        IntegrityError: the rows are not those that were routed.
-    """
+    """All rows of one shard, in source order, checked against what was routed to it."""
     digest, batches = RowSetDigest(), []
     schema: pa.Schema | None = None
     for receipt in ranges:

@@ -2,6 +2,7 @@
 
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,19 @@ import pyarrow.parquet as pq
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, DataContractError, SourceEmptyError
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.run.ledger import Ledger
+from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
 from sf_pipelines.snapshot.run.receipts import Ref, SampleReceipt, ScanReceipt
 from sf_pipelines.snapshot.sharding import ClusterSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import RowContract
-from sf_pipelines.snapshot.source.duplicates import DuplicateFinder
-from sf_pipelines.snapshot.source.files import SourceListing, Span, read_span
+from sf_pipelines.snapshot.source.files import SourceBatch, SourceListing, Span, plan_ranges, read_span
 from sf_pipelines.snapshot.source.hashing import UInt64, hash_column, hash_vectors
+from sf_pipelines.snapshot.source.parts import PartWriter
 from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, RejectReason
-from sf_pipelines.snapshot.source.sampling import SmallestHashSample
+from sf_pipelines.snapshot.source.samples import DuplicateFinder, SmallestHashSample
 from sf_pipelines.snapshot.store import Store
 
+# Decoded vectors of one input range.
+_RANGE_BYTES = 64 * 1024 * 1024
 # Half of them judge; with fewer than 100 a lucky sample passes too easily.
 _FEWEST_QUERIES = 200
 # Different vectors that are looked at, at least, to tell how many rows are equal to others.
@@ -32,28 +34,23 @@ _POOL, _POOL_SHARE = 4, 0.2
 
 
 def sample(build: Build, run_id: str) -> SampleReceipt:
-    """Validates every row, writes the reject table, and draws the training and the query sample.
-
-    Raises:
-        DataContractError: more rows were rejected than ``max_reject_fraction`` allows.
-        SourceEmptyError: no row was left.
-        SourceChangedError: a file changed since the scan.
-    """
-    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    number = ledger.next_number(SampleReceipt)
-    receipt = ledger.find_whole(SampleReceipt, inputs=scanned.build_key, published=scanned.published)
-    if receipt is not None:
+    """Validates every row, writes the reject table, and draws the training and the query sample."""
+    run = build.run(run_id)
+    scanned = run.scanned
+    receipt, number = run.seek_whole(SampleReceipt, inputs=scanned.build_key, published=scanned.published)
+    if receipt is not None and (scanned.published or _parts_are_there(run, receipt)):
+        run.take(receipt)
         receipt = receipt.model_copy(update={"reason": "this source was validated and sampled before"})
     else:
-        receipt = ledger.commit(validate_and_sample(build, scanned, ledger), number=number)
+        receipt = run.commit(_validate_and_sample(run), number=number)
     check_rejects(build, receipt)
     return receipt
 
 
-def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> SampleReceipt:
-    """Streams the whole source once; see ``stages.sample``."""
-    config, watch = build.config, Stopwatch()
-    contract = build.contract(scanned.listing.arrow_schema)
+def _validate_and_sample(run: Run) -> SampleReceipt:
+    """Streams the whole source once."""
+    scanned, config, watch = run.scanned, run.build.config, Stopwatch()
+    contract = run.build.contract(scanned.listing.arrow_schema)
     training_rows = _training_rows(config)
     query_rows = config.recall_gate.query_rows
     drawn = SmallestHashSample(
@@ -61,9 +58,9 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     )
     with scratch() as folder:
         path = folder / "rejects.parquet"
-        reasons, repeated = _first_pass(build, scanned, contract, drawn, folder, path)
-        key = f"{ledger.root}/rejects-{uuid.uuid4().hex[:8]}.parquet"
-        rejects = ledger.put_file(path, key, rows=reasons.total())
+        reasons, repeated, parts = _first_pass(run, contract, drawn, folder, path)
+        key = f"{run.root}/rejects-{uuid.uuid4().hex[:8]}.parquet"
+        rejects = run.put_file(path, key, rows=reasons.total())
     rows, vectors = drawn.take()
     kept = scanned.rows - reasons.total()
     queries = min(query_rows, kept // 2, kept - min(config.shards, training_rows))
@@ -75,20 +72,31 @@ def validate_and_sample(build: Build, scanned: ScanReceipt, ledger: Ledger) -> S
     )
     rest = first + len(pool)
     return SampleReceipt(
-        run_id=ledger.run_id,
+        run_id=run.run_id,
         inputs=scanned.build_key,
         rows_in=scanned.rows,
         rejected=reasons.total(),
         reject_reasons=dict(reasons),
         rejects=rejects,
-        training=_put_vectors(ledger, "training", rows.select(["id"]).slice(rest, training_rows), vectors[rest:]),
-        queries=_put_vectors(ledger, "queries", rows.slice(0, queries if disjoint else len(rows)), vectors),
-        pool=_put_vectors(ledger, "pool", pool, vectors[first:]) if len(pool) else None,
+        training=_put_vectors(run, "training", rows.select(["id"]).slice(rest, training_rows), vectors[rest:]),
+        queries=_put_vectors(run, "queries", rows.slice(0, queries if disjoint else len(rows)), vectors),
+        pool=_put_vectors(run, "pool", pool, vectors[first:]) if len(pool) else None,
         disjoint=disjoint,
         # One value that many rows have is rarely among those drawn by its hash, but often among the rows drawn.
         repeated=max(repeated, _repeated(hash_vectors(vectors))),
+        parts=parts,
         seconds=watch.seconds,
     )
+
+
+def _parts_are_there(run: Run, receipt: SampleReceipt) -> bool:
+    """Whether the rows that were checked are still stored; their bytes are checked by whoever reads them."""
+    if not receipt.parts:
+        return False
+    # Those of a fork are in the run that it was made of.
+    folder = receipt.parts[0].key.rsplit("/", 1)[0]
+    found = {info.key: info.size for info in run.store.objects(folder)}
+    return all(found.get(part.key) == part.size for part in receipt.parts)
 
 
 def _training_rows(config: WriteConfig) -> int:
@@ -99,40 +107,53 @@ def _training_rows(config: WriteConfig) -> int:
 
 
 def _first_pass(
-    build: Build, scanned: ScanReceipt, contract: RowContract, drawn: SmallestHashSample, folder: Path, path: Path
-) -> tuple[Counter[str], float]:
-    """Validates all rows, writes the rejects to ``path``, fills the sample.
-
-    Returns:
-        Rejected rows by reason, and the part of the rows whose vector another row has, too.
-    """
+    run: Run, contract: RowContract, drawn: SmallestHashSample, folder: Path, path: Path
+) -> tuple[Counter[str], float, tuple[Ref, ...]]:
+    """Validates all rows, writes the rejects to ``path`` and the others to the store, fills the sample."""
+    build, scanned = run.build, run.scanned
     reasons: Counter[str] = Counter()
     listing = scanned.listing
     store = Store.open(listing.root, build.config.s3)
     duplicates = DuplicateFinder(folder, scanned.rows, contract.stored_schema.field("id").type)
     done, step = 0, np.uint64(max(1, scanned.rows // _DISTINCT))
     seen: list[UInt64] = []
+    parts: list[Ref] = []
     with pq.ParquetWriter(path, REJECT_SCHEMA) as rejects:
-        for number, file in enumerate(listing.files):
-            span = Span(file=number, first_unit=0, last_unit=len(file.unit_rows))
-            for batch in read_span(store, file, span, listing.arrow_schema, build.config.batch_rows):
-                checked = contract.check(batch)
-                hashes = hash_column(checked.ids)
-                duplicates.add(checked.ids, hashes, checked.rows)
-                drawn.add(checked.kept, hashes, checked.rows, checked.vectors)
-                vectors = hash_vectors(checked.vectors)
-                seen.append(vectors[vectors % step == 0])
-                if checked.rejects.num_rows:
-                    reasons.update(checked.count_reasons())
-                    rejects.write_batch(checked.rejects)
-                done += batch.rows.num_rows
-                build.report("sample", done, scanned.rows)
-                build.renew(scanned)
+        for place, spans in enumerate(_input_ranges(run)):
+            with PartWriter(folder / "part.arrow", contract) as part:
+                for batch in _batches(store, scanned, spans, build.config.batch_rows):
+                    checked = contract.check(batch)
+                    hashes = hash_column(checked.ids)
+                    duplicates.add(checked.ids, hashes, checked.rows)
+                    drawn.add(checked.kept, hashes, checked.rows, checked.vectors)
+                    vectors = hash_vectors(checked.vectors)
+                    seen.append(vectors[vectors % step == 0])
+                    if checked.rejects.num_rows:
+                        reasons.update(checked.count_reasons())
+                        rejects.write_batch(checked.rejects)
+                    part.add(checked)
+                    done += batch.rows.num_rows
+                    build.report("sample", done, scanned.rows)
+                    build.renew(scanned)
+            key = f"{run.root}/rows/range-{place:05d}-{uuid.uuid4().hex[:8]}.arrow"
+            parts.append(run.put_file(part.path, key, rows=part.rows))
         for repeats in duplicates.repeats():
             if repeats.num_rows:
                 reasons[RejectReason.DUPLICATE_ID.value] += repeats.num_rows
                 rejects.write_table(_as_rejects(listing, repeats))
-    return reasons, _repeated(np.concatenate(seen) if seen else np.empty(0, np.uint64))
+    return reasons, _repeated(np.concatenate(seen) if seen else np.empty(0, np.uint64)), tuple(parts)
+
+
+def _input_ranges(run: Run) -> list[tuple[Span, ...]]:
+    """Parts of the source that are routed one by one."""
+    rows = max(1, _RANGE_BYTES // (4 * run.build.config.vector_spec.dim))
+    return plan_ranges(run.scanned.listing.files, rows)
+
+
+def _batches(store: Store, scanned: ScanReceipt, spans: tuple[Span, ...], batch_rows: int) -> Iterator[SourceBatch]:
+    """The rows of one input range."""
+    for span in spans:
+        yield from read_span(store, scanned.listing.files[span.file], span, scanned.listing.arrow_schema, batch_rows)
 
 
 def _repeated(hashes: UInt64) -> float:
@@ -157,20 +178,14 @@ def _as_rejects(listing: SourceListing, repeats: pa.Table) -> pa.Table:
     return pa.table(columns, schema=REJECT_SCHEMA)
 
 
-def _put_vectors(ledger: Ledger, name: str, rows: pa.Table, vectors: Float32) -> Ref:
+def _put_vectors(run: Run, name: str, rows: pa.Table, vectors: Float32) -> Ref:
     flat = pa.array(np.ascontiguousarray(vectors[: len(rows)]).ravel())
     column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    return ledger.put_table(f"samples/{name}", rows.add_column(1, "vector", column))
+    return run.put_table(f"samples/{name}", rows.add_column(1, "vector", column))
 
 
 def check_rejects(build: Build, receipt: SampleReceipt) -> None:
-    """Whether enough rows satisfied the contract.
-
-    Raises:
-        DataContractError: more rows were rejected than ``max_reject_fraction`` allows.
-        SourceEmptyError: no row was left.
-        ConfigError: fewer rows than shards were left.
-    """
+    """Whether enough rows satisfied the contract."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(receipt.reject_reasons.items()))
     where = f"see {build.store.url_of(receipt.rejects.key)}"
     if receipt.rejected > build.config.max_reject_fraction * receipt.rows_in:

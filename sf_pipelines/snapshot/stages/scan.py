@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sf_pipelines.snapshot.errors import ConfigError
-from sf_pipelines.snapshot.manifest import probe, publish
+from sf_pipelines.snapshot.manifest import publish
 from sf_pipelines.snapshot.run import find
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.fork import new_run_id
@@ -20,19 +20,6 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
 
     What a rollback withdrew is not built again from the same source and config: then the run is the withdrawn one,
     whose receipts the stages re-emit.
-
-    Args:
-        build: what to build.
-        force: build again although nothing is new, and take nothing over from the current snapshot. What a rollback
-            holds stays held.
-        parts: keys in the store of what a frame was written to, which is the source then; None looks for files at
-            ``config.source``.
-
-    Raises:
-        SourceError: no file, no row, or a column that cannot be used.
-        ConfigError: more shards than rows.
-        ConditionalWritesError: the store ignores conditions on writes, so nothing could be published safely.
-        StoreError: the store cannot be written.
     """
     config = build.config
     listing = pin(
@@ -55,9 +42,9 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
         raise ConfigError(f"WriteConfig.num_dbs: {shards} shards for {listing.rows} rows; use fewer shards")
     if begun is not None and begun.published:
         return begun
-    if not probe.is_proven(build.store, view.pointer):
+    if not publish.is_proven(build.store, view.pointer):
         # Told now, and not after hours of work.
-        probe.require_conditional_writes(build.store)
+        publish.require_conditional_writes(build.store)
     base: dict[str, Any] = {
         "base_fingerprint": view.fingerprint,
         "base_run_id": view.pointer.run_id if view.pointer else None,
@@ -81,7 +68,7 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
             forced=force,
             **base,
         )
-        return build.ledger(run_id).commit(receipt, number=0)
+        return build.run(run_id).commit(receipt, number=0)
     return _taken_up(build, begun, base)
 
 
@@ -92,9 +79,9 @@ def _taken_up(build: Build, begun: ScanReceipt, base: dict[str, Any]) -> ScanRec
     reason = f"goes on with the unfinished build {begun.run_id}"
     if any(getattr(begun, name) != value for name, value in base.items()):
         fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), **base}
-        ledger = build.ledger(begun.run_id)
-        number = ledger.next_number(ScanReceipt)
-        begun = ledger.commit(begun.model_copy(update=fresh), number=number)
+        run = build.run(begun.run_id)
+        number = run.next_number(ScanReceipt)
+        begun = run.commit(begun.model_copy(update=fresh), number=number)
     return begun.model_copy(update={"reason": reason})
 
 

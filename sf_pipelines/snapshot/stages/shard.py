@@ -12,26 +12,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sf_pipelines.snapshot.arrow import vectors_of
-from sf_pipelines.snapshot.config import BUILD_VERSION, KeyEncoding, digest_json
+from sf_pipelines.snapshot.config import BUILD_VERSION, KeyEncoding
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
     IndexBuildError,
     IntegrityError,
+    ObjectMissingError,
     StoreError,
-    VectorFunctionError,
 )
-from sf_pipelines.snapshot.gate.recall import NOBODY, asked_queries, row_numbers, truth_table
+from sf_pipelines.snapshot.gate.recall import NOBODY, row_numbers, truth_table
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, encode_keys, write_key_values
-from sf_pipelines.snapshot.index.protocol import BuildReport, IndexFamily
+from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.manifest.models import ShardObject
+from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.reader.cache import ShardCache, shard_digest
 from sf_pipelines.snapshot.run import find
-from sf_pipelines.snapshot.run.build import Build, Stopwatch, scratch
-from sf_pipelines.snapshot.run.ledger import Ledger, is_intact
-from sf_pipelines.snapshot.run.receipts import RangeReceipt, RoutedShard, RunReceipts, ShardReceipt
+from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
+from sf_pipelines.snapshot.run.ledger import is_intact
+from sf_pipelines.snapshot.run.receipts import RoutedShard, ShardReceipt
 from sf_pipelines.snapshot.run.tasks import Engine, InProcess, OnDone, Outcome, Task, nobody, spread
 from sf_pipelines.snapshot.source.hashing import hash_column
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
@@ -48,37 +49,27 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     """Builds, uploads, re-opens and seals one shard's index.
 
     Where the current snapshot holds the same rows in the same kind of index, that is copied inside the store instead.
-
-    Args:
-        build: what to build.
-        run_id: the build.
-        db_id: the shard, 0 to num_dbs - 1.
-        rebuild: make a new attempt although a sealed one is there. A sealed attempt whose objects are gone or changed
-            is made again in any case. A new attempt at a shard of a published run goes into a fork of that run.
-
-    Raises:
-        ConfigError: no such shard.
-        IndexBuildError: the index does not cover the shard's rows.
-        IntegrityError: the routed rows, or what was uploaded, are not what they should be.
     """
     if not 0 <= db_id < build.config.shards:
         raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.shards - 1}")
-    run, ledger = build.receipts(run_id), build.ledger(run_id)
+    run = build.run(run_id)
     shard, part = run.routed.shards[db_id], f"db={db_id:05d}"
-    attempt = ledger.next_number(ShardReceipt, part)
-    found = ledger.find(ShardReceipt, part, inputs=run.routed.inputs)
+    found, attempt = run.seek(ShardReceipt, part, inputs=run.routed.inputs)
     standing = find.standing_shards(build, run.scanned)
     if found is not None and standing is not None:
-        found = standing.of(ledger, found)
+        found = standing.of(run, found)
     # A cleanup may have taken the tables of a run that nobody seemed to work on any more.
-    usable = found is not None and (run.scanned.published or ledger.is_whole(found))
+    usable = found is not None and (run.scanned.published or run.is_whole(found))
     if found is not None and usable and not rebuild and (run.scanned.held or is_intact(build.store, found)):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
-    ranges = [ledger.read(RangeReceipt, key) for key in run.routed.ranges]
-    rows = read_shard(build.store, ranges, db_id, shard) if shard.rows else None
-    same = None if rebuild else same_shard(build, run, shard)
+    try:
+        rows = read_shard(run.store, run.ranges, db_id, shard) if shard.rows else None
+    except ObjectMissingError as error:
+        # Of a fork they are those of the run that it is a copy of, which a cleanup may have removed.
+        raise IntegrityError(f"the routed rows of run {run_id} are gone: {error}; build again with force") from error
+    same = None if rebuild else _same_shard(run, shard)
     with build.working(run.scanned):
-        return ledger.commit(seal_shard(build, ledger, run, shard, rows, attempt, same), part, number=attempt)
+        return run.commit(seal_shard(run, shard, rows, attempt, same), part, number=attempt)
 
 
 def build_shards(
@@ -91,21 +82,7 @@ def build_shards(
     keep_going: bool = False,
     on_done: OnDone = nobody,
 ) -> list[ShardReceipt]:
-    """Builds several shards; see ``build_shard``.
-
-    Args:
-        build: what to build.
-        run_id: the build.
-        shards: their numbers.
-        engine: where they are built; None is this process, a few at a time.
-        rebuild: make new attempts although sealed ones are there.
-        keep_going: build all others although one has failed; those that are built need not be built again.
-        on_done: told of each shard that is built.
-
-    Raises:
-        TasksFailedError: shards failed; names each with its cause.
-        SfPipelinesError: in this process, the error of the one that failed.
-    """
+    """Builds several shards; see ``build_shard``."""
     tasks = [Task(stage="build_shard", run_id=run_id, number=db_id, rebuild=rebuild) for db_id in shards]
     done = 0
 
@@ -119,59 +96,39 @@ def build_shards(
         on_done(task, outcome)
 
     with nullcontext(engine) if engine else InProcess(_SHARDS_AT_A_TIME, one) as where:
-        receipts = spread(build, build.scanned(run_id), where, tasks, keep_going=keep_going, on_done=one_more)
+        receipts = spread(build, build.run(run_id).scanned, where, tasks, keep_going=keep_going, on_done=one_more)
     return [receipt for receipt in receipts if isinstance(receipt, ShardReceipt)]
 
 
-def same_shard(build: Build, run: RunReceipts, shard: RoutedShard) -> ShardReceipt | None:
+def _same_shard(run: Run, shard: RoutedShard) -> ShardReceipt | None:
     """The current snapshot's shard that holds the same rows in the same kind of index, if there is one."""
     base = run.scanned.base_run_id
     if base is None or run.scanned.forced or not shard.rows:
         return None
-    found = build.ledger(base).find(ShardReceipt, f"db={shard.db_id:05d}")
+    found = run.build.ledger(base).find(ShardReceipt, f"db={shard.db_id:05d}")
     if found is None or (found.rows, found.rows_digest, found.recipe) != (
         shard.rows,
         shard.digest,
-        _recipe(build, run),
+        _recipe(run),
     ):
         return None
-    return found if is_intact(build.store, found) else None
+    return found if is_intact(run.store, found) else None
 
 
 def seal_shard(
-    build: Build,
-    ledger: Ledger,
-    run: RunReceipts,
-    shard: RoutedShard,
-    rows: pa.Table | None,
-    attempt: int,
-    same: ShardReceipt | None,
+    run: Run, shard: RoutedShard, rows: pa.Table | None, attempt: int, same: ShardReceipt | None
 ) -> ShardReceipt:
-    """Puts the index of some rows into the store and re-opens it there to count and digest it.
-
-    Args:
-        build: what to build.
-        ledger: of the run.
-        run: what it did before.
-        shard: what was routed to the shard.
-        rows: these rows; None for an empty shard.
-        attempt: number of this attempt.
-        same: sealed shard to copy; None builds the index.
-
-    Raises:
-        IndexBuildError: it does not cover the rows.
-        IntegrityError: what is in the store is not what it should be.
-    """
+    """Puts the index of some rows into the store and re-opens it there to count and digest it."""
     watch = Stopwatch()
     part = f"db={shard.db_id:05d}"
     made: dict[str, Any] = {"db_key": None, "indexed_rows": 0}
     if rows is not None:
         token = uuid.uuid4().hex
-        db_key = f"shards/run_id={ledger.run_id}/{part}/attempt={attempt:02d}-{token[:8]}"
-        copied = None if same is None else _copy(build.store, same, db_key)
-        objects, etags = copied or _build_and_upload(build, run, rows, db_key)
+        db_key = f"shards/run_id={run.run_id}/{part}/attempt={attempt:02d}-{token[:8]}"
+        copied = None if same is None else _copy(run.store, same, db_key)
+        objects, etags = copied or _build_and_upload(run, rows, db_key)
         witnesses = _witnesses(rows)
-        indexed = _reopen(build, run, db_key, objects, witnesses, expected_rows=shard.rows)
+        indexed = _reopen(run, db_key, objects, witnesses, expected_rows=shard.rows)
         made = {
             "db_key": db_key,
             "indexed_rows": indexed,
@@ -179,26 +136,26 @@ def seal_shard(
             "etags": etags,
             "checkpoint_id": token,
             "reused": same.db_key if same is not None and copied else None,
-            "truth": ledger.put_table(f"truth/{part}", _truth(build, ledger, run, rows, shard.db_id)),
-            "witnesses": ledger.put_table(f"witnesses/{part}", witnesses),
+            "truth": run.put_table(f"truth/{part}", _truth(run, rows, shard.db_id)),
+            "witnesses": run.put_table(f"witnesses/{part}", witnesses),
             **_key_range(rows),
         }
     return ShardReceipt(
-        run_id=ledger.run_id,
+        run_id=run.run_id,
         inputs=run.routed.inputs,
         db_id=shard.db_id,
         attempt=attempt,
         rows=shard.rows,
         rows_digest=shard.digest,
-        recipe=_recipe(build, run),
+        recipe=_recipe(run),
         seconds=watch.seconds,
         **made,
     )
 
 
-def _recipe(build: Build, run: RunReceipts) -> str:
+def _recipe(run: Run) -> str:
     """Digest of everything beside its rows that decides what a shard holds."""
-    config = build.config
+    config = run.build.config
     spec = config.vector_spec
     return digest_json(
         {
@@ -242,35 +199,28 @@ def _cleared(store: Store, db_key: str) -> None:
         store.delete(info.key)
 
 
-def _build_and_upload(
-    build: Build, run: RunReceipts, rows: pa.Table, db_key: str
-) -> tuple[tuple[ShardObject, ...], tuple[str | None, ...]]:
+def _build_and_upload(run: Run, rows: pa.Table, db_key: str) -> tuple[tuple[ShardObject, ...], tuple[str | None, ...]]:
     with scratch() as folder:
-        report = _build_in(build, run, rows, folder)
-        if report.indexed_rows != rows.num_rows:
-            raise IndexBuildError(
-                f"{build.store.url_of(db_key)}: the index covers {report.indexed_rows} of {rows.num_rows} rows"
-            )
+        _build_in(run, rows, folder)
         objects: list[ShardObject] = []
         etags: list[str | None] = []
         for path in sorted(item for item in folder.rglob("*") if item.is_file()):
             name = path.relative_to(folder).as_posix()
             objects.append(ShardObject(path=name, size=path.stat().st_size, sha256=_sha256(path)))
-            build.store.upload(path, f"{db_key}/{name}")
-            etags.append(build.store.head(f"{db_key}/{name}").etag)
+            etags.append(run.store.upload(path, f"{db_key}/{name}"))
     return tuple(objects), tuple(etags)
 
 
-def _build_in(build: Build, run: RunReceipts, rows: pa.Table, folder: Path) -> BuildReport:
+def _build_in(run: Run, rows: pa.Table, folder: Path) -> None:
     """Writes keys and values, where there are any, and the index."""
-    spec, backend = build.config.vector_spec, backend_named(build.config.vector_spec.backend)
+    spec, backend = run.build.config.vector_spec, backend_named(run.build.config.vector_spec.backend)
     encoding, place = run.scanned.key_encoding, folder
     if encoding is not None:
         # Values of one shard may be more than the 2 GiB that plain binary can point into.
         values = rows.column(VALUE_COLUMN).cast(pa.large_binary()).combine_chunks()
         write_key_values(folder, encode_keys(_one(rows, KEY_COLUMN), encoding), values)
         rows, place = rows.drop_columns([KEY_COLUMN, VALUE_COLUMN]), folder / backend.subfolder
-    return backend.build(
+    backend.build(
         rows,
         place,
         family=IndexFamily(run.routed.index_family),
@@ -286,8 +236,7 @@ def _sha256(path: Path) -> str:
 
 
 def _reopen(
-    build: Build,
-    run: RunReceipts,
+    run: Run,
     db_key: str,
     objects: tuple[ShardObject, ...],
     witnesses: pa.Table,
@@ -295,9 +244,9 @@ def _reopen(
     expected_rows: int,
 ) -> int:
     """Opens a verified copy of what was uploaded, counts, and looks some keys up; indexed rows."""
-    spec, backend = build.config.vector_spec, backend_named(build.config.vector_spec.backend)
-    where, encoding = build.store.url_of(db_key), run.scanned.key_encoding
-    with ShardCache(build.cache_dir).checkout(build.store, db_key, objects, shard_digest(objects)) as folder:
+    spec, backend = run.build.config.vector_spec, backend_named(run.build.config.vector_spec.backend)
+    where, encoding = run.store.url_of(db_key), run.scanned.key_encoding
+    with ShardCache(run.build.cache_dir).checkout(run.store, db_key, objects, shard_digest(objects)) as folder:
         place = folder
         if encoding is not None:
             _look_up(folder, where, witnesses, encoding, expected_rows)
@@ -321,22 +270,22 @@ def _look_up(folder: Path, where: str, witnesses: pa.Table, encoding: KeyEncodin
                 raise IntegrityError(f"{where}: key {key.hex()} has another value than was routed")
 
 
-def _truth(build: Build, ledger: Ledger, run: RunReceipts, rows: pa.Table, db_id: int) -> pa.Table:
+def _truth(run: Run, rows: pa.Table, db_id: int) -> pa.Table:
     """While the rows are in memory: the exact neighbours among them of each sample query that may see them."""
-    queries = asked_queries(ledger, run)
-    homes = build.homes(queries)
+    queries, config = run.queries, run.build.config
+    homes = run.build.homes(queries)
     asked = np.arange(queries.num_rows) if homes is None else np.flatnonzero(homes == db_id)
     # One more than k: a query's own row is left out when the shards are merged.
-    k = build.config.recall_gate.k + 1
+    k = config.recall_gate.k + 1
     ids = _one(rows, "id")
-    _check_sampled(build, queries, ids, rows)
+    _check_sampled(queries, ids, rows)
     if not len(asked):
         return truth_table(asked, NOBODY)
-    scan = MemoryScan(row_numbers(ids), np.arange(len(ids)), vectors_of(rows), build.config.vector_spec.metric)
+    scan = MemoryScan(row_numbers(ids), np.arange(len(ids)), vectors_of(rows), config.vector_spec.metric)
     return truth_table(asked, scan.search(vectors_of(queries)[asked], k))
 
 
-def _check_sampled(build: Build, queries: pa.Table, ids: pa.Array, rows: pa.Table) -> None:
+def _check_sampled(queries: pa.Table, ids: pa.Array, rows: pa.Table) -> None:
     """Sampled rows must have the vectors that they had then: what is trained and measured rests on them."""
     place = pc.call_function("index_in", [ids], pc.SetLookupOptions(_one(queries, "id")))
     here = np.flatnonzero(np.asarray(place.is_valid()))
@@ -346,12 +295,6 @@ def _check_sampled(build: Build, queries: pa.Table, ids: pa.Array, rows: pa.Tabl
     changed = here[(vectors_of(rows)[here] != sampled).any(axis=1)]
     if len(changed):
         shown = ids[int(changed[0])].as_py()
-        function = build.config.vector_spec.vector_fn
-        if function is not None:
-            raise VectorFunctionError(
-                f"vector_fn {function} gives row {shown!r} another vector than the first time ({len(changed)} of "
-                f"{len(here)} sampled rows); it must always give the same for a row, whatever rows are around it"
-            )
         raise IntegrityError(f"row {shown!r} has another vector than when it was sampled; build again with force")
 
 

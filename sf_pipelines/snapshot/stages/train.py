@@ -17,7 +17,7 @@ from sf_pipelines.snapshot.routing import Fit, fit_of, needs_training
 from sf_pipelines.snapshot.routing import train as train_routing
 from sf_pipelines.snapshot.run.build import Build, Stopwatch
 from sf_pipelines.snapshot.run.ledger import get_verified
-from sf_pipelines.snapshot.run.receipts import Ref, SampleReceipt, ScanReceipt, TrainReceipt, inputs_of
+from sf_pipelines.snapshot.run.receipts import Ref, ScanReceipt, TrainReceipt, inputs_of
 
 # Fit is measured on samples, so it varies by some percent between equal ones. From a tenth on, centroids that are
 # trained anew are noticeably better; a fullest shard that grows by a quarter is noticeably slower.
@@ -28,27 +28,23 @@ _NOTHING = 1e-6
 
 
 def train(build: Build, run_id: str) -> TrainReceipt:
-    """Trains centroids or hyperplanes, or keeps the current snapshot's, and stores them where the manifest will point.
-
-    Raises:
-        ConfigError: fewer training vectors than shards, or a strategy that trains nothing.
-    """
+    """Trains centroids or hyperplanes, or keeps those of the current snapshot."""
     config = build.config
     if not needs_training(config.sharding):
         raise ConfigError(f"snapshot {config.name!r} is sharded by {config.sharding.strategy}, which trains nothing")
-    scanned, ledger = build.scanned(run_id), build.ledger(run_id)
-    sampled = ledger.need(SampleReceipt)
+    run = build.run(run_id)
+    scanned, sampled = run.scanned, run.sampled
     inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
-    number = ledger.next_number(TrainReceipt)
-    found = ledger.find_whole(TrainReceipt, inputs=inputs, published=scanned.published)
+    found, number = run.seek_whole(TrainReceipt, inputs=inputs, published=scanned.published)
     # What was kept has had its chance; what was trained for this very sample would come out the same.
     may_go = not scanned.published and config.retrain == "auto"
     if found is not None and not (found.kept and may_go and is_outworn(build, found.ref)):
+        run.take(found)
         what = "kept" if found.kept else "trained"
         return found.model_copy(update={"reason": f"these {found.artifact} were {what} before"})
-    vectors = vectors_of(ledger.get_table(sampled.training))
+    vectors = vectors_of(run.get_table(sampled.training))
     with build.working(scanned):
-        return ledger.commit(train_or_keep(build, scanned, vectors, inputs), number=number)
+        return run.commit(_train_or_keep(build, scanned, vectors, inputs), number=number)
 
 
 @dataclass(frozen=True)
@@ -68,18 +64,8 @@ class _Found:
     fault: str
 
 
-def train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs: str) -> TrainReceipt:
-    """Stores the routing artifact of a run, trained anew or copied from the current snapshot.
-
-    Args:
-        build: what to build.
-        scanned: scan of the run.
-        vectors: training sample, float32, shape (n, dim).
-        inputs: digest for the receipt.
-
-    Raises:
-        ConfigError: fewer training vectors than shards.
-    """
+def _train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs: str) -> TrainReceipt:
+    """Stores the routing artifact of a run, trained anew or copied from the current snapshot."""
     watch, run_id = Stopwatch(), scanned.run_id
     found = _current(build, scanned, vectors)
     if found.receipt is not None and not found.fault:

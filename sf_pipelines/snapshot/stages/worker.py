@@ -11,12 +11,7 @@ from sf_pipelines.snapshot.stages.shard import build_shard
 
 
 def run_task(config: WriteConfig, task: Task) -> Outcome:
-    """Does the work of a task; a typed error becomes part of the outcome.
-
-    Args:
-        config: the snapshot, credentials included.
-        task: what to do.
-    """
+    """Does the work of a task; a typed error becomes part of the outcome."""
     watch = Stopwatch()
     receipt, fault = None, None
     try:

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.config import WriteConfig
-from sf_pipelines.snapshot.errors import TasksFailedError, VectorFunctionError
+from sf_pipelines.snapshot.config import VectorSpec
+from sf_pipelines.snapshot.errors import IntegrityError, TasksFailedError
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.receipts import RouteReceipt, ShardReceipt
 from sf_pipelines.snapshot.run.tasks import Engine, Task
+from sf_pipelines.snapshot.testing.engine_functions import Misbehaving
 
-_FUNCTIONS = "sf_pipelines.snapshot.testing.engine_functions"
 _ROWS = 600
 _DIM = 16
 _SHARDS = 3
@@ -29,7 +29,7 @@ _QUIET_SECONDS = 1.0
 
 
 class EngineConformance:
-    """Routes and builds small snapshots on local disk, with vector functions that misbehave.
+    """Routes and builds small snapshots on local disk, with workers that misbehave.
 
     A subclass has a method ``open_engine`` that gives an engine of two workers on this machine, which import this
     package; it is closed at the end of each test. What takes long to start may be kept between tests.
@@ -41,10 +41,10 @@ class EngineConformance:
 
     def test_the_same_as_in_process(self, tmp_path: Path) -> None:
         """Every row is in the same shard, and the shards hold the same rows."""
-        with Build(_config(tmp_path, "steady", store="alone")) as build:
+        with Build(_config(tmp_path, "behave", store="alone")) as build:
             run_id = _trained(build)
             wanted = _rows_of(stages.route(build, run_id), stages.build_shards(build, run_id, range(_SHARDS)))
-        with Build(_config(tmp_path, "steady")) as build, self.open_engine() as engine:
+        with Build(_config(tmp_path, "behave")) as build, self.open_engine() as engine:
             run_id = _trained(build)
             route = stages.route(build, run_id, engine=engine)
             shards = stages.build_shards(build, run_id, range(_SHARDS), engine=engine)
@@ -53,31 +53,31 @@ class EngineConformance:
 
     def test_an_error_names_task_and_cause(self, tmp_path: Path) -> None:
         """What cannot pass is not tried again, and comes back as the error that it was."""
-        with Build(_config(tmp_path, "fails")) as build, self.open_engine() as engine:
+        with Build(_config(tmp_path, "fail")) as build, self.open_engine() as engine:
             run_id = _trained(build)
             _arm(tmp_path)
             try:
                 stages.route(build, run_id, engine=engine)
             except TasksFailedError as error:
                 cause = error.causes.get("range 0")
-                _expect(isinstance(cause, VectorFunctionError), f"causes are {error.causes!r}")
-                _expect("no model today" in str(error) and "range 0" in str(error), f"the message is {error}")
+                _expect(isinstance(cause, IntegrityError), f"causes are {error.causes!r}")
+                _expect("not today" in str(error) and "range 0" in str(error), f"the message is {error}")
             else:
                 raise AssertionError("a task failed, and the stage did not")
-            _same(_calls(tmp_path), 1, "calls of a function that always fails")
+            _same(_calls(tmp_path), 1, "tries of a task that always fails")
             _expect(build.ledger(run_id).find(RouteReceipt) is None, "there is a receipt of what failed")
 
     def test_what_may_pass_is_tried_again(self, tmp_path: Path) -> None:
-        """A source that is changed for a moment costs a retry."""
-        with Build(_config(tmp_path, "source_changes")) as build, self.open_engine() as engine:
+        """A store that does not answer for a moment costs a retry."""
+        with Build(_config(tmp_path, "stumble")) as build, self.open_engine() as engine:
             run_id = _trained(build)
             _arm(tmp_path)
             _same(_routed_rows(stages.route(build, run_id, engine=engine)), _ROWS, "rows")
-        _expect(_calls(tmp_path) >= 3, f"the function was called {_calls(tmp_path)} times, for two files and a retry")
+        _expect(_calls(tmp_path) >= 2, f"the task was tried {_calls(tmp_path)} times")
 
     def test_a_killed_worker_is_replaced(self, tmp_path: Path) -> None:
         """A process that is lost in the middle of a task costs no row, and none is there twice."""
-        with Build(_config(tmp_path, "dies")) as build, self.open_engine() as engine:
+        with Build(_config(tmp_path, "die")) as build, self.open_engine() as engine:
             run_id = _trained(build)
             _arm(tmp_path)
             route = stages.route(build, run_id, engine=engine)
@@ -88,7 +88,7 @@ class EngineConformance:
 
     def test_nothing_runs_after_stop(self, tmp_path: Path) -> None:
         """A task in the middle of its work does none once ``stop`` has returned, and one in the queue never begins."""
-        with Build(_config(tmp_path, "ticks")) as build, self.open_engine() as engine:
+        with Build(_config(tmp_path, "tick")) as build, self.open_engine() as engine:
             run_id = _trained(build)
             _arm(tmp_path)
             task = Task(stage="route_range", run_id=run_id, number=0)
@@ -105,30 +105,23 @@ class EngineConformance:
             _expect(all(future.done() for future in futures), "a future is left open by stop")
 
 
-def _config(folder: Path, function: str, store: str = "store") -> WriteConfig:
-    """A source of two files, so that one can change while the other is read."""
-    source = folder / "source"
+def _config(folder: Path, act: str, store: str = "store") -> Misbehaving:
+    """A source of one file, routed as one range."""
+    source = folder / "source.parquet"
     if not source.exists():
-        source.mkdir()
         (folder / "calls").mkdir()
         vectors = np.random.default_rng(0).standard_normal((_ROWS, _DIM)).astype(np.float32)
-        table = pa.table(
-            {
-                "id": np.arange(_ROWS),
-                "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), _DIM),
-                "folder": [str(folder)] * _ROWS,
-            }
-        )
-        pq.write_table(table.slice(0, _ROWS // 2), source / "a.parquet")
-        pq.write_table(table.slice(_ROWS // 2), source / "b.parquet")
-    spec = {"dim": _DIM, "vector_fn": f"{_FUNCTIONS}:{function}", "vector_fn_cols": ("vector", "folder")}
-    return WriteConfig(
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), _DIM)
+        pq.write_table(pa.table({"id": np.arange(_ROWS), "vector": column}), source)
+    return Misbehaving(
         name="conformance",
         source=str(source),
         store=str(folder / store),
         num_dbs=_SHARDS,
-        vector_spec=spec,  # pyright: ignore[reportArgumentType] - a mapping is validated
+        vector_spec=VectorSpec(dim=_DIM),
         payload_cols=(),
+        folder=folder,
+        act=act,
     )
 
 

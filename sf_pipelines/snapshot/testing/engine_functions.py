@@ -1,76 +1,83 @@
-"""Vector functions that misbehave, once they are told to: what ``EngineConformance`` has workers run.
-
-Each is given the column ``folder``. While the file ``armed`` is not in that folder, all of them just give the column
-``vector``: the stages before the routing call them in the driver's process.
-"""
+"""A configuration whose workers misbehave, once they are told to: what ``EngineConformance`` builds with."""
 
 import os
 import signal
-import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+from pydantic import Field
 
-# How long a changed source stays so: shorter than the waiting between all tries of a task.
-_CHANGED_SECONDS = 1.0
+from sf_pipelines.snapshot.config import WriteConfig
+from sf_pipelines.snapshot.errors import IntegrityError, StoreUnavailableError
+from sf_pipelines.snapshot.store import Store
+
 _TICKS = 50
 _TICK_SECONDS = 0.1
 
-
-def steady(rows: pa.RecordBatch) -> pa.Array:
-    """The vectors."""
-    return rows.column("vector")
+_upload = Store.upload
+_orders: "Misbehaving | None" = None
 
 
-def fails(rows: pa.RecordBatch) -> pa.Array:
+class Misbehaving(WriteConfig):
+    """Whoever unpickles it in another process than the driver's does as it says when a task stores its routed rows.
+
+    Attributes:
+        folder: for the file ``armed``, without which workers behave, and for what they leave.
+        act: name of what they do.
+        driver: id of the process that made it.
+    """
+
+    folder: Path
+    act: str
+    driver: int = Field(default_factory=os.getpid)
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        global _orders  # noqa: PLW0603 - a worker serves many tests, one at a time
+        super().__setstate__(state)
+        # Dask's scheduler, which reads what it hands on, may be in the driver's process.
+        if os.getpid() != self.driver:
+            _orders = self
+            Store.upload = _upload_as_told  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _upload_as_told(store: Store, path: Path, key: str, **options: Any) -> Any:
+    if _orders is not None and "/routed/" in key and (_orders.folder / "armed").exists():
+        (_orders.folder / "calls" / uuid.uuid4().hex).touch()
+        _ACTS[_orders.act](_orders.folder)
+    return _upload(store, path, key, **options)
+
+
+def _behave(folder: Path) -> None:
+    del folder
+
+
+def _fail(folder: Path) -> None:
     """Always an error."""
-    if folder := _armed(rows):
-        _count(folder)
-        raise ValueError("no model today")
-    return steady(rows)
+    del folder
+    raise IntegrityError("not today")
 
 
-def source_changes(rows: pa.RecordBatch) -> pa.Array:
-    """The first time, the file of the rows that come next is another one for a moment."""
-    if folder := _armed(rows):
-        _count(folder)
-        if _first(folder):
-            source = folder / "source" / "b.parquet"
-            was = source.stat()
-            os.utime(source, ns=(was.st_atime_ns, was.st_mtime_ns + 10**9))
-            back = threading.Timer(_CHANGED_SECONDS, os.utime, (source,), {"ns": (was.st_atime_ns, was.st_mtime_ns)})
-            back.start()
-    return steady(rows)
+def _stumble(folder: Path) -> None:
+    """The first time, an error that may pass."""
+    if _first(folder):
+        raise StoreUnavailableError("the store does not answer")
 
 
-def dies(rows: pa.RecordBatch) -> pa.Array:
+def _die(folder: Path) -> None:
     """The first time, the process is killed."""
-    if folder := _armed(rows):
-        _count(folder)
-        if _first(folder):
-            os.kill(os.getpid(), signal.SIGKILL)
-    return steady(rows)
+    if _first(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ticks(rows: pa.RecordBatch) -> pa.Array:
+def _tick(folder: Path) -> None:
     """Writes to the file ``ticks`` for some seconds."""
-    if folder := _armed(rows):
-        for _ in range(_TICKS):
-            with (folder / "ticks").open("a") as file:
-                file.write(".")
-            time.sleep(_TICK_SECONDS)
-    return steady(rows)
-
-
-def _armed(rows: pa.RecordBatch) -> Path | None:
-    folder = Path(rows.column("folder")[0].as_py())
-    return folder if (folder / "armed").exists() else None
-
-
-def _count(folder: Path) -> None:
-    (folder / "calls" / uuid.uuid4().hex).touch()
+    for _ in range(_TICKS):
+        with (folder / "ticks").open("a") as file:
+            file.write(".")
+        time.sleep(_TICK_SECONDS)
 
 
 def _first(folder: Path) -> bool:
@@ -79,3 +86,12 @@ def _first(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+_ACTS: dict[str, Callable[[Path], None]] = {
+    "behave": _behave,
+    "fail": _fail,
+    "stumble": _stumble,
+    "die": _die,
+    "tick": _tick,
+}

@@ -2,7 +2,7 @@
 
 Example:
     class TestMine(IndexConformance):
-        backend = MyBackend()
+        backend = MyShard
 """
 
 import itertools
@@ -21,7 +21,7 @@ from sf_pipelines.snapshot.errors import (
     ReaderClosedError,
     SfPipelinesError,
 )
-from sf_pipelines.snapshot.index.protocol import IndexBackend, IndexFamily, ShardHits, ShardIndex, VectorType
+from sf_pipelines.snapshot.index.protocol import IndexFamily, ShardHits, ShardIndex, VectorType
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
 
 _TOLERANCE = 1e-5
@@ -37,7 +37,7 @@ class IndexConformance:
         dim: of the test vectors.
     """
 
-    backend: ClassVar[IndexBackend]
+    backend: ClassVar[type[ShardIndex]]
     families: ClassVar[tuple[IndexFamily, ...]] = (IndexFamily.FLAT,)
     vector_types: ClassVar[tuple[VectorType, ...]] = ("float32",)
     dim: ClassVar[int] = 8
@@ -231,10 +231,10 @@ class IndexConformance:
                 **(columns or {}),
             }
         )
-        report = self.backend.build(
-            rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type
-        )
-        _expect(report.rows == report.indexed_rows == len(vectors), f"{report} for {len(vectors)} rows")
+        self.backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
+        shard = self._open(folder, self.dim)
+        _expect(shard.rows == shard.indexed_rows == len(vectors), f"{shard.indexed_rows} of {len(vectors)} rows")
+        shard.close()
 
 
 def _distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:

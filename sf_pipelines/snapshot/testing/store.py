@@ -172,7 +172,7 @@ class StoreConformance:
             data = (block * (size // len(block) + 1))[:size]
             source, target = tmp_path / "source", tmp_path / f"deep/{size}/target"
             source.write_bytes(data)
-            store.upload(source, f"files/{size}")
+            _same(store.upload(source, f"files/{size}"), store.head(f"files/{size}").etag, "version of upload")
             digest = hashlib.sha256(data).hexdigest()
             _same(store.download(f"files/{size}", target), (size, digest), f"download of {size} bytes")
             _expect(target.read_bytes() == data, f"the file of {size} bytes differs after upload and download")

@@ -65,8 +65,12 @@ def test_a_daemon_and_a_machine_that_are_killed(tmp_path: Path) -> None:
             assert live.wait_for_end(restarted, run) == "SUCCESS"
             # A minute passes, so that the schedule has asked, too.
             wait_for(lambda: len(restarted.runs()) >= 2, seconds=90, what="a run of the schedule")
+            # Only those that are there now: it asks for another one every minute.
+            there = {one["runId"] for one in restarted.runs()}
             wait_for(
-                lambda: {one["status"] for one in restarted.runs()} == {"SUCCESS"}, seconds=60, what="all runs to end"
+                lambda: {one["status"] for one in restarted.runs() if one["runId"] in there} == {"SUCCESS"},
+                seconds=live.PATIENCE,
+                what="all runs to end",
             )
             assert set(run_keys(restarted).values()) == {1}
             assert state.read() == (1, 1, ROWS)

@@ -29,18 +29,19 @@ class Ledger:
 
     def find(self, kind: type[ReceiptType], part: str = "", *, inputs: str | None = None) -> ReceiptType | None:
         """The newest receipt of a stage (and part), only such with these inputs where they are given."""
-        return next((one for one in self.all_of(kind, part) if inputs is None or one.inputs == inputs), None)
+        return self.seek(kind, part, inputs=inputs)[0]
 
     def all_of(self, kind: type[ReceiptType], part: str = "") -> Iterator[ReceiptType]:
         """Receipts of a stage (and part), the newest first."""
         for number in reversed(self._numbers(kind, part)):
             yield self.read(kind, self._key(kind, part, number))
 
-    def seek(self, kind: type[ReceiptType], part: str = "", *, inputs: str) -> tuple[ReceiptType | None, int]:
-        """The newest receipt with these inputs, and the number of the attempt that would come next."""
+    def seek(self, kind: type[ReceiptType], part: str = "", *, inputs: str | None) -> tuple[ReceiptType | None, int]:
+        """The same, and the number of the attempt that would come next."""
         numbers = self._numbers(kind, part)
         receipts = (self.read(kind, self._key(kind, part, number)) for number in reversed(numbers))
-        return next((one for one in receipts if one.inputs == inputs), None), numbers[-1] + 1 if numbers else 0
+        found = next((one for one in receipts if inputs is None or one.inputs == inputs), None)
+        return found, numbers[-1] + 1 if numbers else 0
 
     def seek_whole(self, kind: type[ReceiptType], *, inputs: str, published: bool) -> tuple[ReceiptType | None, int]:
         """The same; a receipt whose objects are not what it says counts only if its run is published.

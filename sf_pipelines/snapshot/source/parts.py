@@ -4,7 +4,7 @@ So every row is decoded, and the vector function called for it, once. One Arrow 
 of a stored row, then its position in the source, then its shard where its columns decide that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -45,11 +45,18 @@ class PartWriter:
 
 
 def read_part(
-    path: Path, stored_schema: pa.Schema, repeats: NDArray[np.int64]
+    path: Path, stored_schema: pa.Schema, repeats_between: Callable[[int, int], NDArray[np.int64]]
 ) -> Iterator[tuple[pa.RecordBatch, NDArray[np.int32] | None]]:
-    """The rows of one input range as they are stored, batch by batch, and their shards where columns decide them."""
+    """The rows of one input range as they are stored, batch by batch, and their shards where columns decide them.
+
+    Rows at the positions that ``repeats_between`` gives for the range's first and last one are left out.
+    """
     width = len(stored_schema)
     with pa_ipc.open_file(str(path)) as reader:
+        if not reader.num_record_batches:
+            return
+        ends = [reader.get_batch(place).column(width) for place in (0, reader.num_record_batches - 1)]
+        repeats = repeats_between(ends[0][0].as_py(), ends[1][-1].as_py())
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             kept = ~np.isin(batch.column(width).to_numpy(), repeats)

@@ -91,12 +91,11 @@ def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
         _parts(run)[place],
         build.contract(run.scanned.listing.arrow_schema).stored_schema,
     )
-    repeats = _repeats(run)
     with scratch() as folder:
         download_verified(run.store, part, folder / "part.arrow")
         writer = _RoutedWriter(folder / "routed.arrow", schema)
         done = 0
-        for stored, shards in read_part(folder / "part.arrow", schema, repeats):
+        for stored, shards in read_part(folder / "part.arrow", schema, lambda first, last: _repeats(run, first, last)):
             writer.add(stored, _shards_of(run.routing, stored) if shards is None else shards)
             done += stored.num_rows
             build.report("route", done, part.rows)
@@ -168,15 +167,15 @@ def _shards_of(routing: Routing, stored: pa.RecordBatch) -> Int32:
     return routing.assign(vectors_of(stored))
 
 
-def _repeats(run: Run) -> NDArray[np.int64]:
-    """Sorted positions of rows that were turned away after their batch had been stored: repeated ids."""
+def _repeats(run: Run, first: int, last: int) -> NDArray[np.int64]:
+    """Positions, from first to last, of rows that were turned away after they had been stored: repeated ids."""
     rejects = run.sampled.rejects
     if not run.sampled.reject_reasons.get(RejectReason.DUPLICATE_ID.value):
         return np.empty(0, dtype=np.int64)
     with run.store.open_file(rejects.key, pinned=ObjectInfo(rejects.key, rejects.size, None)) as raw:
         repeated = pc.field("reason") == RejectReason.DUPLICATE_ID.value
-        table = pq.read_table(raw, columns=["row"], filters=repeated)
-    return np.sort(table.column("row").to_numpy())
+        inside = (pc.field("row") >= first) & (pc.field("row") <= last)
+        return pq.read_table(raw, columns=["row"], filters=repeated & inside).column("row").to_numpy()
 
 
 def _by_shard(batches: list[pa.RecordBatch], shards: list[Int32]) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -188,7 +188,7 @@ def serving_of(reader: ReaderBase) -> Serving:
 
 def users_of(serving: Serving) -> list[int]:
     """Users of the snapshot and of each open shard."""
-    return [serving.users, *(handle.users for handle in serving.shards._handles.values())]
+    return [serving.users, *(shard.users for shard in serving.shards._open.values())]
 
 
 def check_idle(serving: Serving) -> None:

@@ -282,7 +282,7 @@ def test_a_deadline_that_passed_before_the_search_is_one(local: Path, tmp_path: 
         found = reader.search(QUERIES[0], 5, num_probes=2, timeout=1e-9, partial=True)
         assert (len(found.errors), found.results) == (2, [])
         # They were let go: nothing keeps them open.
-        assert {handle.users for handle in reader._core.served.shards._handles.values()} == {0}
+        assert {shard.users for shard in reader._core.served.shards._open.values()} == {0}
         for wrong in (0, -1, True, "1", float("nan")):
             with pytest.raises(QueryError, match="timeout"):
                 reader.search(QUERIES[0], 5, timeout=wrong)

@@ -19,7 +19,7 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader import shards
+from sf_pipelines.snapshot.reader import core, shards
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
 from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader
 from sf_pipelines.snapshot.routing.hash import HashRouting
@@ -143,6 +143,28 @@ def test_a_reader_that_is_forgotten_leaves_nothing_behind(tmp_path: Path) -> Non
         reader.search(QUERIES[0], K)
         reader._core.itself = reader._core  # found by the garbage collector, in whatever thread that runs
         del reader
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError("the store is away"), RuntimeError("a fault of ours")])
+def test_a_refresh_in_the_background_that_fails_is_logged_and_the_next_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    turns, load = Turns(tmp_path / "root", 2), core.load_pointed
+    errors = [error]
+
+    def fails_once(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return load(*arguments)
+
+    monkeypatch.setattr(core, "load_pointed", fails_once)
+    with no_leaks(tmp_path / "cache"), opened(turns, tmp_path, refresh_interval=0.005) as reader:
+        turns.move(1)
+        eventually(lambda: reader.snapshot_info().run_id == turns.manifests[1].run_id)
+    (record,) = caplog.records
+    assert "is still served" in record.getMessage()
+    assert str(error) in caplog.text
+    assert str(turns.root) in record.getMessage()
 
 
 def test_every_call_on_a_closed_reader_says_so(tmp_path: Path) -> None:
@@ -332,8 +354,9 @@ class Interrupted(Future[Any]):
     """Ctrl-C while somebody waits for it."""
 
     def result(self, timeout: float | None = None) -> Any:
-        del timeout
-        raise KeyboardInterrupt
+        if not self.done():
+            raise KeyboardInterrupt
+        return super().result(timeout)
 
 
 @pytest.mark.slow

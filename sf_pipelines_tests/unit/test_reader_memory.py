@@ -84,12 +84,12 @@ def test_room_is_kept_for_shards_that_have_not_loaded_yet(root: Path, tmp_path: 
 def test_a_shard_that_cannot_be_opened_keeps_no_room(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = OpenShard._check_vectors
+    whole = OpenShard._checked
 
-    def fails(self: OpenShard, rows: int) -> str | None:
-        return "rows" if self.entry.db_id == 0 else whole(self, rows)
+    def fails(self: OpenShard, opener: Any, is_right: Any, counted: str) -> Any:
+        return whole(self, opener, lambda rows: self.entry.db_id != 0 and is_right(rows), counted)
 
-    monkeypatch.setattr(OpenShard, "_check_vectors", fails)
+    monkeypatch.setattr(OpenShard, "_checked", fails)
     with vector_reader("sync", root, cache_dir=tmp_path / "cache", memory_budget=100 * SIZE) as reader:
         for _ in range(3):
             with pytest.raises(IntegrityError, match="shard 0 at"):

@@ -9,9 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from sf_pipelines.snapshot.errors import (
@@ -23,7 +23,7 @@ from sf_pipelines.snapshot.errors import (
     StoreError,
 )
 from sf_pipelines.snapshot.reader.metrics import Operation
-from sf_pipelines.snapshot.reader.shards import Handle, OpenShard, OpenShards
+from sf_pipelines.snapshot.reader.shards import OpenShard, OpenShards
 
 # A shard's own failures. Others are of the call or of the reader, and every shard would have them.
 _OF_A_SHARD = (StoreError, IntegrityError, DeadlineError)
@@ -95,7 +95,8 @@ class FanOut:
     """Jobs on shards, side by side.
 
     Shards are opened without holding a thread of the pool: a store that hangs holds up those who want its shards, and
-    nobody else.
+    nobody else. When it has ended, shards that are opened later are given back at once, and what a thread is doing
+    already it finishes.
 
     Attributes:
         done: ends when all jobs have, or one failed that the call cannot go without.
@@ -114,8 +115,6 @@ class FanOut:
         self._lock = threading.Lock()
         self._ended = False
         self._waiting = deque(jobs)
-        # Who takes a future out of here lets go of its shard: there is no handle while it is being opened.
-        self._running: dict[Future[Any], tuple[Job[Any], Handle | None]] = {}
 
     def start(self, threads: Executor, concurrency: int) -> None:
         """Starts so many jobs; each that ends starts another."""
@@ -124,52 +123,40 @@ class FanOut:
             self._start_next()
 
     def stop(self) -> None:
-        """Lets go of what has not ended. It is late."""
-        if self._end():
-            late = [job.shard for job in self._jobs if job.shard not in self.outcomes]
-            self.outcomes.update((shard, self._call.late(shard)) for shard in late)
+        """Ends it. What has not answered is late."""
+        with self._lock:
+            self._ended = True
+        for job in self._jobs:
+            if job.shard not in self.outcomes:
+                self.outcomes[job.shard] = self._call.late(job.shard)
 
     def _start_next(self) -> None:
         with self._lock:
             if self._ended or not self._waiting:
                 return
             job = self._waiting.popleft()
-            opening = self._shards.acquire(job.shard)
-            self._running[opening] = (job, None)
-        opening.add_done_callback(self._on_opened)
+        self._shards.acquire(job.shard).add_done_callback(partial(self._on_opened, job))
 
-    def _on_opened(self, opening: Future[Handle]) -> None:
-        with self._lock:
-            job, _ = self._running.pop(opening, (None, None))
-        if job is None:
-            return
+    def _on_opened(self, job: Job[Any], opening: Future[OpenShard]) -> None:
         if error := opening.exception():
             self._settle(job, error)
             return
-        handle = opening.result()
-        with ExitStack() as on_failure:
-            on_failure.callback(self._shards.give_back, handle)
-            try:
-                work = self._threads.submit(self._context.copy().run, self._shards.using, handle, job.run)
-            except RuntimeError:
-                self._settle(job, ReaderClosedError("the reader was closed during a call; open another one"))
-                return
-            on_failure.pop_all()
-        with self._lock:
-            ended = self._ended
-            if not ended:
-                self._running[work] = (job, handle)
-        if ended:
-            self._let_go(work, handle)
-        else:
-            work.add_done_callback(self._on_worked)
+        shard = opening.result()
+        try:
+            self._threads.submit(self._context.copy().run, self._work, job, shard)
+        except RuntimeError:
+            self._shards.give_back(shard)
+            self._settle(job, ReaderClosedError("the reader was closed during a call; open another one"))
 
-    def _on_worked(self, work: Future[Any]) -> None:
-        with self._lock:
-            job, _ = self._running.pop(work, (None, None))
-        if job is not None:
-            error = work.exception()
-            self._settle(job, work.result() if error is None else error)
+    def _work(self, job: Job[Any], shard: OpenShard) -> None:
+        if self._ended:
+            self._shards.give_back(shard)
+            return
+        try:
+            outcome = self._shards.using(shard, job.run)
+        except BaseException as error:  # noqa: BLE001 - raised where the call is
+            outcome = error
+        self._settle(job, outcome)
 
     def _settle(self, job: Job[Any], outcome: Any) -> None:
         with self._lock:
@@ -177,30 +164,11 @@ class FanOut:
                 return
             self.outcomes[job.shard] = outcome
             failed = isinstance(outcome, BaseException) and not self._call.goes_without(outcome)
-            over = failed or len(self.outcomes) == len(self._jobs)
+            over = self._ended = failed or len(self.outcomes) == len(self._jobs)
         if over:
-            self._end()
+            self.done.set_result(None)
         else:
             self._start_next()
-
-    def _end(self) -> bool:
-        """Whether it had not ended before."""
-        with self._lock:
-            if self._ended:
-                return False
-            self._ended = True
-            running, self._running = self._running, {}
-        for future, (_, handle) in running.items():
-            self._let_go(future, handle)
-        self.done.set_result(None)
-        return True
-
-    def _let_go(self, future: Future[Any], handle: Handle | None) -> None:
-        """What a thread is doing already, it finishes."""
-        if handle is None:
-            self._shards.abandon(future)
-        elif future.cancel():
-            self._shards.give_back(handle)
 
 
 Steps = Generator[int | FanOut, Any, ResultT]
@@ -210,21 +178,28 @@ def each_shard(
     shards: OpenShards,
     jobs: Sequence[Job[AnswerT]],
     call: Call,
-    is_quick: Callable[[OpenShard], bool],
+    is_quick: Callable[[OpenShard], bool] | None = None,
     *,
     answered: bool = False,
 ) -> Steps[dict[int, AnswerT]]:
     """Runs jobs of different shards; those of shards that are quick right here, the others side by side.
 
     What takes microseconds, as a look-up in an open file, costs more to hand to a thread.
+
+    Args:
+        shards: of the snapshot.
+        jobs: one for each shard.
+        call: that they are of.
+        is_quick: whether the job of an open shard is; None where none is.
+        answered: the shards have answered in time: in a partial answer they may be asked again after the deadline.
     """
     found: dict[int, AnswerT] = {}
-    slow: list[Job[AnswerT]] = []
+    slow: dict[int, Job[AnswerT]] = {}
     at_any_time = answered and call.partial
 
-    def run(job: Job[AnswerT], handle: Handle) -> None:
+    def run(job: Job[AnswerT], opened: OpenShard) -> None:
         try:
-            found[job.shard] = shards.using(handle, job.run)
+            found[job.shard] = shards.using(opened, job.run)
         except SfPipelinesError as error:
             call.go_without(job.shard, error)
 
@@ -232,30 +207,19 @@ def each_shard(
         late = call.left == 0
         if late and not at_any_time:
             call.go_without(job.shard, call.late(job.shard))
-        elif handle := shards.take_open(job.shard, _any if late else is_quick):
-            run(job, handle)
+        elif (late or is_quick) and (opened := shards.take_open(job.shard, None if late else is_quick)):
+            run(job, opened)
         else:
-            slow.append(job)
+            slow[job.shard] = job
     if not slow:
         return found
-    outcomes: dict[int, Any] = yield FanOut(shards, slow, call)
-    by_shard = {job.shard: job for job in slow}
+    outcomes: dict[int, Any] = yield FanOut(shards, list(slow.values()), call)
     for shard, outcome in outcomes.items():
         is_late = at_any_time and isinstance(outcome, DeadlineError)
-        if is_late and (handle := shards.take_open(shard, _any)):
-            run(by_shard[shard], handle)
+        if is_late and (opened := shards.take_open(shard)):
+            run(slow[shard], opened)
         elif isinstance(outcome, BaseException):
             call.go_without(shard, outcome)
         else:
             found[shard] = outcome
     return found
-
-
-def _any(opened: OpenShard) -> bool:
-    del opened
-    return True
-
-
-def never_quick(opened: OpenShard) -> bool:
-    """Of work that takes milliseconds whatever is open."""
-    return not _any(opened)

@@ -1,6 +1,7 @@
 """What both faces of readers share: the served snapshot, its replacement, and the running of calls."""
 
 import asyncio
+import logging
 import os
 import random
 import threading
@@ -8,13 +9,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from sf_pipelines.snapshot.config import S3Options
 from sf_pipelines.snapshot.errors import (
@@ -30,7 +31,6 @@ from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.reader.calls import Call, FanOut, Steps
 from sf_pipelines.snapshot.reader.metrics import metrics_of
 from sf_pipelines.snapshot.reader.options import ReaderSettings
-from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
 from sf_pipelines.snapshot.reader.shards import OpenShards
 from sf_pipelines.snapshot.reader.state import SnapshotKind, SnapshotState, find_snapshot, load_pointed, read_current
 from sf_pipelines.snapshot.reader.types import Health, RefreshOutcome
@@ -43,6 +43,7 @@ _OPENERS = 4
 # Readers that were started together must not ask the store together for ever.
 _JITTER = 0.1
 _random = random.SystemRandom()
+_log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
@@ -55,13 +56,6 @@ class Serving:
         self.shards = shards
         self.users = 0
         self.retired = False
-
-
-@dataclass(frozen=True)
-class _Done(Generic[ResultT]):
-    """The end of a call."""
-
-    result: ResultT
 
 
 class ReaderCore:
@@ -87,6 +81,7 @@ class ReaderCore:
         self._settings = settings
         self._process = os.getpid()
         self.kind: SnapshotKind = kind
+        self.rate_limiter = settings.rate_limiter
         self.metrics = metrics_of(settings.meter_provider)
         self.store = store
         self._cache = ShardCache(settings.cache_dir, settings.cache_bytes)
@@ -190,45 +185,45 @@ class ReaderCore:
         """Runs a call by this thread, which may have others do parts of it."""
         self.check_process()
         with self._measured(call), closing(steps):
-            state = _advance(steps, None)
-            while not isinstance(state, _Done):
+            ended, step = _advance(steps, None)
+            while not ended:
                 reply: Any = None
-                if isinstance(state, FanOut):
+                if isinstance(step, FanOut):
                     try:
-                        state.start(self._threads, self._settings.max_concurrency)
+                        step.start(self._threads, self._settings.max_concurrency)
                         with suppress(TimeoutError):
-                            state.done.result(call.left)
+                            step.done.result(call.left)
                     finally:
-                        state.stop()
-                    reply = state.outcomes
-                else:
-                    self._limiter.acquire(state, timeout=call.left)
-                state = _advance(steps, reply)
-            return state.result
+                        step.stop()
+                    reply = step.outcomes
+                elif self.rate_limiter is not None:
+                    self.rate_limiter.acquire(step, timeout=call.left)
+                ended, step = _advance(steps, reply)
+            return step
 
     async def run_async(self, call: Call, steps: Steps[ResultT]) -> ResultT:
         """Runs a call without blocking the event loop; cancelling the task lets go of everything it holds."""
         self.check_process()
         with self._measured(call):
-            state = await self._advance_async(steps, None)
-            while not isinstance(state, _Done):
+            ended, step = await self._advance_async(steps, None)
+            while not ended:
                 reply: Any = None
                 with ExitStack() as on_failure:
                     on_failure.callback(steps.close)
-                    if isinstance(state, FanOut):
+                    if isinstance(step, FanOut):
                         try:
-                            state.start(self._threads, self._settings.max_concurrency)
-                            await asyncio.wait([asyncio.wrap_future(state.done)], timeout=call.left)
+                            step.start(self._threads, self._settings.max_concurrency)
+                            await asyncio.wait([asyncio.wrap_future(step.done)], timeout=call.left)
                         finally:
-                            state.stop()
-                        reply = state.outcomes
-                    else:
-                        await self._limiter.acquire_async(state, timeout=call.left)
+                            step.stop()
+                        reply = step.outcomes
+                    elif self.rate_limiter is not None:
+                        await self.rate_limiter.acquire_async(step, timeout=call.left)
                     on_failure.pop_all()
-                state = await self._advance_async(steps, reply)
-            return state.result
+                ended, step = await self._advance_async(steps, reply)
+            return step
 
-    async def _advance_async(self, steps: Steps[ResultT], reply: Any) -> "int | FanOut | _Done[ResultT]":
+    async def _advance_async(self, steps: Steps[Any], reply: Any) -> tuple[bool, Any]:
         """One part of a call, on a thread: it plans, scans what is in memory and merges."""
         try:
             # With the caller's context variables (of tracing, for one).
@@ -244,33 +239,21 @@ class ReaderCore:
             future.add_done_callback(lambda _: steps.close())
             raise
 
-    def _measured(self, call: Call) -> Any:
+    def _measured(self, call: Call) -> AbstractContextManager[None]:
         if call.operation is None:
             return nullcontext()
         return self.metrics.timed(call.operation, self.kind, call.missing)
-
-    @property
-    def _limiter(self) -> RateLimiter:
-        limiter = self._settings.rate_limiter
-        if limiter is None:
-            raise AssertionError("tokens were asked for, and there is no rate limiter")
-        return limiter
 
     @property
     def idle_threads(self) -> Executor | None:
         """Threads that may help with a product; None where other calls need the cores as well."""
         return self._threads if self._calls == 1 else None
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether there is a rate limiter."""
-        return self._settings.rate_limiter is not None
-
     def admitted(self, count: int) -> Steps[None]:
         """The part of a call that waits for the rate limiter: a token for each query or key."""
         with self._lock:
             self._check_open()
-        if self.is_limited and count:
+        if self.rate_limiter is not None and count:
             yield count
 
     # Replacing it.
@@ -401,12 +384,12 @@ def in_thread(work: Callable[..., ResultT], *arguments: Any) -> Future[ResultT]:
         thread.shutdown(wait=False)
 
 
-def _advance(steps: Steps[ResultT], reply: Any) -> int | FanOut | _Done[ResultT]:
-    """Goes on with a call until it needs an answer or ends."""
+def _advance(steps: Steps[Any], reply: Any) -> tuple[bool, Any]:
+    """Goes on with a call until it needs an answer or ends: whether it has ended, and what it needs or returns."""
     try:
-        return steps.send(reply)
+        return False, steps.send(reply)
     except StopIteration as end:
-        return _Done(end.value)
+        return True, end.value
 
 
 def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[None]", interval: float) -> None:
@@ -417,7 +400,19 @@ def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[Non
         core = known()
         if core is None or core.closed:
             return None
-        # Noted for ``health``; the old snapshot keeps serving.
-        with suppress(Exception):
-            core.refresh()
+        try:
+            outcome = core.refresh()
+        except ReaderClosedError:
+            return None
+        except Exception:  # noqa: BLE001 - the thread must go on; the log says what happened
+            _log.exception("The refresh of %s failed; the old snapshot is still served", core.store.url)
+        else:
+            if outcome.error is not None:
+                _log.warning(
+                    "The refresh of %s failed; snapshot %s is still served: %s: %s",
+                    core.store.url,
+                    outcome.run_id,
+                    type(outcome.error).__name__,
+                    outcome.error,
+                )
         del core

@@ -1,6 +1,7 @@
 """What rows hold: values by key (unified snapshots), and stored vectors by id, for all readers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import NoShardError, QueryError
 from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard, never_quick
+from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.plan import Context, named_shards
 from sf_pipelines.snapshot.reader.shards import OpenShard
@@ -74,13 +75,10 @@ def _values(
 
         # A key for which the expression gives no shard cannot have been stored.
         filled = [shard for shard in np.unique(shards).tolist() if shard >= 0 and state.shards[shard].key is not None]
-        yield from each_shard(serving.shards, [Job(shard, fetch_of(shard)) for shard in filled], call, _has_keys)
+        jobs = [Job(shard, fetch_of(shard)) for shard in filled]
+        # A look-up takes microseconds.
+        yield from each_shard(serving.shards, jobs, call, attrgetter("has_keys"))
     return dict(zip(given, values, strict=True))
-
-
-def _has_keys(opened: OpenShard) -> bool:
-    """A look-up takes microseconds."""
-    return opened.has_keys
 
 
 def route_key(core: ReaderCore, key: Key, routing_context: Context | None) -> int:
@@ -124,7 +122,7 @@ def get_vectors(
         jobs = [
             Job(shard, fetch_of(asked)) for shard, asked in ids_by_shard.items() if state.shards[shard].key is not None
         ]
-        answers = yield from each_shard(serving.shards, jobs, call, never_quick)
+        answers = yield from each_shard(serving.shards, jobs, call)
         for _, answer in sorted(answers.items(), reverse=True):
             found.update((row_id, vector.copy()) for row_id, vector in answer)
     return found

@@ -1,19 +1,22 @@
 """How a reader is opened."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, Self, TypedDict
 
 from opentelemetry.metrics import MeterProvider
+from pydantic import ConfigDict, Field, model_validator
 
 from sf_pipelines.snapshot.config import S3Options
-from sf_pipelines.snapshot.errors import ConfigError
+from sf_pipelines.snapshot.model import ConfigModel
 from sf_pipelines.snapshot.reader.cache import DEFAULT_BYTES
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter
 
+_Size = Annotated[int, Field(ge=0)]
+_Count = Annotated[int, Field(ge=1)]
+
 
 class ReaderOptions(TypedDict, total=False):
-    """Options of all readers; ``ReaderSettings`` says what each means and what it is when it is left out."""
+    """The fields of ``ReaderSettings``, as editors and type checkers know them where a reader is opened."""
 
     s3: S3Options | None
     cache_dir: str | Path | None
@@ -30,8 +33,7 @@ class ReaderOptions(TypedDict, total=False):
     meter_provider: MeterProvider | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReaderSettings:
+class ReaderSettings(ConfigModel):
     """Options of all readers.
 
     Attributes:
@@ -58,39 +60,26 @@ class ReaderSettings:
         ConfigError: a value is wrong.
     """
 
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
     s3: S3Options | None = None
     cache_dir: str | Path | None = None
-    cache_bytes: int = DEFAULT_BYTES
+    cache_bytes: _Size = DEFAULT_BYTES
     manifest_key: str | None = None
-    fallback: int = 0
-    max_cached_shards: int | None = None
-    memory_budget: int = 2 * 1024**3
+    fallback: _Size = 0
+    max_cached_shards: _Count | None = None
+    memory_budget: _Size = 2 * 1024**3
     exact_scan: bool = True
     preload: bool = False
-    refresh_interval: float | None = None
-    max_concurrency: int = 8
+    refresh_interval: Annotated[float, Field(gt=0)] | None = None
+    max_concurrency: _Count = 8
     rate_limiter: RateLimiter | None = None
     meter_provider: MeterProvider | None = None
 
-    def __post_init__(self) -> None:
-        at_least = {"cache_bytes": 0, "fallback": 0, "memory_budget": 0, "max_concurrency": 1, "max_cached_shards": 1}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is None and name == "max_cached_shards":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least} (got {value!r})")
-        for name in ("exact_scan", "preload"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False (got {getattr(self, name)!r})")
-        if self.rate_limiter is not None and not isinstance(self.rate_limiter, RateLimiter):
-            raise ConfigError(f"rate_limiter must be a RateLimiter, or None (got {self.rate_limiter!r})")
-        if self.meter_provider is not None and not isinstance(self.meter_provider, MeterProvider):
-            raise ConfigError(f"meter_provider must be an OpenTelemetry MeterProvider (got {self.meter_provider!r})")
-        every = self.refresh_interval
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int | float) or not every > 0):
-            raise ConfigError(f"refresh_interval must be a number of seconds above 0, or None (got {every!r})")
-        if self.manifest_key is not None and (every is not None or self.fallback):
-            raise ConfigError(
+    @model_validator(mode="after")
+    def _check_pinned(self) -> Self:
+        if self.manifest_key is not None and (self.refresh_interval is not None or self.fallback):
+            raise ValueError(
                 "manifest_key serves one manifest for good: leave out refresh_interval and fallback, or manifest_key"
             )
+        return self

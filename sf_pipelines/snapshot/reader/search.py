@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sf_pipelines.snapshot.index.protocol import ShardHits, ShardIndex
 from sf_pipelines.snapshot.index.scan import MemoryScan, Near, near_all
 from sf_pipelines.snapshot.manifest.models import CurveRecord, JudgedRecord
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard, never_quick
+from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore, Serving
 from sf_pipelines.snapshot.reader.merge import Candidates, Merged, ShardAnswer
 from sf_pipelines.snapshot.reader.plan import (
@@ -43,6 +44,7 @@ from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
 # Cells (queries x shards x hits) that are merged at a time: 2 million take about 100 MB.
 _CELLS = 2_000_000
 
+_in_memory = attrgetter("in_memory")
 _Part = tuple[int, NDArray[np.int64], NDArray[np.int64]]
 Ask = Callable[[ShardIndex, Float32, int], ShardHits | Near]
 
@@ -73,7 +75,7 @@ def search(
     known = core.state
     rows = as_queries(queries, known.dim, known.metric)
     k = hits_of(known, top_k)
-    if core.is_limited:
+    if core.rate_limiter is not None:
         # All of it is planned for the errors: contexts may be one for each query.
         deque(_planned(known, rows, choice, k), maxlen=0)
         yield from core.admitted(len(rows))
@@ -242,7 +244,7 @@ class _Searcher:
         # What is asked as stock readers do is asked of the library, however many vectors are held.
         scanned, rest = self._scanned(parts, queries, k) if self._ask is exactly else ([], parts)
         jobs = [Job(part[0], self._search_of(part, queries, k)) for part in rest]
-        found = yield from each_shard(self._shards, jobs, self._call, never_quick)
+        found = yield from each_shard(self._shards, jobs, self._call)
         return scanned + [found[job.shard] for job in jobs if job.shard in found]
 
     def _scanned(self, parts: list[_Part], queries: Float32, k: int) -> tuple[list[ShardAnswer], list[_Part]]:
@@ -254,11 +256,11 @@ class _Searcher:
         rest: list[_Part] = []
         with ExitStack() as held:
             for part in parts:
-                handle = None if self._call.left == 0 else self._shards.take_open(part[0], _is_in_memory)
+                opened = None if self._call.left == 0 else self._shards.take_open(part[0], _in_memory)
                 scan = None
-                if handle is not None:
-                    held.callback(self._shards.give_back, handle)
-                    scan = handle.shard.index.scan()
+                if opened is not None:
+                    held.callback(self._shards.give_back, opened)
+                    scan = opened.index.scan()
                 if scan is None:
                     rest.append(part)
                 else:
@@ -303,16 +305,12 @@ class _Searcher:
 
         hit = [shard for shard in np.unique(merged.shards).tolist() if shard >= 0]
         jobs = [Job(shard, fetch_of(shard)) for shard in hit]
-        yield from each_shard(self._shards, jobs, self._call, _is_in_memory, answered=True)
+        yield from each_shard(self._shards, jobs, self._call, _in_memory, answered=True)
         columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
         return [
             [SearchResult(*hit) for hit in zip(*(column[query][:count] for column in columns), strict=True)]
             for query, count in enumerate(arrays.counts.tolist())
         ]
-
-
-def _is_in_memory(opened: OpenShard) -> bool:
-    return opened.in_memory
 
 
 def _answer(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_pipelines.snapshot.index import scan as scan_module
-from sf_pipelines.snapshot.index.scan import MemoryScan, _best_keys, near_all, products, rows_of_piece
+from sf_pipelines.snapshot.index.scan import MemoryScan, _best_keys, products, rows_of_piece, scan_all
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, pair_distances
 from sf_pipelines.snapshot.reader.merge import Candidates, Merged, ShardAnswer
 
@@ -50,7 +50,7 @@ def answer(
 ) -> Candidates:
     """What a reader makes of scans that the plan, shape (n, places), names."""
     asked = [np.nonzero(plan == shard) for shard in range(len(scans))]
-    found = near_all(queries, [(scan, which) for scan, (which, _) in zip(scans, asked, strict=True)], k, pool)
+    found = scan_all(queries, [(scan, which) for scan, (which, _) in zip(scans, asked, strict=True)], k, pool)
     answers = [ShardAnswer(n, asked[n][0], asked[n][1], near) for n, near in enumerate(found)]
     return Candidates(answers, queries, plan.shape[1], unique=unique)
 
@@ -135,7 +135,7 @@ def test_few_rows_are_candidates_and_fewer_are_scored(monkeypatch: pytest.Monkey
     ]
     queries = drawn(rng, "normal", 20, 64)
     plan = np.tile(np.arange(4), (20, 1))
-    near = [scan.near(queries, 10) for scan in scans]
+    near = [scan.candidates(queries, 10) for scan in scans]
     assert all(20 * 10 <= len(one.query) < 20 * 13 for one in near)
     scored: list[int] = []
     plainly = scan_module.pair_distances
@@ -166,9 +166,9 @@ def test_ties_between_shards_are_broken_by_id(text: bool) -> None:
 
 def test_equal_rows_do_not_fill_the_memory() -> None:
     vectors = np.ones((3000, 4), dtype=np.float32)
-    near = scan_of(vectors, list(range(3000)), DistanceMetric.L2).near(vectors[:200], 5)
+    near = scan_of(vectors, list(range(3000)), DistanceMetric.L2).candidates(vectors[:200], 5)
     assert len(near.query) == 200 * 5
-    assert near.column.reshape(200, 5).tolist() == [[0, 1, 2, 3, 4]] * 200
+    assert near.position.reshape(200, 5).tolist() == [[0, 1, 2, 3, 4]] * 200
 
 
 @pytest.mark.parametrize("n", [1, 2, 40, 300])

@@ -18,7 +18,7 @@ from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryE
 from sf_pipelines.snapshot.index import backend_in, backend_named
 from sf_pipelines.snapshot.index.key_value import KeyValueShard, write_key_values
 from sf_pipelines.snapshot.index.protocol import IndexFamily
-from sf_pipelines.snapshot.index.ranking import rank_values
+from sf_pipelines.snapshot.index.ranking import id_ranks
 from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.index.sqlite_vec import SqliteVecShard, VectorChunks, load_extension
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
@@ -233,14 +233,6 @@ def test_building_refuses_what_cannot_be_searched(tmp_path: Path) -> None:
     vectors = clustered(4, DIM)
     with pytest.raises(IndexBuildError, match="no metric dot_product; it has cosine, l2"):
         build(tmp_path, table_of([1, 2, 3, 4], vectors), DistanceMetric.DOT_PRODUCT)
-    vectors[2, 1] = np.nan
-    with pytest.raises(
-        IndexBuildError, match="1 rows, the first with id 3: the vector has a number that is not finite"
-    ):
-        build(tmp_path, table_of([1, 2, 3, 4], vectors))
-    vectors[2] = 0
-    with pytest.raises(IndexBuildError, match="the first with id 3: a zero vector has no direction"):
-        build(tmp_path, table_of([1, 2, 3, 4], vectors), DistanceMetric.COSINE)
     build(tmp_path, table_of([1, 2, 3, 4], vectors))
     with pytest.raises(IndexBuildError, match="vec_index"):
         build(tmp_path, table_of([1, 2, 3, 4], vectors))
@@ -437,7 +429,7 @@ def test_opening_writes_nothing(tmp_path: Path) -> None:
     shard = opened(tmp_path)
     shard.search_raw(np.eye(1, DIM, dtype=np.float32), 1)
     with pytest.raises(IntegrityError, match="readonly database"):
-        shard._opened().query("DELETE FROM kv")
+        shard._file.query("DELETE FROM kv")
     shard.close()
     tmp_path.chmod(0o700)
     assert path.read_bytes() == before
@@ -449,7 +441,7 @@ def test_no_extension_can_be_loaded_by_a_query(tmp_path: Path) -> None:
     shard = opened(tmp_path)
     for _ in range(2):
         with pytest.raises(IntegrityError, match="not authorized"):
-            shard._opened().query("SELECT load_extension('vec0')")
+            shard._file.query("SELECT load_extension('vec0')")
         shard.search_raw(np.eye(1, DIM, dtype=np.float32), 1)
 
 
@@ -483,14 +475,14 @@ def test_a_scan_is_right_for_numbers_of_any_size(size: float, metric: DistanceMe
 
 def test_mixed_values_are_ranked_numbers_first() -> None:
     values = np.array(["b", 10**15, "a", -5, "10", 7, "a", 7], dtype=object)
-    ranks = rank_values(values)
+    ranks = id_ranks(values)
     assert [values[n] for n in np.argsort(ranks, kind="stable")] == [-5, 7, 7, 10**15, "10", "a", "a", "b"]
     assert ranks[2] == ranks[6]
     assert ranks[5] == ranks[7]
-    assert rank_values(np.array([3, -1])).tolist() == [3, -1]
-    assert rank_values(np.array([3, -1], dtype=object)).tolist() == [3, -1]
-    assert rank_values(np.array([], dtype=object)).tolist() == []
-    assert np.argsort(rank_values(np.array(["b", "a"], dtype=object))).tolist() == [1, 0]
+    assert id_ranks(np.array([3, -1])).tolist() == [3, -1]
+    assert id_ranks(np.array([3, -1], dtype=object)).tolist() == [3, -1]
+    assert id_ranks(np.array([], dtype=object)).tolist() == []
+    assert np.argsort(id_ranks(np.array(["b", "a"], dtype=object))).tolist() == [1, 0]
 
 
 # Files whose rows share their values.

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_pipelines.snapshot.index.protocol import ShardHits
+from sf_pipelines.snapshot.index.ranking import ShardHits
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.merge import Candidates, ShardAnswer
 

@@ -9,8 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.arrow import vectors_of
-from sf_pipelines.snapshot.index.protocol import ShardHits
-from sf_pipelines.snapshot.index.ranking import Ids
+from sf_pipelines.snapshot.index.ranking import Ids, ShardHits
 from sf_pipelines.snapshot.manifest.models import JudgedRecord
 from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.routing.protocol import Int32, VectorRouting
@@ -35,7 +34,7 @@ ROUNDING, _SPREAD = 2.0**-46, 1e-9
 _PER_SHARD = 30
 
 
-def row_numbers(ids: Ids) -> NDArray[np.int64]:
+def row_numbers(ids: Ids | pa.ChunkedArray) -> NDArray[np.int64]:
     """A number of each row: the hash of its id.
 
     An id may be a long text, and a truth names a row once for every query and shard.

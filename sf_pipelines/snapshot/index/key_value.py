@@ -1,7 +1,6 @@
 """Keys and values of a shard: the table ``kv`` of ``shard.db``, and how keys are turned into bytes."""
 
 import json
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sf_pipelines.snapshot.arrow import is_bytes, is_text
 from sf_pipelines.snapshot.config import KeyEncoding
-from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryError, ReaderClosedError
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryError
 from sf_pipelines.snapshot.index.sqlite import CREATE_KV, FILE, SqliteFile, writing
 
 Key = int | str | bytes
@@ -75,7 +75,7 @@ def encode_keys(keys: pa.Array | pa.ChunkedArray, encoding: KeyEncoding) -> pa.A
         raise QueryError(f"{array.null_count} of {len(array)} keys are null; every row needs a key")
     if encoding in _INTEGERS:
         return _encode_integers(array, encoding)
-    if not (pa.types.is_string(array.type) or _is_bytes(array.type)):
+    if not (is_text(array.type) or is_bytes(array.type)):
         raise QueryError(f"the keys are {array.type}; keys of this snapshot are string or binary ({encoding})")
     return array.cast(pa.binary())
 
@@ -92,10 +92,6 @@ def _encode_integers(array: pa.Array, encoding: str) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(data)]).cast(
         pa.binary()
     )
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _shown(key: Any) -> str:
@@ -127,19 +123,14 @@ def write_key_values(folder: Path, keys: pa.Array | pa.ChunkedArray, values: pa.
 
 
 class KeyValueShard:
-    """The keys and values of a local shard. Thread-safe.
-
-    Args:
-        folder: with the ``shard.db``.
+    """The keys and values of a local shard, in the folder's ``shard.db``. Thread-safe.
 
     Raises:
         IntegrityError: it holds no readable table of keys and values.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: SqliteFile | None = SqliteFile(folder / FILE)
-        self._where = str(folder)
-        self._lock = threading.Lock()
+        self._file = SqliteFile(folder / FILE)
         self._rows: int | None = None
         try:
             self._file.require("kv", {"k": "BLOB", "v": "BLOB"}, key="k")
@@ -150,42 +141,29 @@ class KeyValueShard:
     @property
     def rows(self) -> int:
         """Number of keys; counted when it is first asked for."""
-        with self._lock:
-            file = self._opened()
-            if self._rows is None:
-                # A row takes more than two bytes: a tree that gives more rows than that is a circle of pages.
-                most = file.size // 2
-                count: int = file.query("SELECT count(*) FROM (SELECT 1 FROM kv LIMIT ?)", (most,))[0][0]
-                if count == most:
-                    raise IntegrityError(f"{file.path}: table 'kv' has more rows than the file has room for")
-                self._rows = count
-            return self._rows
+        if self._rows is None:
+            # A row takes more than two bytes: a tree that gives more rows than that is a circle of pages.
+            most = self._file.size // 2
+            count: int = self._file.query("SELECT count(*) FROM (SELECT 1 FROM kv LIMIT ?)", (most,))[0][0]
+            if count == most:
+                raise IntegrityError(f"{self._file.path}: table 'kv' has more rows than the file has room for")
+            self._rows = count
+        return self._rows
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key, in their order; None for a key that is not there."""
-        found: dict[bytes, Any] = {}
-        with self._lock:
-            file = self._opened()
-            if len(keys) <= _FEW:
-                each = ((key,) for key in dict.fromkeys(keys))
-                found.update(file.query_within("SELECT k, v FROM kv WHERE k = ?", *each))
-            else:
-                names = json.dumps([key.hex() for key in keys])
-                found.update(file.query_within(_GET_MANY, (names,)))
+        if len(keys) <= _FEW:
+            each = ((key,) for key in dict.fromkeys(keys))
+            found = dict(self._file.query_within("SELECT k, v FROM kv WHERE k = ?", *each))
+        else:
+            names = json.dumps([key.hex() for key in keys])
+            found = dict(self._file.query_within(_GET_MANY, (names,)))
         strange = {type(value) for value in found.values()} - {bytes}
         if strange:
             names = ", ".join(sorted(kind.__name__ for kind in strange))
-            raise IntegrityError(f"{self._where}: table 'kv' holds values that are {names}, not bytes")
+            raise IntegrityError(f"{self._file.path}: table 'kv' holds values that are {names}, not bytes")
         return [found.get(key) for key in keys]
 
     def close(self) -> None:
         """Closes the file; later calls raise ``ReaderClosedError``."""
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-            self._file = None
-
-    def _opened(self) -> SqliteFile:
-        if self._file is None:
-            raise ReaderClosedError(f"the keys and values in {self._where} were closed")
-        return self._file
+        self._file.close()

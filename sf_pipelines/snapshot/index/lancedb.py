@@ -1,8 +1,8 @@
 """Shards as LanceDB tables: ``<shard>/vector_index.lance``."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,19 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import is_text
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, is_panic
 from sf_pipelines.snapshot.index.lance_file import check_within
-from sf_pipelines.snapshot.index.protocol import (
-    IdArray,
-    IdType,
-    IndexFamily,
-    ShardHits,
-    ShardIndex,
-    VectorType,
-    parse_payload,
-)
-from sf_pipelines.snapshot.index.ranking import distinct, find_ids, first_k, id_ranks, id_values, replaced
+from sf_pipelines.snapshot.index.protocol import STORED_COLUMNS, IdType, IndexFamily, ShardIndex, VectorType
+from sf_pipelines.snapshot.index.ranking import Int64, ShardHits, distinct, first_k, id_ranks, take_ids
 from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
 
@@ -46,9 +39,6 @@ _HNSW_PARTITION_ROWS = 100_000
 _FILTER_INDEX_ROWS = 20_000
 _BITMAP_VALUES = 1_000
 _BITMAP_TYPES = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_string)
-_STORED_COLUMNS = frozenset({"id", "vector", "payload"})
-# Payloads fetched one by one up to this many: a call that takes several at once costs 20 us.
-_FEW = 16
 _EPS, _TINY = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 # Queries of one call: the library plans and buffers each of them separately, all at once.
 _BATCH = 64
@@ -66,40 +56,36 @@ class LanceDBShard(ShardIndex):
     directory = f"{TABLE}.lance"
     subfolder = "vector"
     metrics = frozenset(_DISTANCES)
+    vector_types = ("float32", "float16")
     # Up to here a scan of the whole shard takes less time than the index, which costs 4 ms whatever it finds.
     scan_bytes = 64 * 1024 * 1024
 
     @classmethod
-    def build(
+    def _write(
         cls,
         rows: pa.Table,
         folder: Path,
-        *,
         family: IndexFamily,
         metric: DistanceMetric,
         params: IndexParams,
-        vector_type: VectorType = "float32",
-    ) -> None:
-        """Writes table and index, the index exactly once.
+        vector_type: VectorType,
+    ) -> int:
+        """Table and index, the index exactly once.
 
         Filter columns of large shards get an index of their own: a bitmap where values are few, else a tree.
         """
         import lancedb
 
-        if rows.num_rows == 0:
-            raise IndexBuildError(f"{folder}: a shard without rows has no index; leave it out of the manifest")
-        folder.mkdir(parents=True, exist_ok=True)
         if vector_type == "float16":
             rows = _halved(rows, folder)
         with _library(IndexBuildError, f"cannot build a {family} index of {rows.num_rows} rows in {folder}"):
             table = lancedb.connect(str(folder)).create_table(TABLE, rows)
             config = _index_config(family, metric, params, rows.num_rows)
             table.create_index("vector", config=config, name=_INDEX, replace=False)
-            _index_filters(table, rows)
+            if rows.num_rows >= _FILTER_INDEX_ROWS:
+                _index_filters(table, rows)
             stats = table.index_stats(_INDEX)
-        indexed = 0 if stats is None else stats.num_indexed_rows
-        if indexed != rows.num_rows:
-            raise IndexBuildError(f"{folder}: the {family} index covers {indexed} of {rows.num_rows} rows")
+        return 0 if stats is None else stats.num_indexed_rows
 
     @classmethod
     def open(cls, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> Self:
@@ -120,12 +106,17 @@ class LanceDBShard(ShardIndex):
         self._held = 0 if self._scans else index_bytes
         self._has_payload = "payload" in table.schema.names
         self._table: Table | None = table
-        self._payloads: tuple[NDArray[np.int64], pa.Array] | None = None
+        self._payloads: tuple[Int64, pa.Array] | None = None
         self._keeps_payloads = self._scans
 
     def warm(self) -> None:
         if self.scan() and self._has_payload:
             self._payload_column()
+
+    def close(self) -> None:
+        with self._lock:
+            self._table = self._payloads = None
+            super().close()
 
     def _search_file(self, queries: Float32, k: int) -> ShardHits:
         if _over_fetch(k) * 2 >= self.rows:
@@ -134,31 +125,32 @@ class LanceDBShard(ShardIndex):
         # The library leaves out rows that it cannot rank (zero vectors under cosine), and a stranger's repeated id
         # crowds out others; a scan knows all rows.
         doubtful = np.flatnonzero((hits.counts < k) | blurred)
-        return hits if not len(doubtful) else replaced(hits, doubtful, self._memory().search(queries[doubtful], k))
+        return hits if not len(doubtful) else hits.replaced(doubtful, self._memory().search(queries[doubtful], k))
 
     def _search_index(self, queries: Float32, k: int) -> tuple[ShardHits, NDArray[np.bool_]]:
-        """The hits, and for which queries the library could not tell near rows from others, shape (n,)."""
+        """The hits, and for which queries the library could not tell close rows from others, shape (n,)."""
+        shape = len(queries), k
         found = self._query(queries, _over_fetch(k), ["id", "vector", "_distance"], declared=True)
         query = found["query_index"].to_numpy()
-        ids, rows = self._ids(found), found["_rowid"].to_numpy().astype(np.int64)
+        ids, rows = self._ids(found), _row_ids(found)
         ranks = id_ranks(ids)
         vectors = _matrix(found["vector"], self._dim)
         distances = pair_distances(queries[query], vectors, self._metric)
         kept = distinct(query, distances, ranks)
-        best = first_k(query[kept], distances[kept], ranks[kept], len(queries), k)
-        chosen = kept[best.flat]
-        hits = best.hits(rows[chosen], ids.take(pa.array(chosen)), distances[kept])
+        best = kept[first_k(query[kept], distances[kept], ranks[kept], *shape)]
+        hits = ShardHits.of(query[best], rows[best], take_ids(ids, best), distances[best], shape)
         theirs = found["_distance"].to_numpy().astype(np.float64)
         error = _library_error(queries, query, vectors, theirs, self._metric)
-        return hits, _blurred(query, theirs, distances, error, len(queries), k)
+        return hits, _blurred(query, theirs, distances, error, *shape)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
+        shape = len(queries), k
         found = self._query(queries, k, ["id", "_distance"], declared=False)
-        query = found["query_index"].to_numpy()
-        distances = found["_distance"].to_numpy().astype(np.float64)
-        best = first_k(query, distances, np.arange(len(query)), len(queries), k)
-        ids = self._ids(found).take(pa.array(best.flat))
-        return best.hits(found["_rowid"].to_numpy().astype(np.int64)[best.flat], ids, distances)
+        query, distances = found["query_index"].to_numpy(), found["_distance"].to_numpy().astype(np.float64)
+        best = first_k(query, distances, np.arange(len(query)), *shape)
+        return ShardHits.of(
+            query[best], _row_ids(found)[best], take_ids(self._ids(found), best), distances[best], shape
+        )
 
     def _query(self, queries: Float32, k: int, columns: list[str], *, declared: bool) -> pa.Table:
         """Candidates of all queries; ``query_index`` says whose each is."""
@@ -183,37 +175,25 @@ class LanceDBShard(ShardIndex):
         # The library orders the columns of a batch and of a single query differently.
         return found.select(["query_index", "_rowid", *columns])
 
-    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
+    def _payload_texts(self, rows: Int64) -> list[Any]:
         if not self._has_payload or len(rows) == 0:
             return [None] * len(rows)
-        texts = self._payload_column()
-        if texts is None:
-            return [parse_payload(text) for text in self._take(rows, "payload").to_pylist()]
-        at = np.searchsorted(texts[0], rows)
-        if len(at) <= _FEW:
-            return [parse_payload(texts[1][place].as_py()) for place in at.tolist()]
-        return [parse_payload(text) for text in texts[1].take(pa.array(at)).to_pylist()]
+        held = self._payload_column()
+        texts = self._take(rows, "payload") if held is None else held[1].take(pa.array(np.searchsorted(held[0], rows)))
+        return texts.to_pylist()
 
-    def vectors(self, rows: NDArray[np.int64]) -> Float32:
-        scan = self._scan
-        if scan is not None and len(scan.rows) == self.rows:
-            return scan.vectors[np.searchsorted(scan.rows, rows)]
+    def _read_vectors(self, rows: Int64) -> Float32:
         return _matrix(self._take(rows, "vector"), self._dim)
 
-    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
+    def _read_ids(self) -> tuple[pa.Array, Int64]:
         found = self._column("id")
-        return find_ids(ids, self._ids(found), found["_rowid"].to_numpy().astype(np.int64))
+        return self._ids(found), _row_ids(found)
 
-    def _at(self, positions: NDArray[np.int64]) -> tuple[IdArray, Float32]:
-        with self._reading():
-            query: Any = self._open_table().take_offsets(positions.tolist())
-            found = _in_row_order(query.select(["id", "vector"]).with_row_id().to_arrow())
-        return id_values(self._ids(found)), _matrix(found["vector"], self._dim)
-
-    def close(self) -> None:
-        with self._lock:
-            self._table = self._payloads = None
-            super().close()
+    def _read_scan(self) -> MemoryScan:
+        found = self._column("id", "vector")
+        # A copy: memory of numpy lies in large pages, which a scan reads a tenth faster.
+        vectors = np.array(_matrix(found["vector"], self._dim))
+        return MemoryScan(self._ids(found), _row_ids(found), vectors, self._metric)
 
     def _open_table(self) -> "Table":
         table = self._table
@@ -221,21 +201,7 @@ class LanceDBShard(ShardIndex):
             raise self._closed()
         return table
 
-    def _reading(self) -> AbstractContextManager[None]:
-        return _library(IntegrityError, f"reading the shard in {self._where} failed")
-
-    def _read_scan(self) -> MemoryScan:
-        self._open_table()
-        if self.rows == 0:
-            ids = pa.array([], pa.int64() if self.id_type == "int64" else pa.string())
-            return MemoryScan(ids, np.empty(0, np.int64), np.empty((0, self._dim), np.float32), self._metric)
-        found = self._column("id", "vector")
-        row_ids = found["_rowid"].to_numpy().astype(np.int64)
-        # A copy: memory of numpy lies in large pages, which a scan reads a tenth faster.
-        vectors = np.array(_matrix(found["vector"], self._dim))
-        return MemoryScan(self._ids(found), row_ids, vectors, self._metric)
-
-    def _payload_column(self) -> tuple[NDArray[np.int64], pa.Array] | None:
+    def _payload_column(self) -> tuple[Int64, pa.Array] | None:
         """Rows and the whole column of a shard that is scanned in memory, where it is small; else None."""
         held = self._payloads
         if held is not None:
@@ -245,8 +211,7 @@ class LanceDBShard(ShardIndex):
                 found = self._column("payload")
                 self._keeps_payloads = found["payload"].nbytes <= _PAYLOAD_BYTES
                 if self._keeps_payloads:
-                    column = found["payload"].combine_chunks()
-                    self._payloads = found["_rowid"].to_numpy().astype(np.int64), column
+                    self._payloads = _row_ids(found), found["payload"].combine_chunks()
                     self._held += found.nbytes
             return self._payloads
 
@@ -262,18 +227,18 @@ class LanceDBShard(ShardIndex):
             ) from error
 
     def _column(self, *names: str) -> pa.Table:
-        with self._reading():
+        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
             query: Any = self._open_table().search()
             return _in_row_order(query.select(list(names)).with_row_id(True).limit(self.rows).to_arrow())
 
-    def _take(self, rows: NDArray[np.int64], name: str) -> pa.ChunkedArray:
+    def _take(self, rows: Int64, name: str) -> pa.ChunkedArray:
         """One column at these rows; the library sorts rows and drops repeats, so they are put back."""
-        wanted, back = np.unique(rows, return_inverse=True)
-        with self._reading():
-            query: Any = self._open_table().take_row_ids([int(row) for row in wanted])
+        once, back = np.unique(rows, return_inverse=True)
+        with _library(IntegrityError, f"reading the shard in {self._where} failed"):
+            query: Any = self._open_table().take_row_ids(once.tolist())
             found = _in_row_order(query.select([name]).with_row_id().to_arrow())
-        if found.num_rows != len(wanted):
-            raise IntegrityError(f"{self._where}: {len(wanted) - found.num_rows} of {len(wanted)} rows are gone")
+        if found.num_rows != len(once):
+            raise IntegrityError(f"{self._where}: {len(once) - found.num_rows} of {len(once)} rows are gone")
         return found[name].take(pa.array(back))
 
 
@@ -307,10 +272,8 @@ def _halved(rows: pa.Table, folder: Path) -> pa.Table:
 def _index_filters(table: "Table", rows: pa.Table) -> None:
     from lancedb.index import Bitmap, BTree
 
-    if rows.num_rows < _FILTER_INDEX_ROWS:
-        return
     for name in rows.column_names:
-        if name in _STORED_COLUMNS:
+        if name in STORED_COLUMNS:
             continue
         kind = rows.schema.field(name).type
         countable = any(test(kind) for test in _BITMAP_TYPES)
@@ -324,7 +287,7 @@ def _over_fetch(k: int) -> int:
 
 
 def _library_error(
-    queries: Float32, query: NDArray[np.int64], vectors: Float32, theirs: Float64, metric: DistanceMetric
+    queries: Float32, query: Int64, vectors: Float32, theirs: Float64, metric: DistanceMetric
 ) -> Float64:
     """How far the library's float32 distances may usually be off, for each pair; typical, not proven."""
     dim = vectors.shape[1]
@@ -336,9 +299,7 @@ def _library_error(
     return (4 + math.sqrt(dim)) * _EPS * size + dim * _TINY
 
 
-def _blurred(
-    query: NDArray[np.int64], theirs: Float64, exact: Float64, error: Float64, n: int, k: int
-) -> NDArray[np.bool_]:
+def _blurred(query: Int64, theirs: Float64, exact: Float64, error: Float64, n: int, k: int) -> NDArray[np.bool_]:
     """For which queries the library's k-th candidate is as near as its last one, up to rounding, and in truth is not.
 
     Rows that it has left out may then be nearer. So it is with nearly parallel vectors, and with vectors so short that
@@ -388,9 +349,13 @@ def _check_schema(schema: pa.Schema, where: str, dim: int) -> IdType:
     kind = schema.field("id").type
     if pa.types.is_integer(kind):
         return "int64"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if is_text(kind):
         return "string"
     raise IntegrityError(f"{where}: column 'id' is {kind}; int64 and string are understood")
+
+
+def _row_ids(found: pa.Table) -> Int64:
+    return found["_rowid"].to_numpy().astype(np.int64)
 
 
 def _in_row_order(found: pa.Table) -> pa.Table:

@@ -4,28 +4,24 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import ConfigError, ReaderClosedError
-from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
-
-if TYPE_CHECKING:
-    from sf_pipelines.snapshot.index.scan import MemoryScan
+from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, ReaderClosedError
+from sf_pipelines.snapshot.index.ranking import IdArray, Ids, Int64, ShardHits, find_ids, id_values, take_ids
+from sf_pipelines.snapshot.index.scan import MemoryScan
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 
 # "mixed" (int and str in one shard) is what stock writers may leave in SQLite shards; ours never write it.
 IdType = Literal["int64", "string", "mixed"]
 VectorType = Literal["float32", "float16"]
-# int64 ids, or str (of mixed ones: int and str) objects with None where there is no hit.
-IdArray = NDArray[Any]
-
+# Columns of a shard's rows that are no filter columns.
+STORED_COLUMNS = frozenset({"id", "vector", "payload"})
 # `auto`: below this many rows in the largest shard an exact scan is as fast as any index.
 FLAT_ROWS = 4_000
 # `auto`: up to this many rows IVF_SQ is built 10 to 90 times faster than a graph, at similar latency.
@@ -71,40 +67,17 @@ def choose_family(
         ConfigError: no such family.
     """
     if index_type != "auto":
-        try:
-            return IndexFamily(index_type)
-        except ValueError as error:
+        if index_type not in list(IndexFamily):
             names = ", ".join(["auto", *IndexFamily])
-            raise ConfigError(f"index_type {index_type!r} is unknown; use one of {names}") from error
-    flat = FLAT_ROWS * _leeway(served, IndexFamily.FLAT)
+            raise ConfigError(f"index_type {index_type!r} is unknown; use one of {names}")
+        return IndexFamily(index_type)
+    # The served family's bound is wider on its side; both are narrower where IVF_SQ, between them, is served.
+    narrower = 1 / _LEEWAY if served == IndexFamily.IVF_SQ else 1.0
+    flat = FLAT_ROWS * (_LEEWAY if served == IndexFamily.FLAT else narrower)
+    ivf = IVF_ROWS / (_LEEWAY if served == IndexFamily.HNSW else narrower)
     if largest_shard_rows < flat and not eight_bit:
         return IndexFamily.FLAT
-    ivf = IVF_ROWS / _leeway(served, IndexFamily.HNSW)
     return IndexFamily.IVF_SQ if largest_shard_rows <= ivf or repeated > _REPEATED else IndexFamily.HNSW
-
-
-def _leeway(served: str | None, favoured: IndexFamily) -> float:
-    """What stretches a bound for the family on its one side; it shrinks where IVF_SQ, on its other side, is served."""
-    if served == favoured:
-        return _LEEWAY
-    return 1 / _LEEWAY if served == IndexFamily.IVF_SQ else 1.0
-
-
-@dataclass(frozen=True)
-class ShardHits:
-    """Nearest rows of one shard for a batch of queries, nearest first, equal distances by id.
-
-    Attributes:
-        rows: row references within the shard, int64, shape (n, k), -1 where there is no hit.
-        ids: int64 or objects (str; of mixed ids int and str), shape (n, k); 0 or None where there is no hit.
-        distances: as ``pair_distances`` gives them, float64, shape (n, k), NaN where there is no hit.
-        counts: hits of each query, shape (n,).
-    """
-
-    rows: NDArray[np.int64]
-    ids: IdArray
-    distances: Float64
-    counts: NDArray[np.int64]
 
 
 class ShardIndex(ABC):
@@ -118,6 +91,7 @@ class ShardIndex(ABC):
         subfolder: where the index lies below the directory of a unified shard; empty where it shares the file with
             the keys and values.
         metrics: distances that the library knows.
+        vector_types: how the library can store vectors.
         scan_bytes: a scan in memory answers sooner than the index where a shard has up to so many bytes of vectors.
         rows: rows of the shard.
         indexed_rows: rows that a trained index covers; 0 when there is none.
@@ -128,6 +102,7 @@ class ShardIndex(ABC):
     directory: ClassVar[str]
     subfolder: ClassVar[str]
     metrics: ClassVar[frozenset[DistanceMetric]]
+    vector_types: ClassVar[tuple[VectorType, ...]] = ("float32",)
     scan_bytes: ClassVar[int]
 
     rows: int
@@ -147,7 +122,6 @@ class ShardIndex(ABC):
         self._lock = threading.RLock()
 
     @classmethod
-    @abstractmethod
     def build(
         cls,
         rows: pa.Table,
@@ -161,8 +135,8 @@ class ShardIndex(ABC):
         """Writes a shard's index, which covers every row, into a folder.
 
         Args:
-            rows: columns ``id`` (int64 or string), ``vector`` (fixed-size list of float32), ``payload``
-                (string: JSON or null), and any filter columns; at least one row.
+            rows: columns ``id`` (int64 or string), ``vector`` (fixed-size list of finite float32; none is zero under
+                cosine), ``payload`` (string: JSON or null), and any filter columns; at least one row.
             folder: where; it may hold a ``shard.db`` with keys and values already.
             family: index to build.
             metric: declared metric.
@@ -172,6 +146,17 @@ class ShardIndex(ABC):
         Raises:
             IndexBuildError: it cannot be built, or does not cover every row.
         """
+        if rows.num_rows == 0:
+            raise IndexBuildError(f"{folder}: a shard without rows has no index; leave it out of the manifest")
+        if metric not in cls.metrics:
+            names = ", ".join(sorted(cls.metrics))
+            raise IndexBuildError(f"{folder}: {cls.name} has no metric {metric}; it has {names}")
+        if vector_type not in cls.vector_types:
+            raise IndexBuildError(f"{folder}: {cls.name} stores {', '.join(cls.vector_types)}, not {vector_type}")
+        folder.mkdir(parents=True, exist_ok=True)
+        indexed = cls._write(rows, folder, family, metric, params, vector_type)
+        if indexed != rows.num_rows:
+            raise IndexBuildError(f"{folder}: the {family} index covers {indexed} of {rows.num_rows} rows")
 
     @classmethod
     @abstractmethod
@@ -205,7 +190,7 @@ class ShardIndex(ABC):
         """Loads what searches will hold in memory anyway: of a scanned shard its vectors, and payloads if small."""
         self.scan()
 
-    def scan(self) -> "MemoryScan | None":
+    def scan(self) -> MemoryScan | None:
         """The scan of a shard that is searched in memory, loaded on first use; None where ``search`` does more.
 
         A reader that asks several shards for their rough candidates scores fewer rows than one that asks each for its
@@ -230,41 +215,66 @@ class ShardIndex(ABC):
             QueryError: ``k`` is more than the library takes.
         """
 
-    @abstractmethod
-    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
+    def payloads(self, rows: Int64) -> list[dict[str, Any] | None]:
         """Payload of each row reference, in their order; None for text that is no JSON object."""
+        return [_parsed(text) for text in self._payload_texts(rows)]
 
-    @abstractmethod
-    def vectors(self, rows: NDArray[np.int64]) -> Float32:
+    def vectors(self, rows: Int64) -> Float32:
         """Stored vector of each row reference, in their order, shape (n, dim)."""
+        scan = self._scan
+        if scan is not None and len(scan.rows) == self.rows:
+            return scan.vectors[np.searchsorted(scan.rows, rows)]
+        return self._read_vectors(rows)
 
-    @abstractmethod
-    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
+    def find(self, ids: Sequence[int | str]) -> Int64:
         """Row reference of each id, shape (n,); -1 where the shard does not have it. Scans the column of ids."""
+        return find_ids(ids, *self._read_ids())
 
     def sample(self, n: int) -> tuple[IdArray, Float32]:
         """Ids and vectors of up to ``n`` rows spread over the shard; always the same ones."""
-        count = min(n, self.rows)
-        return self._at(np.unique(np.linspace(0, max(0, self.rows - 1), count).astype(np.int64)))
+        ids, rows = self._read_ids()
+        at = np.unique(np.linspace(0, max(0, self.rows - 1), min(n, self.rows)).astype(np.int64))
+        return id_values(take_ids(ids, at)), self.vectors(rows[at])
 
     def close(self) -> None:
         """Frees what is held. Later calls raise ``ReaderClosedError``."""
         with self._lock:
             self._scan, self._held = None, 0
 
+    @classmethod
+    @abstractmethod
+    def _write(
+        cls,
+        rows: pa.Table,
+        folder: Path,
+        family: IndexFamily,
+        metric: DistanceMetric,
+        params: IndexParams,
+        vector_type: VectorType,
+    ) -> int:
+        """``build``, of what was checked. Gives the number of rows that the index covers."""
+
     @abstractmethod
     def _search_file(self, queries: Float32, k: int) -> ShardHits:
         """``search`` of a shard with rows that is not scanned in memory."""
 
     @abstractmethod
-    def _read_scan(self) -> "MemoryScan":
-        """All vectors; called under the lock. Refuses a closed shard."""
+    def _read_scan(self) -> MemoryScan:
+        """All vectors; called under the lock. Refuses a closed shard, as all that follow do."""
 
     @abstractmethod
-    def _at(self, positions: NDArray[np.int64]) -> tuple[IdArray, Float32]:
-        """Ids and vectors at these positions in the shard, which ascend."""
+    def _read_ids(self) -> tuple[Ids, Int64]:
+        """Id and row reference of each row; references ascend."""
 
-    def _memory(self) -> "MemoryScan":
+    @abstractmethod
+    def _read_vectors(self, rows: Int64) -> Float32:
+        """``vectors``, from the file."""
+
+    @abstractmethod
+    def _payload_texts(self, rows: Int64) -> Sequence[Any]:
+        """Payload of each row reference as it is stored; None where there is none."""
+
+    def _memory(self) -> MemoryScan:
         scan = self._scan
         if scan is not None:
             return scan
@@ -277,7 +287,7 @@ class ShardIndex(ABC):
         return ReaderClosedError(f"the shard in {self._where} was closed")
 
 
-def parse_payload(text: Any) -> dict[str, Any] | None:
+def _parsed(text: Any) -> dict[str, Any] | None:
     """The object that a stored payload says; what is no JSON object is no payload."""
     if not isinstance(text, str):
         return None

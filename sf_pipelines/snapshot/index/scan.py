@@ -1,21 +1,16 @@
 """Exact search over a shard's vectors held in memory.
 
-A scan has two steps. A float32 matrix product gives every row a rough key; rows that by a proven bound on its error
-may belong to the nearest are candidates. They, and only they, are scored in float64. Candidates of several shards
-can be compared by their keys first, so that a reader scores about as many rows as it returns.
+A float32 matrix product gives every row a rough key. Rows that by a proven bound on its error may belong to the nearest
+are candidates; only they are scored in float64. Candidates of several shards are compared by their keys first, so a
+reader scores about as many rows as it returns.
 
-Measured at 384 dimensions and 6,250 rows on two cores: finding the candidates of one query takes 0.6 ms, all of it
-reading the vectors from memory; in batches of 100 it takes 0.05 ms a query. An index library needs 4 to 7 ms for one
-query, and 0.5 to 1.1 ms a query in batches.
-
-BLAS spreads a product over all cores by itself, which is best for one large product. For a few queries it is not: the
-product takes as long as reading the vectors does, and where several threads search at once its own threads wait for
-each other in busy loops (eight searching threads on two cores: 12 queries/s over three shards of 9.6 MB; 520 with
-products that BLAS does not spread). So products with a few queries are cut into pieces, small enough to be left to one
-core, which the threads of a pool share; a single query that has all cores to itself is left to BLAS.
+Of 6,250 x 384 on two cores one query takes 0.6 ms, all of it reading the vectors, and in a batch of 100 each takes
+0.05 ms. BLAS spreads a product over all cores, but for a few queries the product takes as long as reading the vectors,
+and where several threads search its own threads wait for each other in busy loops (12 queries/s instead of 520 in eight
+threads). So products with a few queries are cut into pieces that BLAS leaves to one core, and a pool's threads share
+these; a single query that has all cores to itself is left to BLAS.
 """
 
-import math
 import os
 import threading
 from collections import deque
@@ -25,16 +20,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
 from sf_pipelines.snapshot.index.ranking import (
+    IdArray,
     Ids,
     Int64,
+    ShardHits,
     first_k,
     id_ranks,
     id_values,
     is_numbers,
     most_repeats,
-    no_hits,
     take_ids,
 )
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64, pair_distances
@@ -43,10 +38,8 @@ _EPS = float(np.finfo(np.float32).eps)
 _EPS64 = float(np.finfo(np.float64).eps)
 # The smallest normal float32: what a product below it loses, if such numbers are taken for 0.
 _TINY = float(np.finfo(np.float32).tiny)
-# Beyond these lengths float32 has no room for products, or for inverse lengths: every pair is decided in float64.
-_SHORTEST, _LONGEST = 2.0**-96, 2.0**96
-# Queries of vectors with lengths far from 1 are multiplied by a power of 2 to this: so squares fit into float32, too.
-_POWERS = 64
+# Beyond these lengths float32 has no room for squares, products or inverse lengths: every pair is decided in float64.
+_SHORTEST, _LONGEST, _LARGEST_PRODUCT = 2.0**-60, 2.0**60, 2.0**96
 # Lengths that differ by less than this part are one for the rough keys: their bound is wider than that by far.
 _SAME_LENGTH = 1e-6
 # Numbers of one block of candidates: 4 million float64 are 32 MB.
@@ -70,28 +63,30 @@ _spreading = threading.Lock()
 os.register_at_fork(before=_spreading.acquire, after_in_parent=_spreading.release, after_in_child=_spreading.release)
 
 Piece = tuple[Float32, Float32, Float32]
+# Query, position and key of each candidate, and the best keys of each query.
+Keyed = tuple[Int64, Int64, Float32, Float32]
 
 
 @dataclass(frozen=True)
-class Near:
+class ScanCandidates:
     """Rows of a scan that may belong to the nearest of a batch of queries; nothing that may is missing.
 
     Attributes:
         scan: that they are from.
-        query: query of each candidate, int64, ascending.
-        column: position of each candidate in the scan, int64.
-        key: rough key of each candidate, float32 or float64; larger is nearer. Keys of one query can be compared
-            between the shards of a snapshot. Infinite where float32 cannot tell.
-        bound: most that a key may be off, float64, shape (n,).
-        best: keys of different rows among the best of each query, of the same type, shape (n, min(k, rows)).
+        query: query of each candidate, ascending.
+        position: of each candidate in the scan.
+        key: rough key of each candidate; larger is nearer. Keys of one query can be compared between the shards of a
+            snapshot. Infinite where float32 cannot tell.
+        bound: most that a key may be off, shape (n,).
+        best: keys of different rows among the best of each query, shape (n, min(k, rows)).
     """
 
     scan: "MemoryScan"
     query: Int64
-    column: Int64
-    key: Float32 | Float64
+    position: Int64
+    key: Float32
     bound: Float64
-    best: Float32 | Float64
+    best: Float32
 
 
 class MemoryScan:
@@ -134,7 +129,7 @@ class MemoryScan:
         """What makes keys of products, and says how far off they may be."""
         self._longest = float(lengths.max(initial=0.0))
         shortest = float(lengths.min(initial=self._longest))
-        # Of vectors of one length one number stands for all of them, which saves a pass over all keys.
+        # One number for all of them is quicker, and unit vectors differ in no more than rounding.
         self._spread = (self._longest - shortest) / self._longest if self._longest else 0.0
         if self._spread <= _SAME_LENGTH:
             lengths = lengths[:1]
@@ -142,25 +137,22 @@ class MemoryScan:
         cosine = self.metric is DistanceMetric.COSINE
         least = float(positive.min(initial=1.0)) if cosine else self._longest or 1.0
         self._by_pairs = self._longest > _LONGEST or least < _SHORTEST
-        self._power = -_POWERS * round(math.log2(self._longest) / _POWERS) if self._longest else 0
         self._most_inverse = 1.0 / least
-        if cosine:
-            self._scale = (1.0 / np.clip(positive, _SHORTEST, _LONGEST)).astype(np.float32)
-        else:
-            squares = np.square(np.minimum(lengths, _LONGEST)) / 2
-            self._scale = (squares * 2.0**self._power).astype(np.float32)
+        scale = 1.0 / np.maximum(positive, _SHORTEST) if cosine else np.square(np.minimum(lengths, _LONGEST)) / 2
+        self._scale = scale.astype(np.float32)
 
     def search(self, queries: Float32, k: int) -> ShardHits:
         """The true nearest rows; see ``ShardIndex.search``. Of a repeated id there may be several."""
-        if not len(self.rows):
-            return no_hits(len(queries), self.ids)
-        near = self.near(queries, k)
-        distances = self.distances(queries, near.query, near.column)
-        best = first_k(near.query, distances, self.ranks[near.column], len(queries), near.best.shape[1])
-        picked = near.column[best.flat]
-        return best.hits(self.rows[picked], take_ids(self.ids, picked), distances)
+        found = self.candidates(queries, k)
+        distances = self.distances(queries, found.query, found.position)
+        shape = found.best.shape
+        best = first_k(found.query, distances, self.ranks[found.position], *shape)
+        position = found.position[best]
+        return ShardHits.of(
+            found.query[best], self.rows[position], take_ids(self.ids, position), distances[best], shape
+        )
 
-    def near(
+    def candidates(
         self,
         queries: Float32,
         k: int,
@@ -168,7 +160,7 @@ class MemoryScan:
         pool: Executor | None = None,
         lengths: Float64 | None = None,
         keys: Float32 | None = None,
-    ) -> Near:
+    ) -> ScanCandidates:
         """Candidates for the k nearest rows, so many more as ids are repeated.
 
         Whatever is within twice the bound of the k-th best key is one, so neither the size of the batch nor the order
@@ -179,41 +171,39 @@ class MemoryScan:
             k: hits wanted.
             pool: see ``products``.
             lengths: ``lengths_of`` the queries, where they are known.
-            keys: ``products`` of the vectors with these queries ``scaled``, where they are known; they are overwritten.
+            keys: ``products`` of the vectors with these queries, where they are known; they are overwritten.
         """
         rows = len(self.rows)
-        wanted = min(k * self.repeats, rows)
+        k = min(k * self.repeats, rows)
         lengths = lengths_of(queries) if lengths is None else lengths
         bound = self._bound(lengths)
         by_pairs = self.too_large(lengths)
-        if not wanted or not len(queries):
+        if not k or not len(queries):
             none = np.empty(0, dtype=np.int64)
-            return Near(self, none, none, np.empty(0, np.float32), bound, np.empty((len(queries), wanted), np.float32))
+            return ScanCandidates(self, none, none, np.empty(0, "f4"), bound, np.empty((len(queries), k), "f4"))
         step = max(1, _BLOCK // rows) if keys is None else len(queries)
-        parts: list[tuple[Int64, Int64, Float32, Float32]] = []
+        parts: list[Keyed] = []
         for at in range(0, len(queries), step):
             part = queries[at : at + step]
             if by_pairs:
-                query, column, key, best = self._all_pairs(part, wanted)
+                query, position, key, best = self._all_pairs(part, k)
             else:
-                table = products([(self.vectors, self.scaled(part))], pool)[0] if keys is None else keys
-                query, column, key, best = self._candidates(part, table, bound[at : at + step], wanted)
-            parts.append((query + at if at else query, column, key, best))
+                table = products([(self.vectors, part)], pool)[0] if keys is None else keys
+                query, position, key, best = self._by_keys(part, table, bound[at : at + step], k)
+            parts.append((query + at if at else query, position, key, best))
         joined = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
-        query, column, key, best = joined
-        if self._power:
-            key, best = (np.ldexp(scaled.astype(np.float64), -self._power) for scaled in (key, best))
-        return Near(self, query, column, key, bound, best)
+        query, position, key, best = joined
+        return ScanCandidates(self, query, position, key, bound, best)
 
-    def distances(self, queries: Float32, query: Int64, column: Int64) -> Float64:
+    def distances(self, queries: Float32, query: Int64, position: Int64) -> Float64:
         """The exact distance of each pair of a query and a position; it depends on nothing else."""
         step = max(1, _SCORED // self.vectors.shape[1])
         if len(query) <= step:
-            return pair_distances(queries[query], self.vectors[column], self.metric)
+            return pair_distances(queries[query], self.vectors[position], self.metric)
         out = np.empty(len(query), dtype=np.float64)
         for at in range(0, len(query), step):
             part = slice(at, at + step)
-            out[part] = pair_distances(queries[query[part]], self.vectors[column[part]], self.metric)
+            out[part] = pair_distances(queries[query[part]], self.vectors[position[part]], self.metric)
         return out
 
     def ids_at(self, positions: Int64) -> IdArray:
@@ -229,36 +219,30 @@ class MemoryScan:
             self.nbytes += ranks.nbytes
         return ranks
 
-    def scaled(self, queries: Float32) -> Float32:
-        """The queries as products with these vectors need them: as they are, unless the vectors are extreme."""
-        return np.ldexp(queries, self._power) if self._power else queries
-
     def too_large(self, lengths: Float64) -> bool:
         """Whether float32 cannot tell the rows apart for queries of these lengths."""
-        longest = float(lengths.max(initial=0.0)) * 2.0**self._power
-        return self._by_pairs or longest * max(1.0, self._longest) > _LONGEST
+        return self._by_pairs or float(lengths.max(initial=0.0)) * max(1.0, self._longest) > _LARGEST_PRODUCT
 
     def _bound(self, lengths: Float64) -> Float64:
         """Most that the key of a row may be off, for queries of these lengths.
 
         |fl(x.y) - x.y| <= n eps |x||y| for any order of additions (Higham, Accuracy and Stability, 3.1), and n times
-        the smallest number for what is lost below it, of the products and of the scaled queries.
+        the smallest number for what is lost below it.
         """
-        terms = self.vectors.shape[1] + 8
-        lost = terms * _TINY / 2.0**self._power
+        roundings = self.vectors.shape[1] + 8
+        lost = roundings * _TINY
         same = self._spread if self._spread <= _SAME_LENGTH else 0.0
         if self.metric is DistanceMetric.COSINE:
-            return (terms * _EPS + same) * lengths + lost * (1 + self._most_inverse)
-        bound = terms * _EPS * self._longest * lengths + lost * (1 + self._longest)
+            return (roundings * _EPS + same) * lengths + lost * (1 + self._most_inverse)
+        bound = roundings * _EPS * self._longest * lengths + lost * (1 + self._longest)
         if self.metric is DistanceMetric.L2:
-            # The last term: distances of a query far away are rounded to the same number, and decided by id.
-            return bound + (4 * _EPS + same) * self._longest**2 + terms * _EPS64 * np.square(lengths + self._longest)
+            # The last number: distances of a query far away are rounded to the same number, and decided by id.
+            far = roundings * _EPS64 * np.square(lengths + self._longest)
+            return bound + (4 * _EPS + same) * self._longest**2 + far
         return bound
 
-    def _candidates(
-        self, queries: Float32, keys: Float32, bound: Float64, k: int
-    ) -> tuple[Int64, Int64, Float32, Float32]:
-        """Query, position and key of each candidate, and the best keys of each query; keys are of scaled queries."""
+    def _by_keys(self, queries: Float32, keys: Float32, bound: Float64, k: int) -> Keyed:
+        """Rows whose key comes near enough to the k-th best."""
         n, factor, offset = len(queries), np.float32(1), np.float32(0)
         if self.metric is DistanceMetric.COSINE:
             if len(self._scale) == 1:
@@ -273,32 +257,32 @@ class MemoryScan:
         best = _best_keys(keys, k)
         # In float32, rounded down: a float64 threshold would widen the whole table.
         with np.errstate(over="ignore"):
-            threshold = (best[:, 0] - 2 * np.ldexp(bound, self._power) / factor).astype(np.float32)
+            threshold = (best[:, 0] - 2 * bound / factor).astype(np.float32)
         least = np.nextafter(threshold, np.float32(-np.inf))
         # Of a table with one axis numpy finds what is not zero twenty times faster.
         flat = np.flatnonzero(keys >= least)
         if len(flat) > _CROWD * k * n:
-            query, column = self._decided(queries, flat, k)
+            query, position = self._decided(queries, flat, k)
         elif n == 1:
-            query, column = np.zeros(len(flat), dtype=np.int64), flat
+            query, position = np.zeros(len(flat), dtype=np.int64), flat
         else:
-            column, query = np.divmod(flat, n)
+            position, query = np.divmod(flat, n)
             order = np.argsort(query, kind="stable")
-            query, column = query[order], column[order]
-        return query, column, keys[column, query] * factor - offset, best * factor - offset
+            query, position = query[order], position[order]
+        return query, position, keys[position, query] * factor - offset, best * factor - offset
 
-    def _all_pairs(self, queries: Float32, k: int) -> tuple[Int64, Int64, Float32, Float32]:
+    def _all_pairs(self, queries: Float32, k: int) -> Keyed:
         """The same where float32 cannot tell: the k nearest themselves."""
-        query, column = self._decided(queries, np.arange(len(queries) * len(self.rows)), k)
+        query, position = self._decided(queries, np.arange(len(queries) * len(self.rows)), k)
         keys = np.full(len(query), np.inf, dtype=np.float32)
-        return query, column, keys, np.full((len(queries), k), -np.inf, dtype=np.float32)
+        return query, position, keys, np.full((len(queries), k), -np.inf, dtype=np.float32)
 
     def _decided(self, queries: Float32, flat: Int64, k: int) -> tuple[Int64, Int64]:
         """Query and position of the k nearest among cells of the table (rows, queries)."""
-        column, query = np.divmod(flat, len(queries))
-        distances = self.distances(queries, query, column)
-        best = first_k(query, distances, self.ranks[column], len(queries), k).flat
-        return query[best], column[best]
+        position, query = np.divmod(flat, len(queries))
+        distances = self.distances(queries, query, position)
+        best = first_k(query, distances, self.ranks[position], len(queries), k)
+        return query[best], position[best]
 
 
 def _best_keys(keys: Float32, k: int) -> Float32:
@@ -327,10 +311,10 @@ def _best_keys(keys: Float32, k: int) -> Float32:
     return np.partition(np.ascontiguousarray(maxima.T), blocks - k, axis=1)[:, blocks - k :]
 
 
-def near_all(
+def scan_all(
     queries: Float32, jobs: Sequence[tuple[MemoryScan, Int64]], k: int, pool: Executor | None = None
-) -> list[Near]:
-    """``MemoryScan.near`` of several scans, on as many cores as help.
+) -> list[ScanCandidates]:
+    """``MemoryScan.candidates`` of several scans, on as many cores as help.
 
     Args:
         queries: of all of them, finite float32, shape (n, dim).
@@ -339,22 +323,20 @@ def near_all(
         pool: see ``products``.
     """
     lengths = lengths_of(queries)
+
+    def part_of(which: Int64) -> Float32:
+        return queries if len(which) == len(queries) else queries[which]
+
     if sum(len(scan.rows) * len(which) for scan, which in jobs) > _BLOCK:
         # Shard by shard, so that no more than one has its queries copied at a time.
-        parts = ((scan, *_of(queries, lengths, which)) for scan, which in jobs)
-        return [scan.near(part, k, pool=pool, lengths=size) for scan, part, size in parts]
-    asked = [(scan, *_of(queries, lengths, which)) for scan, which in jobs]
+        return [scan.candidates(part_of(which), k, pool=pool, lengths=lengths[which]) for scan, which in jobs]
+    asked = [(scan, part_of(which), lengths[which]) for scan, which in jobs]
     ready = [place for place, (scan, _, size) in enumerate(asked) if not scan.too_large(size)]
-    tables = products([(asked[place][0].vectors, asked[place][0].scaled(asked[place][1])) for place in ready], pool)
+    tables = products([(asked[place][0].vectors, asked[place][1]) for place in ready], pool)
     keys = dict(zip(ready, tables, strict=True))
     return [
-        scan.near(part, k, pool=pool, lengths=size, keys=keys.get(place))
-        for place, (scan, part, size) in enumerate(asked)
+        scan.candidates(part, k, lengths=size, keys=keys.get(place)) for place, (scan, part, size) in enumerate(asked)
     ]
-
-
-def _of(queries: Float32, lengths: Float64, which: Int64) -> tuple[Float32, Float64]:
-    return (queries, lengths) if len(which) == len(queries) else (queries[which], lengths[which])
 
 
 def exact_distances(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, Int64]]) -> Float64:
@@ -366,10 +348,10 @@ def exact_distances(queries: Float32, parts: Sequence[tuple[MemoryScan, Int64, I
     """
     pairs = sum(len(query) for _, query, _ in parts)
     if len(parts) < 2 or pairs * queries.shape[1] > _SCORED:
-        distances = [scan.distances(queries, query, column) for scan, query, column in parts]
+        distances = [scan.distances(queries, query, position) for scan, query, position in parts]
         return np.concatenate(distances) if distances else np.empty(0)
     # Few pairs, as of a single query: calls cost more than the work.
-    vectors = np.concatenate([scan.vectors[column] for scan, _, column in parts])
+    vectors = np.concatenate([scan.vectors[position] for scan, _, position in parts])
     query = np.concatenate([query for _, query, _ in parts])
     return pair_distances(queries[query], vectors, parts[0][0].metric)
 

@@ -6,13 +6,14 @@ refused before anything is read. What is read afterwards is bounded by the size 
 """
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError
 
 if TYPE_CHECKING:
     import apsw
@@ -56,18 +57,14 @@ def writing(folder: Path) -> Iterator["apsw.Connection"]:
 
 
 class SqliteFile:
-    """A ``shard.db`` opened for reading, its schema looked through.
+    """A ``shard.db`` opened for reading, its schema looked through. Thread-safe.
 
-    Opened immutable: local copies are verified and never change, so there are no locks and no journal. Use it under
-    a lock: a connection serves one thread at a time.
-
-    Args:
-        path: of the file.
+    Opened immutable: local copies are verified and never change, so there are no locks and no journal. Once closed,
+    every call raises ``ReaderClosedError``.
 
     Attributes:
         path: of the file.
         size: its bytes: no table can hold more.
-        connection: to it.
         tables: SQL of each ordinary table, by name.
         virtual: SQL of each virtual table, by name.
 
@@ -82,33 +79,38 @@ class SqliteFile:
         self.tables: dict[str, str] = {}
         self.virtual: dict[str, str] = {}
         self.size = _size_of_database(path)
-        with reading(path):
-            self.connection = apsw.Connection(
+        # A connection serves one thread at a time.
+        self._lock = threading.RLock()
+        self._closed = False
+        with _reading(path):
+            self._connection = apsw.Connection(
                 f"file:{quote(str(path.absolute()))}?immutable=1",
                 flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
             )
         try:
-            with reading(path):
-                self._harden()
-                self._read_schema()
+            with self.connection() as connection:
+                connection.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
+                connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
+                connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
+                connection.config(apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0)
+                connection.limit(apsw.SQLITE_LIMIT_ATTACHED, 0)
+                connection.execute("PRAGMA cell_size_check = ON; PRAGMA query_only = ON").fetchall()
+            self._read_schema()
         except IntegrityError:
-            self.connection.close()
+            self.close()
             raise
 
-    def _harden(self) -> None:
-        import apsw
-
-        self.connection.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
-        self.connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
-        self.connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
-        self.connection.config(apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0)
-        self.connection.limit(apsw.SQLITE_LIMIT_ATTACHED, 0)
-        self.connection.execute("PRAGMA cell_size_check = ON; PRAGMA query_only = ON").fetchall()
+    @contextmanager
+    def connection(self) -> Iterator["apsw.Connection"]:
+        """The connection, for this thread alone."""
+        with self._lock, _reading(self.path):
+            if self._closed:
+                raise ReaderClosedError(f"{self.path} was closed")
+            yield self._connection
 
     def _read_schema(self) -> None:
-        rows = self.connection.execute(
-            "SELECT type, name, substr(sql, 1, ?) FROM sqlite_schema LIMIT ?", (_MAX_SQL + 1, _MAX_OBJECTS + 1)
-        ).fetchall()
+        sql = "SELECT type, name, substr(sql, 1, ?) FROM sqlite_schema LIMIT ?"
+        rows = self.query(sql, (_MAX_SQL + 1, _MAX_OBJECTS + 1))
         if len(rows) > _MAX_OBJECTS:
             raise IntegrityError(f"{self.path}: the schema has more than {_MAX_OBJECTS} objects; a shard has about 40")
         for kind, name, sql in rows:
@@ -124,10 +126,7 @@ class SqliteFile:
         if name not in self.tables:
             what = "a virtual table" if name in self.virtual else "missing"
             raise IntegrityError(f"{self.path}: the table {name!r} is {what}; a shard has it as an ordinary table")
-        with reading(self.path):
-            found: list[tuple[Any, ...]] = self.connection.execute(
-                "SELECT name, pk, hidden, upper(type) FROM pragma_table_xinfo(?) LIMIT 100", (name,)
-            ).fetchall()
+        found = self.query("SELECT name, pk, hidden, upper(type) FROM pragma_table_xinfo(?) LIMIT 100", (name,))
         if [column for column, *_ in found] != list(columns) or any(hidden for _, _, hidden, _ in found):
             names = ", ".join(f"{column} (computed)" if hidden else str(column) for column, _, hidden, _ in found)
             raise IntegrityError(
@@ -143,10 +142,10 @@ class SqliteFile:
         if key is not None and keys != [key]:
             raise IntegrityError(f"{self.path}: table {name!r} has primary key {keys}; expected {key!r}")
 
-    def query(self, sql: str, values: tuple[Any, ...] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """All rows of a query."""
-        with reading(self.path):
-            return self.connection.execute(sql, values).fetchall()
+        with self.connection() as connection:
+            return connection.execute(sql, values).fetchall()
 
     def query_within(self, sql: str, *several: tuple[Any, ...]) -> list[tuple[Any, Any]]:
         """All rows of a query, asked with several values, for keys and values that lie in the file once.
@@ -155,9 +154,9 @@ class SqliteFile:
         """
         out: list[tuple[Any, Any]] = []
         room = self.size
-        with reading(self.path):
+        with self.connection() as connection:
             for values in several:
-                for key, value in self.connection.execute(sql, values):
+                for key, value in connection.execute(sql, values):
                     room -= len(value) if isinstance(value, bytes | str) else 0
                     if room < 0:
                         raise self._too_large()
@@ -177,12 +176,14 @@ class SqliteFile:
         )
 
     def close(self) -> None:
-        """Closes the file."""
-        self.connection.close()
+        """Closes the file; may be repeated."""
+        with self._lock:
+            self._closed = True
+            self._connection.close()
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
     """Errors of SQLite as ours: a local, verified file that cannot be read is broken."""
     import apsw
 

@@ -10,27 +10,19 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from sf_pipelines.snapshot.arrow import is_text, vectors_of
 from sf_pipelines.snapshot.config import IndexParams
 from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, QueryError
-from sf_pipelines.snapshot.index.protocol import (
-    IdArray,
-    IndexFamily,
-    ShardHits,
-    ShardIndex,
-    VectorType,
-    parse_payload,
-)
-from sf_pipelines.snapshot.index.ranking import Ids, find_ids, first_k, id_ranks, id_values, take_ids
+from sf_pipelines.snapshot.index.protocol import STORED_COLUMNS, IndexFamily, ShardIndex, VectorType
+from sf_pipelines.snapshot.index.ranking import Ids, Int64, ShardHits, first_k, id_ranks, take_ids
 from sf_pipelines.snapshot.index.scan import MemoryScan, lengths_of
-from sf_pipelines.snapshot.index.sqlite import CREATE_KV, FILE, SqliteFile, reading, writing
+from sf_pipelines.snapshot.index.sqlite import CREATE_KV, FILE, SqliteFile, writing
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 
 if TYPE_CHECKING:
@@ -50,7 +42,6 @@ _INSERT_ID = {
     "int": """INSERT INTO vec_id_map VALUES (?, '{"v": ' || ? || ', "t": "int"}')""",
     "str": """INSERT INTO vec_id_map VALUES (?, '{"v": ' || json_quote(?) || ', "t": "str"}')""",
 }
-_STORED_COLUMNS = frozenset({"id", "vector", "payload"})
 # Columns with their declared types, and the primary key.
 _TABLES: dict[str, tuple[dict[str, str | None], str | None]] = {
     "vec_index_info": ({"key": None, "value": None}, None),
@@ -105,24 +96,23 @@ class SqliteVecShard(ShardIndex):
     scan_bytes = sys.maxsize
 
     @classmethod
-    def build(
+    def _write(
         cls,
         rows: pa.Table,
         folder: Path,
-        *,
         family: IndexFamily,
         metric: DistanceMetric,
         params: IndexParams,
-        vector_type: VectorType = "float32",
-    ) -> None:
-        """Writes vectors, ids and payloads. Family and parameters mean nothing here.
+        vector_type: VectorType,
+    ) -> int:
+        """Vectors, ids and payloads. Family and parameters mean nothing here.
 
         A filter column ``c`` becomes a metadata column of ``vec_index``: ``boolean``, ``integer``, ``float`` or
         ``text``; dates are days and timestamps microseconds since 1970 (UTC), both ``integer``. The extension knows
         no null there, so a second, boolean column ``c__null`` tells: where it is 1, ``c`` is 0 or empty. NaN is null.
         """
-        del family, params
-        vectors = _checked_vectors(rows, folder, metric, vector_type)
+        del family, params, vector_type
+        vectors = vectors_of(rows)
         filters = _filter_columns(rows, folder)
         columns = [f"{EMBEDDING} float[{vectors.shape[1]}] distance_metric={_DISTANCES[metric]}"]
         columns += [f"{name} {kind}" for name, kind, _ in filters]
@@ -147,8 +137,7 @@ class SqliteVecShard(ShardIndex):
                 pairs = [numbers.filter(given.combine_chunks()), rows.column("payload").filter(given)]
                 connection.executemany("INSERT INTO vec_payloads VALUES (?, ?)", _tuples(pairs))
             stored: Any = connection.execute("SELECT count(*) FROM vec_index_rowids").get
-        if stored != rows.num_rows:
-            raise IndexBuildError(f"{folder}: the index covers {stored} of {rows.num_rows} rows")
+        return stored
 
     @classmethod
     def open(cls, folder: Path, *, metric: DistanceMetric, dim: int, in_memory: bool = True) -> Self:
@@ -161,6 +150,7 @@ class SqliteVecShard(ShardIndex):
 
     def __init__(self, file: SqliteFile, metric: DistanceMetric, dim: int, *, in_memory: bool) -> None:
         super().__init__(file.path, metric, dim, scans=in_memory)
+        self._file = file
         self._chunks = VectorChunks(file, dim)
         ids = self._ids = _read_ids(file, self._chunks.rowids)
         if isinstance(ids, np.ndarray):
@@ -172,25 +162,23 @@ class SqliteVecShard(ShardIndex):
         self._repeats = int(np.unique(self._ranks, return_counts=True)[1].max(initial=1))
         # Known once a vector was read, NaN before; inf where the vector is not finite.
         self._lengths = np.full(self.rows, np.nan)
-        self._file: SqliteFile | None = file
         self._extended = False
         self._held = ids.nbytes + self._ranks.nbytes + 3 * self._chunks.rowids.nbytes
 
     def _search_file(self, queries: Float32, k: int) -> ShardHits:
         """The scan in blocks: at any time one block of vectors and the best so far are in memory."""
-        k = min(k * self._repeats, self.rows)
+        shape = len(queries), min(k * self._repeats, self.rows)
         step = max(self._chunks.slots, _BLOCK_BYTES // (self._dim * 4) // self._chunks.slots * self._chunks.slots)
-        blocks = (np.arange(start, min(start + step, self.rows)) for start in range(0, self.rows, step))
-        found = (self._scan_of(at, at, pa.array(self._ranks[at])).search(queries, k) for at in blocks)
-        best = reduce(lambda one, other: _nearest(one, other, k), found)
-        # Until here rows were positions and ids were ranks.
-        hit = best.rows >= 0
-        positions = best.rows[hit]
-        values = id_values(take_ids(self._ids, positions))
-        ids = np.full(hit.shape, 0 if values.dtype == np.int64 else None, dtype=values.dtype)
-        ids[hit] = values
-        best.rows[hit] = self._chunks.rowids[positions]
-        return ShardHits(best.rows, ids, best.distances, best.counts)
+        query, at, distances = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+        for start in range(0, self.rows, step):
+            positions = np.arange(start, min(start + step, self.rows))
+            scan = self._scan_of(positions, positions, self._ranks[positions])
+            found = scan.candidates(queries, shape[1])
+            query, at = np.append(query, found.query), np.append(at, scan.rows[found.position])
+            distances = np.append(distances, scan.distances(queries, found.query, found.position))
+            best = first_k(query, distances, self._ranks[at], *shape)
+            query, at, distances = query[best], at[best], distances[best]
+        return ShardHits.of(query, self._chunks.rowids[at], take_ids(self._ids, at), distances, shape)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
         """The extension's own search and distance (l2 is not squared); rows without a distance are left out."""
@@ -198,76 +186,50 @@ class SqliteVecShard(ShardIndex):
             raise QueryError(f"top_k {k} is more than {_MAX_K}, the most that sqlite-vec itself searches for")
         sql = "SELECT rowid, distance FROM vec_index WHERE embedding MATCH ? AND k = ?"
         found: list[tuple[int, int, float]] = []
-        with self._lock:
-            file = self._opened()
+        with self._file.connection() as connection:
             if not self._extended:
-                with reading(file.path):
-                    load_extension(file.connection)
+                load_extension(connection)
                 self._extended = True
-            for number, query in enumerate(queries):
-                blob = query.astype("<f4").tobytes()
-                found += [(number, row, score) for row, score in file.query(sql, (blob, k)) if score is not None]
-        query, rows, distances = (np.array(part) for part in zip(*found, strict=True)) if found else [np.empty(0)] * 3
-        best = first_k(query.astype(np.int64), distances.astype(np.float64), np.arange(len(found)), len(queries), k)
-        rows = rows.astype(np.int64)[best.flat]
-        return best.hits(rows, take_ids(self._ids, self._positions(rows)), distances)
-
-    def payloads(self, rows: NDArray[np.int64]) -> list[dict[str, Any] | None]:
-        sql = "SELECT rowid, payload FROM vec_payloads WHERE rowid IN (SELECT value FROM json_each(?))"
-        with self._lock:
-            texts = dict(self._opened().query_within(sql, (json.dumps(rows.tolist()),)))
-        return [parse_payload(texts.get(row)) for row in rows.tolist()]
-
-    def vectors(self, rows: NDArray[np.int64]) -> Float32:
-        positions, scan = self._positions(rows), self._scan
-        if scan is not None and len(scan.rows) == self.rows:
-            return scan.vectors[positions]
-        with self._lock:
-            self._opened()
-            return self._chunks.vectors(positions)
-
-    def find(self, ids: Sequence[int | str]) -> NDArray[np.int64]:
-        with self._lock:
-            self._opened()
-            return find_ids(ids, self._ids, self._chunks.rowids)
-
-    def _at(self, positions: NDArray[np.int64]) -> tuple[IdArray, Float32]:
-        with self._lock:
-            self._opened()
-            return id_values(take_ids(self._ids, positions)), self._chunks.vectors(positions)
+            for number, query in enumerate(queries.astype("<f4")):
+                hits = connection.execute(sql, (query.tobytes(), k))
+                found += [(number, row, distance) for row, distance in hits if distance is not None]
+        query, rows = (np.array([hit[n] for hit in found], dtype=np.int64) for n in range(2))
+        distances = np.array([hit[2] for hit in found])
+        best = first_k(query, distances, np.arange(len(found)), len(queries), k)
+        ids = take_ids(self._ids, self._positions(rows[best]))
+        return ShardHits.of(query[best], rows[best], ids, distances[best], (len(queries), k))
 
     def close(self) -> None:
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-            self._file = None
-            super().close()
+        self._file.close()
+        super().close()
 
-    def _opened(self) -> SqliteFile:
-        if self._file is None:
-            raise self._closed()
-        return self._file
+    def _payload_texts(self, rows: Int64) -> list[Any]:
+        sql = "SELECT rowid, payload FROM vec_payloads WHERE rowid IN (SELECT value FROM json_each(?))"
+        texts = dict(self._file.query_within(sql, (json.dumps(rows.tolist()),)))
+        return [texts.get(row) for row in rows.tolist()]
+
+    def _read_vectors(self, rows: Int64) -> Float32:
+        return self._chunks.vectors(self._positions(rows))
+
+    def _read_ids(self) -> tuple[Ids, Int64]:
+        with self._file.connection():
+            return self._ids, self._chunks.rowids
 
     def _read_scan(self) -> MemoryScan:
         return self._scan_of(np.arange(self.rows), self._chunks.rowids, self._ids)
 
-    def _scan_of(self, positions: NDArray[np.int64], rows: NDArray[np.int64], ids: Ids) -> MemoryScan:
-        """A scan over these positions."""
-        with self._lock:
-            self._opened()
-            vectors = self._chunks.vectors(positions)
+    def _scan_of(self, positions: Int64, rows: Int64, ids: Ids) -> MemoryScan:
+        vectors = self._chunks.vectors(positions)
         lengths = self._lengths[positions]
         if np.isnan(lengths).any():
             lengths = self._lengths[positions] = np.nan_to_num(lengths_of(vectors), nan=np.inf, posinf=np.inf)
         return MemoryScan(ids, rows, vectors, self._metric, lengths)
 
-    def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _positions(self, rows: Int64) -> Int64:
         """Where these rows are in ``rowids``."""
         at = np.searchsorted(self._chunks.rowids, rows)
-        known = at < self.rows
-        known[known] = self._chunks.rowids[at[known]] == np.asarray(rows)[known]
-        if not known.all():
-            raise IntegrityError(f"{self._where}: {(~known).sum()} of {len(rows)} rows are gone")
+        if not np.array_equal(self._chunks.rowids[np.minimum(at, self.rows - 1)], rows):
+            raise IntegrityError(f"{self._where}: rows of 'vec_index' are in none of its chunks")
         return at
 
 
@@ -282,40 +244,11 @@ def load_extension(connection: "apsw.Connection") -> None:
         connection.enable_load_extension(False)
 
 
-def _checked_vectors(rows: pa.Table, folder: Path, metric: DistanceMetric, vector_type: VectorType) -> Float32:
-    """The vectors as float32, shape (rows, dim)."""
-    if rows.num_rows == 0:
-        raise IndexBuildError(f"{folder}: a shard without rows has no index; leave it out of the manifest")
-    if metric not in _DISTANCES:
-        names = ", ".join(_DISTANCES)
-        raise IndexBuildError(f"{folder}: sqlite-vec has no metric {metric.value}; it has {names}. Or use lancedb")
-    if vector_type != "float32":
-        raise IndexBuildError(f"{folder}: sqlite-vec stores float32, not {vector_type}")
-    column: Any = rows.column("vector").combine_chunks()
-    if column.null_count:
-        raise IndexBuildError(f"{folder}: {column.null_count} of {rows.num_rows} rows have no vector")
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    vectors = flat.astype("<f4", copy=False).reshape(rows.num_rows, -1)
-    strange = ~np.isfinite(vectors).all(axis=1)
-    if strange.any():
-        raise IndexBuildError(f"{folder}: {_rows(rows, strange)}: the vector has a number that is not finite")
-    if metric.normalises:
-        zero = ~vectors.any(axis=1)
-        if zero.any():
-            raise IndexBuildError(f"{folder}: {_rows(rows, zero)}: a zero vector has no direction under {metric.value}")
-    return vectors
-
-
-def _rows(rows: pa.Table, which: NDArray[np.bool_]) -> str:
-    first = int(np.flatnonzero(which)[0])
-    return f"{which.sum()} rows, the first with id {rows.column('id')[first].as_py()!r}"
-
-
 def _filter_columns(rows: pa.Table, folder: Path) -> list[tuple[str, str, pa.Array]]:
     """Name, declared type and values of each metadata column: those of the user, each with its column of nulls."""
     out: list[tuple[str, str, pa.Array]] = []
     for name in rows.column_names:
-        if name in _STORED_COLUMNS:
+        if name in STORED_COLUMNS:
             continue
         if not _NAME.fullmatch(name):
             raise IndexBuildError(f"{folder}: filter column {name!r} cannot be a column of sqlite-vec")
@@ -340,7 +273,7 @@ def _metadata(values: pa.Array, name: str, folder: Path) -> tuple[str, pa.Array]
     if pa.types.is_floating(kind):
         wide = values.cast(pa.float64())
         return "float", pa.array(wide.to_numpy(zero_copy_only=False), from_pandas=True)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return "text", values
     raise IndexBuildError(f"{folder}: filter column {name!r} is {kind}, which sqlite-vec cannot store")
 
@@ -358,19 +291,8 @@ def _tuples(columns: Sequence[pa.Array | pa.ChunkedArray]) -> Iterator[tuple[Any
         yield from zip(*(column.slice(start, _BATCH).to_pylist() for column in columns), strict=True)
 
 
-def _nearest(one: ShardHits, other: ShardHits, k: int) -> ShardHits:
-    """The k best of two answers to the same queries, whose ids are ranks."""
-    rows = np.concatenate([one.rows, other.rows], axis=1)
-    hit = rows >= 0
-    query = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)[hit]
-    distances = np.concatenate([one.distances, other.distances], axis=1)[hit]
-    ranks = np.concatenate([one.ids, other.ids], axis=1)[hit]
-    best = first_k(query, distances, ranks, len(rows), k)
-    return best.hits(rows[hit][best.flat], pa.array(ranks[best.flat]), distances)
-
-
 class VectorChunks:
-    """Where each vector of a file lies. Use it under the file's lock.
+    """Where each vector of a file lies. Thread-safe.
 
     Args:
         file: opened.
@@ -402,10 +324,7 @@ class VectorChunks:
         """Numbers of the chunks, and slots of each; all sizes are checked before any blob is read."""
         path, width = self._file.path, self._dim * 4
         most = self._file.size // (8 * width) + 1
-        found = self._file.query(
-            _SIZES,
-            (most + 1,),
-        )
+        found = self._file.query(_SIZES, (most + 1,))
         slots: Any = found[0][1] if found else 8
         if not isinstance(slots, int) or slots % 8 or not 0 < slots <= _MAX_SLOTS:
             raise IntegrityError(f"{path}: table 'vec_index_chunks' has chunks of {slots!r} vectors")
@@ -417,7 +336,7 @@ class VectorChunks:
             raise IntegrityError(f"{path}: {len(found)} chunks of {slots} vectors have no room in the file")
         return [row[0] for row in found], slots
 
-    def _read_layout(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _read_layout(self) -> tuple[Int64, Int64]:
         """Places in use (slots of all chunks, counted through) and the row number in each."""
         blobs = self._file.query(
             "SELECT validity, rowids FROM vec_index_chunks ORDER BY chunk_id LIMIT ?", (len(self._chunks),)
@@ -426,7 +345,7 @@ class VectorChunks:
         used = np.flatnonzero(np.unpackbits(valid, bitorder="little")).astype(np.int64)
         return used, np.frombuffer(b"".join(rowids for _, rowids in blobs), dtype="<i8")[used].astype(np.int64)
 
-    def vectors(self, positions: NDArray[np.int64]) -> Float32:
+    def vectors(self, positions: Int64) -> Float32:
         """Vectors at these positions of ``rowids``, shape (n, dim)."""
         out = np.empty((len(positions), self._dim), dtype=np.float32)
         chunks, slots = np.divmod(self._places[positions], self.slots)
@@ -444,7 +363,7 @@ class VectorChunks:
         return out
 
 
-def _read_ids(file: SqliteFile, rowids: NDArray[np.int64]) -> pa.Array | IdArray:
+def _read_ids(file: SqliteFile, rowids: Int64) -> Ids:
     """The id of each row: int64 or string, or numpy objects where a stranger mixed them.
 
     A row that the map does not name has its row number for an id; an id that does not say its type is a str: so do
@@ -472,7 +391,7 @@ def _read_ids(file: SqliteFile, rowids: NDArray[np.int64]) -> pa.Array | IdArray
     return _joined(mapped, values, rowids)
 
 
-def _joined(mapped: NDArray[np.int64], values: tuple[Any, ...], rowids: NDArray[np.int64]) -> pa.Array | IdArray:
+def _joined(mapped: Int64, values: tuple[Any, ...], rowids: Int64) -> Ids:
     """Ids of a map that does not name each row once in order, or mixes types."""
     ids = rowids.astype(object)
     here, at = np.isin(mapped, rowids), np.searchsorted(rowids, mapped)

@@ -22,7 +22,7 @@ from sf_pipelines.snapshot.gate.recall import (
 )
 from sf_pipelines.snapshot.gate.verdicts import RecallFigures, judged_recall
 from sf_pipelines.snapshot.index.key_value import KeyValueShard
-from sf_pipelines.snapshot.index.protocol import IdArray
+from sf_pipelines.snapshot.index.ranking import IdArray
 from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.reader.cache import ShardCache

@@ -1,8 +1,8 @@
 """The one merge of all readers: candidates of several shards to one answer per query.
 
-Shards that are scanned in memory give rough candidates (``Near``), which are scored here once for all shards; shards
-that are asked by their index give scored hits. Everything is flat: one number per candidate, so that a batch costs
-what its candidates cost.
+Shards that are scanned in memory give rough candidates (``ScanCandidates``), which are scored here once for all
+shards; shards that are asked by their index give scored hits. Everything is flat: one number per candidate, so that a
+batch costs what its candidates cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.index.protocol import IdArray, ShardHits
-from sf_pipelines.snapshot.index.ranking import distinct, first_k, is_numbers, rank_values
-from sf_pipelines.snapshot.index.scan import Near, exact_distances
+from sf_pipelines.snapshot.index.ranking import IdArray, ShardHits, distinct, first_k, id_ranks, is_numbers
+from sf_pipelines.snapshot.index.scan import ScanCandidates, exact_distances
 from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
 
@@ -34,7 +33,7 @@ class ShardAnswer:
     shard: int
     queries: Int64
     places: Int64
-    hits: ShardHits | Near
+    hits: ShardHits | ScanCandidates
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Candidates:
         self._queries = queries
         self._places = places
         self._score_of_zero = score_of_zero
-        self._scans = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, Near)]
+        self._scans = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, ScanCandidates)]
         self._indexed = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, ShardHits)]
         self._unique = unique and all(near.scan.repeats == 1 for _, near in self._scans)
 
@@ -135,14 +134,14 @@ class Candidates:
             distances.append(hits.distances[at])
         return _Found(parts, np.concatenate(distances), unique=self._unique, score_of_zero=self._score_of_zero)
 
-    def _kept(self, answer: ShardAnswer, near: Near, least: Float64 | None) -> tuple[Int64, Int64]:
+    def _kept(self, answer: ShardAnswer, near: ScanCandidates, least: Float64 | None) -> tuple[Int64, Int64]:
         if least is None:
-            return near.query, near.column
+            return near.query, near.position
         # One column stands for all places.
         places = answer.places if least.shape[1] > 1 else np.zeros_like(answer.places)
         needed = least[answer.queries, places] - near.bound
         kept = np.flatnonzero(near.key >= needed[near.query])
-        return near.query[kept], near.column[kept]
+        return near.query[kept], near.position[kept]
 
 
 class _Part:
@@ -155,13 +154,13 @@ class _Part:
         numbers: ids are numbers.
     """
 
-    def __init__(self, answer: ShardAnswer, hits: ShardHits | Near, at: tuple[Int64, Int64]) -> None:
+    def __init__(self, answer: ShardAnswer, hits: ShardHits | ScanCandidates, at: tuple[Int64, Int64]) -> None:
         own, self.position = at
         self.shard = answer.shard
         self.query = answer.queries[own]
         self.place = answer.places[own]
         self.ids: IdArray
-        if isinstance(hits, Near):
+        if isinstance(hits, ScanCandidates):
             self.rows = hits.scan.rows[self.position]
             self.ids = hits.scan.ids_at(self.position)
             self.numbers = is_numbers(hits.scan.ids)
@@ -208,8 +207,8 @@ class _Found:
             query, distances = self.query[hits], self.distances[hits]
         n = int(query.max(initial=-1)) + 1
         if self._ranks is None and not _tied(query, distances):
-            return hits[first_k(query, distances, query, n, k).flat]
-        return hits[first_k(query, distances, self._ranked[hits], n, k).flat]
+            return hits[first_k(query, distances, query, n, k)]
+        return hits[first_k(query, distances, self._ranked[hits], n, k)]
 
     def table(self, best: Int64, n: int, k: int) -> Merged:
         """The chosen hits as tables of shape (n, k)."""
@@ -229,7 +228,7 @@ class _Found:
     @property
     def _ranked(self) -> Int64:
         if self._ranks is None:
-            self._ranks = rank_values(self._ids)
+            self._ranks = id_ranks(self._ids)
         return self._ranks
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.errors import SfPipelinesError
-from sf_pipelines.snapshot.index.protocol import ShardHits, ShardIndex
-from sf_pipelines.snapshot.index.scan import MemoryScan, Near, near_all
+from sf_pipelines.snapshot.index.protocol import ShardIndex
+from sf_pipelines.snapshot.index.ranking import ShardHits
+from sf_pipelines.snapshot.index.scan import MemoryScan, ScanCandidates, scan_all
 from sf_pipelines.snapshot.manifest.models import CurveRecord, JudgedRecord
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard
@@ -46,13 +47,13 @@ _CELLS = 2_000_000
 
 _in_memory = attrgetter("in_memory")
 _Part = tuple[int, NDArray[np.int64], NDArray[np.int64]]
-Ask = Callable[[ShardIndex, Float32, int], ShardHits | Near]
+Ask = Callable[[ShardIndex, Float32, int], ShardHits | ScanCandidates]
 
 
-def exactly(index: ShardIndex, queries: Float32, k: int) -> ShardHits | Near:
+def exactly(index: ShardIndex, queries: Float32, k: int) -> ShardHits | ScanCandidates:
     """Nearest rows with exact distances; of a shard in memory those that may be, to be scored with those of others."""
     scan = index.scan()
-    return index.search(queries, k) if scan is None else scan.near(queries, k)
+    return index.search(queries, k) if scan is None else scan.candidates(queries, k)
 
 
 def as_stock(index: ShardIndex, queries: Float32, k: int) -> ShardHits:
@@ -267,7 +268,7 @@ class _Searcher:
                     ready.append((part, scan))
             started = time.perf_counter()
             jobs = [(scan, part[1]) for part, scan in ready]
-            found = near_all(queries, jobs, k, self._core.idle_threads) if jobs else []
+            found = scan_all(queries, jobs, k, self._core.idle_threads) if jobs else []
         if found:
             # They were one piece of work, timed once.
             self._core.metrics.ended("shard_search", self._state.kind, "ok", started, calls=len(found))

@@ -21,7 +21,8 @@ from sf_pipelines.snapshot.errors import (
     ReaderClosedError,
     SfPipelinesError,
 )
-from sf_pipelines.snapshot.index.protocol import IndexFamily, ShardHits, ShardIndex, VectorType
+from sf_pipelines.snapshot.index.protocol import IndexFamily, ShardIndex, VectorType
+from sf_pipelines.snapshot.index.ranking import ShardHits
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
 
 _TOLERANCE = 1e-5

@@ -174,7 +174,7 @@ def test_flipped_copies_are_healed(built: Built, tmp_path: Path, known: bool, mo
             # The kernel's clock for files is coarse.
             path.write_bytes(data)
         if not known:
-            monkeypatch.setattr(cache_module, "_hashed", cache_module._HashedCopies())
+            cache_module._hashed.clear()
         with built.open(tmp_path) as reader:
             assert ask_all(reader) == good
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digests[path]
@@ -214,7 +214,7 @@ def test_a_damaged_copy_is_fetched_again_by_the_reader_that_has_it_open(
 ) -> None:
     by_hand(tmp_path / "store", sealed=sealed)
     search = SqliteVecShard.payloads
-    monkeypatch.setattr(cache_module, "_hashed", cache_module._HashedCopies())
+    cache_module._hashed.clear()
     with vector_reader(face, tmp_path / "store", cache_dir=tmp_path / "cache") as reader:
         good = [hit.id for hit in reader.search(VECTORS[0], 5).results]
         copy = next((tmp_path / "cache").rglob("shard.db"))

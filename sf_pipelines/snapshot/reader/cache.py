@@ -43,8 +43,30 @@ from sf_pipelines.snapshot.store.client import is_disk_full
 DEFAULT_BYTES = 20 * 1024**3
 _ENVIRONMENT = "SF_PIPELINES_CACHE"
 _DOWNLOADS = 8
-# Counting looks at every file: it is done again when this process has added such a part of the limit.
+# Counting looks at every file: it is done again when this process has added such a part of the limit. What other
+# processes add is seen at the next count, so each may exceed the limit by a sixteenth.
 _RECOUNTS = 16
+
+_Stamps = dict[str, tuple[int, int, int]]
+
+# What this process knows, under one lock. Nobody is in the middle of it when the process forks.
+_lock = threading.RLock()
+# Lock files that are open.
+_open_locks: set[int] = set()
+# Digests of copies that were hashed, and the stamps that their files had then.
+_hashed: LRUCache[Path, tuple[dict[str, str], _Stamps]] = LRUCache(4096)
+# Bytes that may be added to a cache before it is counted again.
+_room: dict[Path, int] = {}
+
+
+def _after_fork() -> None:
+    """In a fork: closes lock files, which are the parent's; while the fork has one open, nobody can give it up."""
+    while _open_locks:
+        os.close(_open_locks.pop())
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
 
 
 def default_root() -> Path:
@@ -54,7 +76,7 @@ def default_root() -> Path:
 
 
 def shard_digest(objects: Iterable[ShardObject]) -> str:
-    """Digest (hex) of a sealed list of objects; equal shards share one copy."""
+    """Digest (hex) of a recorded list of objects; equal shards share one copy."""
     return _digest("sealed", sorted([item.path, item.size, item.sha256] for item in objects))
 
 
@@ -76,41 +98,37 @@ class ShardCache:
         _private_folder(self.root)
 
     @contextmanager
-    def checkout(
-        self, store: Store, prefix: str, objects: Sequence[ShardObject] | None, digest: str | None = None
-    ) -> Iterator[Path]:
-        """A verified local copy of a shard's directory, held for as long as the block lasts."""
-        if objects is None:
-            listed = _listed(store, prefix)
-            sizes = {item.path: item.size for item in listed}
-            name = digest or _digest(store.url_of(prefix), [[i.path, i.size, i.sha256] for i in listed])
-            entry = _Entry(self.root, name, store, prefix, sizes, None)
-        else:
-            sizes = {_safe(item.path, store, prefix): item.size for item in objects}
-            sealed = {item.path: item.sha256 for item in objects}
-            entry = _Entry(self.root, digest or shard_digest(objects), store, prefix, sizes, sealed)
-        if not sizes:
-            raise ObjectMissingError(f"{store.url_of(prefix)} holds no objects; the shard is gone")
+    def checkout(self, store: Store, prefix: str, objects: Sequence[ShardObject] | None) -> Iterator[Path]:
+        """A verified local copy of a shard's directory, held for as long as the block lasts.
+
+        Args:
+            store: where the shard is.
+            prefix: its directory.
+            objects: what was recorded of it; None takes what is there.
+        """
+        copy = _Copy(self.root, store, prefix, objects)
         # Whoever tidies up temporary files may have removed it.
         _private_folder(self.root)
-        with locked(entry.lock, fcntl.LOCK_SH):
-            if not entry.is_right():
-                with locked(entry.fill_lock, fcntl.LOCK_EX):
+        with locked(copy.lock, fcntl.LOCK_SH):
+            if not copy.is_right():
+                with locked(copy.fill_lock, fcntl.LOCK_EX):
                     # Somebody else may have filled it while this one waited.
-                    if not entry.is_right():
+                    if not copy.is_right():
                         try:
-                            entry.fill()
+                            copy.fill()
                         except StoreError:
                             raise
                         except FileNotFoundError:
                             # Somebody emptied the cache at the same time.
                             _private_folder(self.root)
-                            entry.fill()
-                if _growth.is_due(self.root, sum(sizes.values())):
+                            copy.fill()
+                with _lock:
+                    room = _room[self.root] = _room.get(self.root, -1) - copy.size
+                if room < 0:
                     self.evict()
             with suppress(FileNotFoundError):
-                entry.lock.touch()
-            yield entry.folder
+                copy.lock.touch()
+            yield copy.folder
 
     def distrust(self, folder: Path) -> None:
         """Has a copy that was checked out, and whose writer recorded no digests, be fetched again for the next one."""
@@ -124,107 +142,42 @@ class ShardCache:
         for lock in by_age:
             if total <= self.max_bytes:
                 break
-            name = lock.name.removesuffix(".lock")
+            folder = lock.with_suffix("")
             with suppress(BlockingIOError), locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(self.root / name, ignore_errors=True)
-                for left_over in self.root.glob(f"tmp-{name}-*"):
-                    shutil.rmtree(left_over, ignore_errors=True)
-                _sealed_file(self.root / name).unlink(missing_ok=True)
-                (self.root / f"{name}.fill").unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                _remove_left_overs(folder)
+                _sealed_file(folder).unlink(missing_ok=True)
+                lock.with_suffix(".fill").unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)
-                total -= sizes.get(name, 0)
-        _growth.counted(self.root, total, self.max_bytes)
+                total -= sizes.get(folder.name, 0)
+        part = self.max_bytes // _RECOUNTS
+        with _lock:
+            _room[self.root] = min(self.max_bytes - total, part) if total < self.max_bytes else part
 
 
-class _Growth:
-    """How much this process has added to a cache since it counted what is there. Thread-safe.
+class _Copy:
+    """One shard's copy: where it is, and what it must hold."""
 
-    What other processes add is seen at the next count, so each may exceed the limit by a sixteenth.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._room: dict[Path, int] = {}
-
-    def counted(self, root: Path, total: int, limit: int) -> None:
-        """Notes what a count has found, and what may be added until the next one."""
-        part = limit // _RECOUNTS
-        with self._lock:
-            self._room[root] = min(limit - total, part) if total < limit else part
-
-    def is_due(self, root: Path, added: int) -> bool:
-        """Whether it is time to count again, after so many bytes more."""
-        with self._lock:
-            if root not in self._room:
-                return True
-            self._room[root] -= added
-            return self._room[root] < 0
-
-    def pause(self) -> None:
-        """Keeps everybody out until ``go_on``."""
-        self._lock.acquire()
-
-    def go_on(self) -> None:
-        """Ends ``pause``."""
-        self._lock.release()
-
-
-_Stamps = dict[str, tuple[int, int, int]]
-
-
-class _HashedCopies:
-    """Copies that this process has hashed: their digests, and the stamps that their files had then. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: LRUCache[Path, tuple[dict[str, str], _Stamps]] = LRUCache(4096)
-
-    def remember(self, folder: Path, digests: dict[str, str], stamps: _Stamps) -> None:
-        """Notes that a copy's files had these digests while they had these stamps."""
-        with self._lock:
-            self._known[folder] = (digests, stamps)
-
-    def knows(self, folder: Path, digests: dict[str, str]) -> bool:
-        """Whether a copy was hashed to these digests and is untouched since."""
-        with self._lock:
-            known = self._known.get(folder)
-        return known is not None and known[0] == digests and known[1] == _stamps(folder)
-
-    def pause(self) -> None:
-        """Keeps everybody out until ``go_on``."""
-        self._lock.acquire()
-
-    def go_on(self) -> None:
-        """Ends ``pause``."""
-        self._lock.release()
-
-
-_hashed, _growth = _HashedCopies(), _Growth()
-# Nobody is in the middle of it when this process forks: the child's copy would be locked for ever.
-for _shared in (_hashed, _growth):
-    os.register_at_fork(before=_shared.pause, after_in_parent=_shared.go_on, after_in_child=_shared.go_on)
-
-
-class _Entry:
-    """One shard's copy."""
-
-    def __init__(
-        self,
-        root: Path,
-        name: str,
-        store: Store,
-        prefix: str,
-        sizes: dict[str, int],
-        sealed: dict[str, str] | None,
-    ) -> None:
+    def __init__(self, root: Path, store: Store, prefix: str, objects: Sequence[ShardObject] | None) -> None:
+        if objects is None:
+            listed = _listed(store, prefix)
+            name = _digest(store.url_of(prefix), [[item.path, item.size, item.sha256] for item in listed])
+        else:
+            listed, name = objects, shard_digest(objects)
+        if not listed:
+            raise ObjectMissingError(f"{store.url_of(prefix)} holds no objects; the shard is gone")
         self.folder = root / name
         self.lock = root / f"{name}.lock"
         self.fill_lock = root / f"{name}.fill"
-        self._sealed_file = _sealed_file(self.folder)
         self._store = store
         self._prefix = prefix
-        self._sizes = sizes
-        self._sealed = sealed
+        self._sizes = {_safe(item.path, store, prefix): item.size for item in listed}
+        self._recorded = None if objects is None else {item.path: item.sha256 for item in objects}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(self._sizes.values())
 
     def is_right(self) -> bool:
         """Whether the copy holds exactly the recorded bytes and nothing else.
@@ -232,74 +185,73 @@ class _Entry:
         What this process has hashed before is not hashed again as long as the kernel says that nobody has written to
         the files since: their change time cannot be set.
         """
-        sealed = self._sealed if self._sealed is not None else self._read_sealed()
-        if sealed is None or not self.folder.is_dir():
+        digests = self._recorded or self._read_sealed()
+        if digests is None:
             return False
         try:
-            return _hashed.knows(self.folder, sealed) or self._rehash(sealed)
+            stamps = _stamps(self.folder)
+            with _lock:
+                if _hashed.get(self.folder) == (digests, stamps):
+                    return True
+            if stamps.keys() != digests.keys():
+                return False
+            if any(_sha256(self.folder / name) != digest for name, digest in digests.items()):
+                return False
         except OSError:
             # Unreadable or vanished: not a copy to rely on; it is fetched again.
             return False
-
-    def _rehash(self, sealed: dict[str, str]) -> bool:
-        before = _stamps(self.folder)
-        if before.keys() != sealed.keys():
-            return False
-        if any(_sha256(self.folder / name) != digest for name, digest in sealed.items()):
-            return False
-        _hashed.remember(self.folder, sealed, before)
+        with _lock:
+            _hashed[self.folder] = digests, stamps
         return True
 
     def fill(self) -> None:
         """Downloads into a folder of its own, checks, and puts that in place of whatever was there."""
-        for left_over in self.folder.parent.glob(f"tmp-{self.folder.name}-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        temporary = self.folder.parent / f"tmp-{self.folder.name}-{uuid.uuid4().hex}"
+        _remove_left_overs(self.folder)
+        root = self.folder.parent
+        temporary = root / f"tmp-{self.folder.name}-{uuid.uuid4().hex}"
         try:
             temporary.mkdir()
-            with ThreadPoolExecutor(min(_DOWNLOADS, max(1, len(self._sizes)))) as pool:
-                fetched = dict(pool.map(lambda name: self._fetch(name, temporary / "new"), self._sizes))
-            self._put_in_place(temporary, fetched)
+            with ThreadPoolExecutor(min(_DOWNLOADS, len(self._sizes))) as pool:
+                digests = dict(pool.map(lambda name: self._fetch(name, temporary / "new"), self._sizes))
+            self._put_in_place(temporary, digests)
         except (StoreError, FileNotFoundError):
             raise
         except OSError as error:
             if is_disk_full(error):
-                raise DiskFullError(f"the disk of copies of shards, at {self.folder.parent}, is full") from error
-            where = self._store.url_of(self._prefix)
-            raise StoreError(f"cannot keep a copy of {where} in {self.folder.parent}: {error}") from error
+                raise DiskFullError(f"the disk of copies of shards, at {root}, is full") from error
+            raise StoreError(f"cannot keep a copy of {self._store.url_of(self._prefix)} in {root}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _put_in_place(self, temporary: Path, digests: dict[str, str]) -> None:
-        if self._sealed is None:
+        if self._recorded is None:
             (temporary / "sealed").write_text(json.dumps(digests))
-            (temporary / "sealed").replace(self._sealed_file)
+            (temporary / "sealed").replace(_sealed_file(self.folder))
         # Others may hold a copy that went bad: they have its files open, and find the right ones by name.
         if self.folder.exists():
             self.folder.rename(temporary / "old")
         stamps = _stamps(temporary / "new")
         (temporary / "new").rename(self.folder)
         # Hashed while they were written; nobody else knew the temporary folder.
-        _hashed.remember(self.folder, digests, stamps)
+        with _lock:
+            _hashed[self.folder] = digests, stamps
 
     def _fetch(self, name: str, folder: Path) -> tuple[str, str]:
         key = f"{self._prefix}/{name}"
         size, digest = self._store.download(key, folder / name)
         if size != self._sizes[name]:
-            raise DigestMismatchError(
-                f"{self._store.url_of(key)} has {size} bytes, {self._sizes[name]} were recorded; "
-                "the snapshot is damaged: publish it again or roll back"
-            )
-        if self._sealed is not None and digest != self._sealed[name]:
-            raise DigestMismatchError(
-                f"{self._store.url_of(key)} has SHA-256 {digest}, {self._sealed[name]} was recorded; "
-                "the snapshot is damaged: publish it again or roll back"
-            )
-        return name, digest
+            wrong = f"{size} bytes, {self._sizes[name]} were recorded"
+        elif self._recorded is not None and digest != self._recorded[name]:
+            wrong = f"SHA-256 {digest}, {self._recorded[name]} was recorded"
+        else:
+            return name, digest
+        raise DigestMismatchError(
+            f"{self._store.url_of(key)} has {wrong}; the snapshot is damaged: publish it again or roll back"
+        )
 
     def _read_sealed(self) -> dict[str, str] | None:
         try:
-            found = json.loads(self._sealed_file.read_text())
+            found = json.loads(_sealed_file(self.folder).read_text())
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) and found.keys() == self._sizes.keys() else None
@@ -344,6 +296,12 @@ def _sealed_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.sealed")
 
 
+def _remove_left_overs(folder: Path) -> None:
+    """Of downloads of a copy that were killed."""
+    for left_over in folder.parent.glob(f"tmp-{folder.name}-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
 def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """Everything in a folder that is no folder; links count as what they are."""
     with os.scandir(folder) as entries:
@@ -385,62 +343,30 @@ def _digest(kind: str, value: object) -> str:
     return hashlib.sha256(json.dumps([kind, value], separators=(",", ":")).encode()).hexdigest()
 
 
-# Locks.
-
-
-class _LockFile:
-    """An open lock file, of this process alone.
-
-    A fork shares the lock with its parent: neither could give it up while the other lives. So a fork lets go of what
-    it got, and what its parent does with the same object is none of its business.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with _opening:
-            try:
-                self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise StoreError(f"cannot keep copies of shards in {path.parent}: {error}") from error
-            _held.add(self)
-
-    def close(self) -> None:
-        """Gives up the lock; does nothing where it is another process's."""
-        with _opening:
-            if self in _held:
-                _held.remove(self)
-                os.close(self.number)
-
-
-# A fork comes before a file is opened or after it is known.
-_opening = threading.RLock()
-_held: set[_LockFile] = set()
-
-
-def _forget() -> None:
-    """In a fork: closes what belongs to the parent, which keeps its locks."""
-    while _held:
-        os.close(_held.pop().number)
-    _opening.release()
-
-
-os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_forget)
-
-
 @contextmanager
 def locked(path: Path, how: int) -> Iterator[None]:
     """Holds a lock on a file, which is created where it is not there.
 
-    The file may be removed by whoever had it before: then a new one is taken.
+    The file may be removed by whoever had it before: then a new one is taken. In a fork it ends without effect.
     """
+    process = os.getpid()
     while True:
-        handle = _LockFile(path)
+        with _lock:
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StoreError(f"cannot keep copies of shards in {path.parent}: {error}") from error
+            _open_locks.add(handle)
         try:
-            fcntl.flock(handle.number, how)
-            if _is_still(handle.number, path):
+            fcntl.flock(handle, how)
+            if _is_still(handle, path):
                 yield
                 return
         finally:
-            handle.close()
+            if os.getpid() == process:
+                with _lock:
+                    _open_locks.remove(handle)
+                    os.close(handle)
 
 
 def _is_still(handle: int, path: Path) -> bool:

@@ -28,7 +28,7 @@ from sf_pipelines.snapshot.index.protocol import IndexFamily
 from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.model import digest_json
-from sf_pipelines.snapshot.reader.cache import ShardCache, shard_digest
+from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.run import find
 from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
 from sf_pipelines.snapshot.run.ledger import is_intact
@@ -246,7 +246,7 @@ def _reopen(
     """Opens a verified copy of what was uploaded, counts, and looks some keys up; indexed rows."""
     spec, backend = run.build.config.vector_spec, backend_named(run.build.config.vector_spec.backend)
     where, encoding = run.store.url_of(db_key), run.scanned.key_encoding
-    with ShardCache(run.build.cache_dir).checkout(run.store, db_key, objects, shard_digest(objects)) as folder:
+    with ShardCache(run.build.cache_dir).checkout(run.store, db_key, objects) as folder:
         place = folder
         if encoding is not None:
             _look_up(folder, where, witnesses, encoding, expected_rows)

@@ -20,6 +20,7 @@ from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.receipts import ManifestReceipt, ScanReceipt, ShardReceipt
 from sf_pipelines.snapshot.run.tasks import Engine, Task
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.testing.engine import LINGER_SECONDS, trained
 from sf_pipelines_tests.engines import misbehaving
 from sf_pipelines_tests.engines.conftest import Opener
 from sf_pipelines_tests.engines.damage import damage
@@ -75,7 +76,7 @@ def test_a_task_that_always_fails(engine: Engine, lake: Lake, tmp_path: Path) ->
     store = Store.open(config.store, lake.s3)
     pointer = store.get(CURRENT)
     with Build(config) as build:
-        run_id = _trained(build)
+        run_id = trained(build)
         damage(build, stages.route(build, run_id, engine=engine), db_id=2)
     # The last one fails when the first is done, and another is in the middle of its writing.
     lake.order("linger", "/db=00001/attempt")
@@ -94,7 +95,7 @@ def test_a_task_that_always_fails(engine: Engine, lake: Lake, tmp_path: Path) ->
         assert ledger.find(ShardReceipt, "db=00002") is None
         written_down = read_record(store, ledger.need(ScanReceipt).record_key)
     assert (written_down.status, written_down.error_type) == ("failed", "TasksFailedError")
-    time.sleep(3 * misbehaving.LINGER_SECONDS)
+    time.sleep(3 * LINGER_SECONDS)
     assert _keys(store) == written, "a task went on"
     with lake.reader(config, tmp_path / "reader") as reader:
         assert [best[0][0] for best in answers(reader, vectors)] == list(range(ROWS))
@@ -108,7 +109,7 @@ def test_an_attempt_that_wakes_up_after_publish(
     vectors, config = lake.fill(), lake.config("cluster", "store")
     store = Store.open(config.store, lake.s3)
     with Build(config) as build:
-        run_id = _trained(build)
+        run_id = trained(build)
         if stage == "build_shard":
             stages.route(build, run_id)
     lake.order("hold", "/routed/range-00001" if stage == "route_range" else "/db=00001/attempt")
@@ -173,14 +174,6 @@ def _served(config: WriteConfig, lake: Lake, run_id: str) -> _Served:
         shards={info.key: info.etag for folder in folders for info in store.objects(folder)},
         status=read_record(store, scanned.record_key).status,
     )
-
-
-def _trained(build: Build) -> str:
-    """A build up to its routing; run id."""
-    run_id = stages.scan(build).run_id
-    stages.sample(build, run_id)
-    stages.train(build, run_id)
-    return run_id
 
 
 def _attempts(store: Store, run_id: str, db_id: int) -> set[str]:

@@ -8,7 +8,6 @@ from sf_pipelines.snapshot.testing.index import IndexConformance
 
 class TestLanceDB(IndexConformance):
     backend = LanceDBShard
-    vector_types = ("float32", "float16")
     families = (IndexFamily.FLAT, IndexFamily.IVF_SQ)
 
 

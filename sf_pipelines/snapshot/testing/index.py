@@ -15,15 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import (
-    IndexBuildError,
-    IntegrityError,
-    ReaderClosedError,
-    SfPipelinesError,
-)
+from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, ReaderClosedError
 from sf_pipelines.snapshot.index.protocol import IndexFamily, ShardIndex, VectorType
 from sf_pipelines.snapshot.index.ranking import ShardHits
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
+from sf_pipelines.snapshot.testing.expect import expect, refused
 
 _TOLERANCE = 1e-5
 
@@ -34,19 +30,17 @@ class IndexConformance:
     Attributes:
         backend: to test.
         families: whose answers must be exact.
-        vector_types: that it stores; the others it must refuse.
         dim: of the test vectors.
     """
 
     backend: ClassVar[type[ShardIndex]]
     families: ClassVar[tuple[IndexFamily, ...]] = (IndexFamily.FLAT,)
-    vector_types: ClassVar[tuple[VectorType, ...]] = ("float32",)
     dim: ClassVar[int] = 8
 
     def test_answers_are_those_of_brute_force(self, tmp_path: Path) -> None:
         """Every size around a chunk or a training threshold, every metric, in memory and not, of every type."""
         sizes = (1, 2, 255, 256, 257, 1100)
-        cases = itertools.product(sizes, self._metrics(), self.families, self.vector_types)
+        cases = itertools.product(sizes, self._metrics(), self.families, self.backend.vector_types)
         for n, (rows, metric, family, kind) in enumerate(cases):
             vectors, queries = self.vectors(rows, kind=kind), self.vectors(7, seed=1)
             folder = tmp_path / str(n)
@@ -54,7 +48,7 @@ class IndexConformance:
             for in_memory in (False, True):
                 shard = self.backend.open(folder, metric=metric, dim=self.dim, in_memory=in_memory)
                 what = f"{rows} rows, {metric}, {family}, {kind}, in_memory {in_memory}"
-                _expect(shard.rows == shard.indexed_rows == rows, f"{what}: {shard.indexed_rows} of {shard.rows} rows")
+                expect(shard.rows == shard.indexed_rows == rows, f"{what}: {shard.indexed_rows} of {shard.rows} rows")
                 _expect_exact(shard.search(queries, 10), _distances(queries, vectors, metric), what)
                 shard.close()
 
@@ -62,7 +56,7 @@ class IndexConformance:
         """Each stored vector is its own nearest neighbour where that must be so."""
         vectors = self.vectors(300)
         shard = self._shard(tmp_path, vectors, DistanceMetric.L2)
-        _expect(shard.search(vectors, 1).ids[:, 0].tolist() == list(range(300)), "a row does not find itself")
+        expect(shard.search(vectors, 1).ids[:, 0].tolist() == list(range(300)), "a row does not find itself")
 
     def test_equal_vectors_are_ordered_by_id(self, tmp_path: Path) -> None:
         """Ties are broken by id, whatever the order in the file, and all rows can be had."""
@@ -71,8 +65,8 @@ class IndexConformance:
         for metric in self._metrics():
             self._build(tmp_path / metric, vectors, ids.tolist(), metric=metric)
             shard = self.backend.open(tmp_path / metric, metric=metric, dim=self.dim, in_memory=True)
-            _expect(shard.search(vectors[:1], 5).ids.tolist() == [[0, 1, 2, 3, 4]], f"{metric}: ties are not by id")
-            _expect(sorted(shard.search(vectors[:1], 9999).ids[0][:1500].tolist()) == list(range(1500)), "rows lost")
+            expect(shard.search(vectors[:1], 5).ids.tolist() == [[0, 1, 2, 3, 4]], f"{metric}: ties are not by id")
+            expect(sorted(shard.search(vectors[:1], 9999).ids[0][:1500].tolist()) == list(range(1500)), "rows lost")
 
     def test_ids_keep_their_type(self, tmp_path: Path) -> None:
         """Numbers stay numbers, text that looks like a number stays text, odd characters survive."""
@@ -83,8 +77,8 @@ class IndexConformance:
                 self._build(folder, vectors, ids)
                 shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
                 found = shard.search(vectors, 1).ids[:, 0].tolist()
-                _expect(found == ids and {type(one) for one in found} == {type(ids[0])}, f"{ids} came back as {found}")
-                _expect(shard.id_type == ("int64" if n == 0 else "string"), f"{ids} are said to be {shard.id_type}")
+                expect(found == ids and {type(one) for one in found} == {type(ids[0])}, f"{ids} came back as {found}")
+                expect(shard.id_type == ("int64" if n == 0 else "string"), f"{ids} are said to be {shard.id_type}")
 
     def test_rows_give_back_payloads_and_vectors(self, tmp_path: Path) -> None:
         """By row reference, in the order asked, repeats too."""
@@ -97,16 +91,16 @@ class IndexConformance:
             hits = shard.search(vectors[[5, 1250]], 20)
             for ids, rows in zip(hits.ids.tolist(), hits.rows, strict=True):
                 again = rows[[1, 1, 0]]
-                _expect(shard.payloads(rows) == [expected[n] for n in ids], "payloads are another row's")
-                _expect(shard.payloads(again) == [expected[ids[n]] for n in (1, 1, 0)], "repeats are lost")
+                expect(shard.payloads(rows) == [expected[n] for n in ids], "payloads are another row's")
+                expect(shard.payloads(again) == [expected[ids[n]] for n in (1, 1, 0)], "repeats are lost")
                 np.testing.assert_array_equal(shard.vectors(rows), vectors[ids])
             every = shard.sample(shard.rows)[0].tolist()
-            _expect(sorted(every) == list(range(1300)), "ids are missing")
+            expect(sorted(every) == list(range(1300)), "ids are missing")
             found = shard.find([1250, -1, 5, 1300, "5", 5])
-            _expect((found < 0).tolist() == [False, True, False, True, True, False], "other ids are found")
+            expect((found < 0).tolist() == [False, True, False, True, True, False], "other ids are found")
             np.testing.assert_array_equal(shard.vectors(found[[0, 2, 5]]), vectors[[1250, 5, 5]])
             ids, sampled = shard.sample(11)
-            _expect(len(ids) == 11 and ids.tolist() == shard.sample(11)[0].tolist(), "the sample changes")
+            expect(len(ids) == 11 and ids.tolist() == shard.sample(11)[0].tolist(), "the sample changes")
             np.testing.assert_array_equal(sampled, vectors[ids])
 
     def test_filter_columns_change_no_answer(self, tmp_path: Path) -> None:
@@ -122,7 +116,7 @@ class IndexConformance:
         }
         self._build(tmp_path, vectors, columns=columns)
         shard = self.backend.open(tmp_path, metric=DistanceMetric.L2, dim=self.dim)
-        _expect(shard.indexed_rows == 300, f"{shard.indexed_rows} of 300 rows are indexed")
+        expect(shard.indexed_rows == 300, f"{shard.indexed_rows} of 300 rows are indexed")
         _expect_exact(shard.search(queries, 10), _distances(queries, vectors, DistanceMetric.L2), "with filters")
 
     def test_raw_search_finds_the_same_rows(self, tmp_path: Path) -> None:
@@ -132,7 +126,7 @@ class IndexConformance:
             shard = self._shard(tmp_path / metric, vectors, metric)
             queries = self.vectors(5, seed=2)
             raw, exact = shard.search_raw(queries, 5), shard.search(queries, 5)
-            _expect(raw.ids.tolist() == exact.ids.tolist(), f"{metric}: {raw.ids.tolist()} != {exact.ids.tolist()}")
+            expect(raw.ids.tolist() == exact.ids.tolist(), f"{metric}: {raw.ids.tolist()} != {exact.ids.tolist()}")
 
     def test_threads_get_the_same_answers(self, tmp_path: Path) -> None:
         """One opened shard serves several threads."""
@@ -148,43 +142,43 @@ class IndexConformance:
 
             with ThreadPoolExecutor(4) as pool:
                 answers = list(pool.map(ask, range(24)))
-            _expect(all(answer == answers[0] for answer in answers), "threads got different answers")
+            expect(all(answer == answers[0] for answer in answers), "threads got different answers")
 
     def test_what_cannot_be_built_is_refused(self, tmp_path: Path) -> None:
         """No rows, a metric or vector type that it does not know, a shard that is there already."""
         vectors = np.eye(3, self.dim, dtype=np.float32)
-        _refused(IndexBuildError, lambda: self._build(tmp_path / "none", vectors[:0], []), "no rows")
+        refused(IndexBuildError, lambda: self._build(tmp_path / "none", vectors[:0], []), "no rows")
         for metric in set(DistanceMetric) - self.backend.metrics:
             where = tmp_path / metric
-            _refused(IndexBuildError, lambda at=where, by=metric: self._build(at, vectors, metric=by), metric)
+            refused(IndexBuildError, lambda at=where, by=metric: self._build(at, vectors, metric=by), metric)
         kinds: tuple[VectorType, ...] = ("float32", "float16")
-        for kind in set(kinds) - set(self.vector_types):
+        for kind in set(kinds) - set(self.backend.vector_types):
             where = tmp_path / kind
-            _refused(IndexBuildError, lambda at=where, by=kind: self._build(at, vectors, vector_type=by), kind)
+            refused(IndexBuildError, lambda at=where, by=kind: self._build(at, vectors, vector_type=by), kind)
         self._build(tmp_path / "twice", vectors)
-        _refused(IndexBuildError, lambda: self._build(tmp_path / "twice", vectors), "a second shard in one folder")
+        refused(IndexBuildError, lambda: self._build(tmp_path / "twice", vectors), "a second shard in one folder")
 
     def test_only_its_own_directory_is_written(self, tmp_path: Path) -> None:
         """No journals, locks or temporary files are left to be uploaded."""
         self._build(tmp_path, self.vectors(20))
         names = [path.name for path in tmp_path.iterdir()]
-        _expect(names == [self.backend.directory], f"the folder holds {names}")
+        expect(names == [self.backend.directory], f"the folder holds {names}")
 
     def test_what_is_no_shard_is_refused(self, tmp_path: Path) -> None:
         """Nothing there, or another dimension than the manifest says."""
-        _refused(IntegrityError, lambda: self._open(tmp_path / "nothing", self.dim), "a folder that is not there")
+        refused(IntegrityError, lambda: self._open(tmp_path / "nothing", self.dim), "a folder that is not there")
         self._build(tmp_path, self.vectors(20))
-        _refused(IntegrityError, lambda: self._open(tmp_path, self.dim + 1), "another dimension")
+        refused(IntegrityError, lambda: self._open(tmp_path, self.dim + 1), "another dimension")
 
     def test_a_closed_shard_says_so(self, tmp_path: Path) -> None:
         """Closing frees memory, may be repeated, and every later call is refused."""
         vectors = self.vectors(20)
         shard = self._shard(tmp_path, vectors, DistanceMetric.L2)
         rows = shard.search(vectors[:1], 2).rows[0]
-        _expect(shard.memory_bytes > 0, "an opened shard holds nothing")
+        expect(shard.memory_bytes > 0, "an opened shard holds nothing")
         shard.close()
         shard.close()
-        _expect(shard.memory_bytes == 0, f"a closed shard holds {shard.memory_bytes} bytes")
+        expect(shard.memory_bytes == 0, f"a closed shard holds {shard.memory_bytes} bytes")
         calls: tuple[Callable[[], Any], ...] = (
             lambda: shard.search(vectors[:1], 2),
             lambda: shard.search_raw(vectors[:1], 2),
@@ -194,7 +188,7 @@ class IndexConformance:
             lambda: shard.find([1]),
         )
         for number, call in enumerate(calls):
-            _refused(ReaderClosedError, call, f"call {number} on a closed shard")
+            refused(ReaderClosedError, call, f"call {number} on a closed shard")
 
     def vectors(self, rows: int, *, seed: int = 0, kind: VectorType = "float32") -> Float32:
         """Random vectors, float16 numbers where asked."""
@@ -234,7 +228,7 @@ class IndexConformance:
         )
         self.backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
         shard = self._open(folder, self.dim)
-        _expect(shard.rows == shard.indexed_rows == len(vectors), f"{shard.indexed_rows} of {len(vectors)} rows")
+        expect(shard.rows == shard.indexed_rows == len(vectors), f"{shard.indexed_rows} of {len(vectors)} rows")
         shard.close()
 
 
@@ -254,21 +248,8 @@ def _distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float
 def _expect_exact(hits: ShardHits, truth: Float64, what: str) -> None:
     """The hits are the k nearest of rows whose id is their number, nearest first."""
     k = min(hits.rows.shape[1], truth.shape[1])
-    _expect(hits.counts.tolist() == [k] * len(truth), f"{what}: {hits.counts.tolist()} hits, expected {k}")
+    expect(hits.counts.tolist() == [k] * len(truth), f"{what}: {hits.counts.tolist()} hits, expected {k}")
     found = np.take_along_axis(truth, hits.ids[:, :k].astype(np.int64), axis=1)
     np.testing.assert_allclose(hits.distances[:, :k], found, atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)
     np.testing.assert_allclose(found, np.sort(truth, axis=1)[:, :k], atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)
-    _expect(all(len(set(row)) == k for row in hits.ids[:, :k].tolist()), f"{what}: an id comes twice")
-
-
-def _expect(met: bool, otherwise: str) -> None:
-    if not met:
-        raise AssertionError(otherwise)
-
-
-def _refused(kind: type[SfPipelinesError], call: Callable[[], Any], what: str) -> None:
-    try:
-        call()
-    except kind:
-        return
-    raise AssertionError(f"{what} is not refused with {kind.__name__}")
+    expect(all(len(set(row)) == k for row in hits.ids[:, :k].tolist()), f"{what}: an id comes twice")

@@ -9,16 +9,17 @@ Example:
 import json
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sf_pipelines.snapshot.errors import QueryError, SfPipelinesError, SourceSchemaError
+from sf_pipelines.snapshot.errors import QueryError, SourceSchemaError
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.routing.protocol import Int32, RowRouting, VectorRouting
+from sf_pipelines.snapshot.testing.expect import expect, refused, same
 
 
 class VectorRoutingConformance(ABC):
@@ -49,14 +50,14 @@ class VectorRoutingConformance(ABC):
             rows = self.vectors(routing)
             whole, (order, distances) = routing.assign(rows), routing.probe(rows)
             turned = np.random.default_rng(1).permutation(len(rows))
-            _same(routing.assign(rows[turned]), whole[turned], "assignment in another order")
-            _same(routing.assign(np.asfortranarray(rows)), whole, "assignment of columns in a row")
-            _same(routing.assign(rows[3:]), whole[3:], "assignment of a slice")
+            same(routing.assign(rows[turned]), whole[turned], "assignment in another order")
+            same(routing.assign(np.asfortranarray(rows)), whole, "assignment of columns in a row")
+            same(routing.assign(rows[3:]), whole[3:], "assignment of a slice")
             for at in range(0, len(rows), 7):
                 one = rows[at : at + 1]
-                _same(routing.assign(one), whole[at : at + 1], f"assignment of vector {at} alone")
+                same(routing.assign(one), whole[at : at + 1], f"assignment of vector {at} alone")
                 alone, far = routing.probe(one)
-                _same(alone[0], order[at], f"probes of vector {at} alone")
+                same(alone[0], order[at], f"probes of vector {at} alone")
                 np.testing.assert_allclose(far[0], distances[at], rtol=1e-9, atol=1e-12)
 
     def test_probes_are_all_shards_from_home_outward(self) -> None:
@@ -64,11 +65,11 @@ class VectorRoutingConformance(ABC):
         for routing in self.routings():
             rows = self.vectors(routing)
             order, distances = routing.probe(rows)
-            _same(order.dtype, np.dtype(np.int32), "type of probes")
-            _same((order.shape, distances.shape), ((len(rows), routing.num_dbs),) * 2, "shapes")
-            _same(np.sort(order, axis=1), np.tile(np.arange(routing.num_dbs), (len(rows), 1)), "shards probed")
-            _same(order[:, 0], routing.assign(rows), "first probes")
-            _expect(bool((distances[:, 1:] >= distances[:, :-1]).all()), "distances do not grow, or are NaN")
+            same(order.dtype, np.dtype(np.int32), "type of probes")
+            same((order.shape, distances.shape), ((len(rows), routing.num_dbs),) * 2, "shapes")
+            same(np.sort(order, axis=1), np.tile(np.arange(routing.num_dbs), (len(rows), 1)), "shards probed")
+            same(order[:, 0], routing.assign(rows), "first probes")
+            expect(bool((distances[:, 1:] >= distances[:, :-1]).all()), "distances do not grow, or are NaN")
 
     def test_stock_probes_begin_at_home(self) -> None:
         """Different shards, home first, then -1 only."""
@@ -76,23 +77,23 @@ class VectorRoutingConformance(ABC):
             rows = self.vectors(routing)
             for count in (1, 2, routing.num_dbs + 3):
                 probes = routing.stock_probe(rows, count)
-                _same((probes.dtype, probes.shape), (np.dtype(np.int32), (len(rows), count)), "type and shape")
-                _same(probes[:, 0], routing.assign(rows), "first stock probes")
+                same((probes.dtype, probes.shape), (np.dtype(np.int32), (len(rows), count)), "type and shape")
+                same(probes[:, 0], routing.assign(rows), "first stock probes")
                 ended = probes < 0
-                _expect(bool((ended[:, 1:] >= ended[:, :-1]).all()), "a shard after the last")
+                expect(bool((ended[:, 1:] >= ended[:, :-1]).all()), "a shard after the last")
                 for row in probes:
                     known = row[row >= 0]
                     _expect_shards(known, len(known), routing.num_dbs)
-                    _same(len(set(known.tolist())), len(known), "different shards")
+                    same(len(set(known.tolist())), len(known), "different shards")
 
     def test_it_says_what_it_is_and_cannot_be_changed(self) -> None:
         """The manifest's fields are JSON; the trained rows are read-only; a pickled copy routes alike."""
         for routing in self.routings():
-            _same(json.loads(json.dumps(routing.describe()))["sharding_strategy"], routing.strategy, "strategy")
-            _expect(not routing.matrix.flags.writeable, "the trained rows can be written to")
-            _same(routing.matrix.dtype, np.dtype(np.float32), "type of the trained rows")
+            same(json.loads(json.dumps(routing.describe()))["sharding_strategy"], routing.strategy, "strategy")
+            expect(not routing.matrix.flags.writeable, "the trained rows can be written to")
+            same(routing.matrix.dtype, np.dtype(np.float32), "type of the trained rows")
             rows = self.vectors(routing)
-            _same(_copied(routing).assign(rows), routing.assign(rows), "assignment of a pickled copy")
+            same(_copied(routing).assign(rows), routing.assign(rows), "assignment of a pickled copy")
 
 
 class RowRoutingConformance(ABC):
@@ -127,42 +128,42 @@ class RowRoutingConformance(ABC):
         routing, rows = self.routing(), self.good_rows()
         placed = routing.place(rows)
         _expect_shards(placed.shards, rows.num_rows, routing.num_dbs)
-        _same(placed.faults, {}, "faults of good rows")
+        same(placed.faults, {}, "faults of good rows")
         for at in range(rows.num_rows):
-            _same(routing.place(rows.slice(at, 1)).shards, placed.shards[at : at + 1], f"row {at} alone")
-        _same(routing.place(rows.slice(1)).shards, placed.shards[1:], "a slice")
-        _same(routing.place(rows.slice(0, 0)).shards.tolist(), [], "no rows")
+            same(routing.place(rows.slice(at, 1)).shards, placed.shards[at : at + 1], f"row {at} alone")
+        same(routing.place(rows.slice(1)).shards, placed.shards[1:], "a slice")
+        same(routing.place(rows.slice(0, 0)).shards.tolist(), [], "no rows")
 
     def test_bad_rows_have_reasons(self) -> None:
         """Each has shard -1 and a text that is not empty; good rows beside them keep theirs."""
         routing, good, bad = self.routing(), self.good_rows(), self.bad_rows()
         placed = routing.place(bad)
-        _same(placed.shards.tolist(), [-1] * bad.num_rows, "shards of bad rows")
-        _same(sorted(placed.faults), list(range(bad.num_rows)), "rows with faults")
-        _expect("null" in placed.faults[0], f"the fault of a null is {placed.faults[0]!r}")
-        _expect(all(placed.faults.values()), "a fault is empty")
+        same(placed.shards.tolist(), [-1] * bad.num_rows, "shards of bad rows")
+        same(sorted(placed.faults), list(range(bad.num_rows)), "rows with faults")
+        expect("null" in placed.faults[0], f"the fault of a null is {placed.faults[0]!r}")
+        expect(all(placed.faults.values()), "a fault is empty")
         good, bad = good.select(routing.columns), bad.select(routing.columns)
         if good.schema.equals(bad.schema):
             both = pa.Table.from_batches([good, bad]).combine_chunks().to_batches()[0]
             mixed = routing.place(both)
-            _same(mixed.shards.tolist(), [*routing.place(good).shards.tolist(), *placed.shards.tolist()], "both")
-            _same(min(mixed.faults), good.num_rows, "first row with a fault")
+            same(mixed.shards.tolist(), [*routing.place(good).shards.tolist(), *placed.shards.tolist()], "both")
+            same(min(mixed.faults), good.num_rows, "first row with a fault")
 
     def test_rows_and_queries_agree(self) -> None:
         """``locate`` finds the shard in which ``place`` put the row, from several threads at once."""
         routing, rows = self.routing(), self.good_rows()
         contexts = pa.Table.from_batches([rows.select(routing.columns)]).to_pylist()
         if not self.locates():
-            _refused(QueryError, lambda: routing.locate(contexts[0]), "a query")
+            refused(QueryError, lambda: routing.locate(contexts[0]), "a query")
             return
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(routing.locate, contexts * 20))
-        _same(found, routing.place(rows).shards.tolist() * 20, "shards located")
+        same(found, routing.place(rows).shards.tolist() * 20, "shards located")
 
     def test_bad_contexts_are_refused(self) -> None:
         """A query that names no shard is a typed error."""
         for context in self.bad_contexts():
-            _refused(QueryError, lambda context=context: self.routing().locate(context), f"the context {context!r}")
+            refused(QueryError, lambda context=context: self.routing().locate(context), f"the context {context!r}")
 
     def test_types_are_looked_at_first(self) -> None:
         """A column that is missing, twice there, or of a type that cannot be used is found without rows."""
@@ -172,14 +173,14 @@ class RowRoutingConformance(ABC):
         twice = schema.append(schema.field(first))
         without = schema.remove(schema.get_field_index(first))
         for wrong in (without, twice, self.bad_schema()):
-            text = _refused(SourceSchemaError, lambda wrong=wrong: routing.check_schema(wrong), f"the schema {wrong}")
-            _expect(first in text, f"{text!r} does not name {first}")
+            text = refused(SourceSchemaError, lambda wrong=wrong: routing.check_schema(wrong), f"the schema {wrong}")
+            expect(first in text, f"{text!r} does not name {first}")
 
     def test_it_says_what_it_is(self) -> None:
         """The manifest's fields are JSON; a pickled copy routes alike."""
         routing, rows = self.routing(), self.good_rows()
-        _same(json.loads(json.dumps(routing.describe()))["sharding_strategy"], routing.strategy, "strategy")
-        _same(_copied(routing).place(rows).shards, routing.place(rows).shards, "shards by a pickled copy")
+        same(json.loads(json.dumps(routing.describe()))["sharding_strategy"], routing.strategy, "strategy")
+        same(_copied(routing).place(rows).shards, routing.place(rows).shards, "shards by a pickled copy")
 
 
 def _copied(routing: Any) -> Any:
@@ -187,24 +188,5 @@ def _copied(routing: Any) -> Any:
 
 
 def _expect_shards(shards: Int32, count: int, num_dbs: int) -> None:
-    _same((shards.dtype, shards.shape), (np.dtype(np.int32), (count,)), "type and shape of shards")
-    _expect(bool(((shards >= 0) & (shards < num_dbs)).all()), f"a shard is not one of 0 to {num_dbs - 1}")
-
-
-def _same(found: Any, wanted: Any, what: str) -> None:
-    alike = np.array_equal(found, wanted) if isinstance(wanted, np.ndarray) else found == wanted
-    _expect(bool(alike), f"{what}: found {found!r}, wanted {wanted!r}")
-
-
-def _expect(met: bool, otherwise: str) -> None:
-    if not met:
-        raise AssertionError(otherwise)
-
-
-def _refused(kind: type[SfPipelinesError], call: Callable[[], Any], what: str) -> str:
-    """The error's message."""
-    try:
-        call()
-    except kind as error:
-        return str(error)
-    raise AssertionError(f"{what} is not refused with {kind.__name__}")
+    same((shards.dtype, shards.shape), (np.dtype(np.int32), (count,)), "type and shape of shards")
+    expect(bool(((shards >= 0) & (shards < num_dbs)).all()), f"a shard is not one of 0 to {num_dbs - 1}")

@@ -16,6 +16,7 @@ from typing import ClassVar, TypeVar
 
 from sf_pipelines.snapshot.errors import ObjectMissingError, SourceChangedError, StoreError
 from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.testing.expect import expect, refused, same
 
 _THREADS = 8
 _ROUNDS = 5
@@ -61,11 +62,11 @@ class StoreConformance:
         """Whatever was put last is there, whole."""
         for data in (b"", b"one", bytes(range(256)) * 100, b"two"):
             store.put("a/b", data)
-            _same(store.get("a/b"), data, "get after put")
-            _same(store.head("a/b").size, len(data), "size of head")
+            same(store.get("a/b"), data, "get after put")
+            same(store.head("a/b").size, len(data), "size of head")
         found = store.find("a/b")
-        _expect(found is not None and found.data == b"two", f"find gives {found}")
-        _expect(store.exists("a/b"), "exists is false after put")
+        expect(found is not None and found.data == b"two", f"find gives {found}")
+        expect(store.exists("a/b"), "exists is false after put")
 
     def test_what_is_missing(self, store: Store, tmp_path: Path) -> None:
         """Absence is an error of its own kind, or None where it is asked for; a folder is no object."""
@@ -80,21 +81,21 @@ class StoreConformance:
                 "sha256": lambda key=key: store.sha256(key),
             }
             for name, call in calls.items():
-                _raises(ObjectMissingError, call, f"{name} of the missing {key!r}")
-            _same(store.find(key), None, f"find of the missing {key!r}")
-            _same(store.exists(key), False, f"exists of the missing {key!r}")
-        _raises(ObjectMissingError, lambda: store.copy("none", "copy"), "copy of what is missing")
-        _same(list(store.objects("none")), [], "objects of a missing folder")
-        _same(store.folders("none"), [], "folders of a missing folder")
+                refused(ObjectMissingError, call, f"{name} of the missing {key!r}")
+            same(store.find(key), None, f"find of the missing {key!r}")
+            same(store.exists(key), False, f"exists of the missing {key!r}")
+        refused(ObjectMissingError, lambda: store.copy("none", "copy"), "copy of what is missing")
+        same(list(store.objects("none")), [], "objects of a missing folder")
+        same(store.folders("none"), [], "folders of a missing folder")
 
     def test_versions(self, store: Store) -> None:
         """Other bytes have another version; the same read twice has the same."""
         store.put("a", b"one")
         first = store.get_versioned("a")
-        _same(store.get_versioned("a"), first, "second read")
-        _same(store.head("a").etag, first.etag, "version of head")
+        same(store.get_versioned("a"), first, "second read")
+        same(store.head("a").etag, first.etag, "version of head")
         store.put("a", b"other")
-        _expect(store.get_versioned("a").etag != first.etag, "version after another put")
+        expect(store.get_versioned("a").etag != first.etag, "version after another put")
 
     def test_delete(self, store: Store) -> None:
         """What is deleted is gone; deleting again is fine, and so is writing again."""
@@ -103,9 +104,9 @@ class StoreConformance:
         store.delete("a/b")
         store.delete("a/b")
         store.delete("never/was")
-        _same(store.exists("a/b"), False, "exists after delete")
-        _same(store.get("a/bc"), b"y", "the neighbour of what was deleted")
-        _same(store.create("a/b", b"z"), True, "create after delete")
+        same(store.exists("a/b"), False, "exists after delete")
+        same(store.get("a/bc"), b"y", "the neighbour of what was deleted")
+        same(store.create("a/b", b"z"), True, "create after delete")
 
     def test_copy(self, store: Store) -> None:
         """A copy is independent and replaces what was there."""
@@ -113,7 +114,7 @@ class StoreConformance:
         store.put("deep/b", b"old")
         store.copy("a", "deep/b")
         store.put("a", b"two")
-        _same((store.get("a"), store.get("deep/b")), (b"two", b"one"), "source and copy")
+        same((store.get("a"), store.get("deep/b")), (b"two", b"one"), "source and copy")
 
     # Names.
 
@@ -125,43 +126,43 @@ class StoreConformance:
         for prefix in ("a/b", "a/b/", "a", "", "b", "a/b/c"):
             wanted = [key for key in keys if key.startswith(f"{prefix.rstrip('/')}/" if prefix else "")]
             found = {item.key: item.size for item in store.objects(prefix)}
-            _same(found, {key: len(key) for key in wanted}, f"objects of {prefix!r}")
-        _same(store.folders("a"), ["b", "bc"], "folders of a")
-        _same(store.folders("a/"), ["b", "bc"], "folders of a/")
-        _same(store.folders("b"), [], "folders of b")
+            same(found, {key: len(key) for key in wanted}, f"objects of {prefix!r}")
+        same(store.folders("a"), ["b", "bc"], "folders of a")
+        same(store.folders("a/"), ["b", "bc"], "folders of a/")
+        same(store.folders("b"), [], "folders of b")
 
     def test_many_objects(self, store: Store) -> None:
         """More objects than one page of a listing holds."""
         keys = {f"many/{number:04d}" for number in range(1005)}
         _at_once(lambda key: store.put(key, b"x"), sorted(keys))
         found = [item.key for item in store.objects("many")]
-        _expect(len(found) == len(keys) and set(found) == keys, f"objects gives {len(found)} of {len(keys)} keys")
+        expect(len(found) == len(keys) and set(found) == keys, f"objects gives {len(found)} of {len(keys)} keys")
 
     def test_odd_keys(self, store: Store) -> None:
         """Special characters mean nothing, and no two keys are one."""
         for key in self.odd_keys:
-            _same(store.create(f"odd/{key}", key.encode()), True, f"create of {key!r}")
+            same(store.create(f"odd/{key}", key.encode()), True, f"create of {key!r}")
         for key in self.odd_keys:
-            _same(store.get(f"odd/{key}").decode(), key, f"get of {key!r}")
-            _same(store.head(f"odd/{key}").key, f"odd/{key}", f"key of head of {key!r}")
-        _same({item.key for item in store.objects("odd")}, {f"odd/{key}" for key in self.odd_keys}, "objects")
+            same(store.get(f"odd/{key}").decode(), key, f"get of {key!r}")
+            same(store.head(f"odd/{key}").key, f"odd/{key}", f"key of head of {key!r}")
+        same({item.key for item in store.objects("odd")}, {f"odd/{key}" for key in self.odd_keys}, "objects")
         urls = {store.url_of(f"odd/{key}") for key in self.odd_keys}
-        _expect(len(urls) == len(self.odd_keys), "two keys have one url_of")
+        expect(len(urls) == len(self.odd_keys), "two keys have one url_of")
         for key in self.odd_keys:
             store.delete(f"odd/{key}")
-        _same(list(store.objects("odd")), [], "objects after deleting all")
+        same(list(store.objects("odd")), [], "objects after deleting all")
 
     def test_keys_that_lead_elsewhere(self, store: Store) -> None:
         """Nothing outside of the root is read or written."""
         for key in self.bad_keys:
-            _raises(StoreError, lambda key=key: store.put(key, b"x"), f"put of {key!r}")
-            _raises(StoreError, lambda key=key: store.get(key), f"get of {key!r}")
-            _raises(StoreError, lambda key=key: store.delete(key), f"delete of {key!r}")
+            refused(StoreError, lambda key=key: store.put(key, b"x"), f"put of {key!r}")
+            refused(StoreError, lambda key=key: store.get(key), f"get of {key!r}")
+            refused(StoreError, lambda key=key: store.delete(key), f"delete of {key!r}")
 
     def test_addresses(self, store: Store) -> None:
         """``url_of`` is the root's address, a slash and the key."""
-        _expect("://" in store.url and not store.url.endswith("/"), f"the root's address is {store.url!r}")
-        _same(store.url_of("a/b=1/c.npy"), f"{store.url}/a/b=1/c.npy", "url_of")
+        expect("://" in store.url and not store.url.endswith("/"), f"the root's address is {store.url!r}")
+        same(store.url_of("a/b=1/c.npy"), f"{store.url}/a/b=1/c.npy", "url_of")
 
     # Files.
 
@@ -172,65 +173,65 @@ class StoreConformance:
             data = (block * (size // len(block) + 1))[:size]
             source, target = tmp_path / "source", tmp_path / f"deep/{size}/target"
             source.write_bytes(data)
-            _same(store.upload(source, f"files/{size}"), store.head(f"files/{size}").etag, "version of upload")
+            same(store.upload(source, f"files/{size}"), store.head(f"files/{size}").etag, "version of upload")
             digest = hashlib.sha256(data).hexdigest()
-            _same(store.download(f"files/{size}", target), (size, digest), f"download of {size} bytes")
-            _expect(target.read_bytes() == data, f"the file of {size} bytes differs after upload and download")
-            _same(store.sha256(f"files/{size}"), digest, f"sha256 of {size} bytes")
-            _expect(store.get(f"files/{size}") == data, f"get of {size} bytes differs from what was uploaded")
+            same(store.download(f"files/{size}", target), (size, digest), f"download of {size} bytes")
+            expect(target.read_bytes() == data, f"the file of {size} bytes differs after upload and download")
+            same(store.sha256(f"files/{size}"), digest, f"sha256 of {size} bytes")
+            expect(store.get(f"files/{size}") == data, f"get of {size} bytes differs from what was uploaded")
 
     def test_ranges(self, store: Store) -> None:
         """A seekable file over one version: parts as asked for, short only at the end."""
         data = bytes(range(200))
         store.put("a", data)
         file = store.open_file("a")
-        _same((file.size(), file.read(3), file.tell()), (200, data[:3], 3), "first bytes")
+        same((file.size(), file.read(3), file.tell()), (200, data[:3], 3), "first bytes")
         file.seek(-5, 2)
-        _same(file.read(100), data[-5:], "last bytes")
-        _same(file.read(1), b"", "bytes after the end")
+        same(file.read(100), data[-5:], "last bytes")
+        same(file.read(1), b"", "bytes after the end")
         file.seek(10)
-        _same(file.read(), data[10:], "the rest")
-        _same(store.get_range(store.head("a"), 7, 9), data[7:9], "get_range")
+        same(file.read(), data[10:], "the rest")
+        same(store.get_range(store.head("a"), 7, 9), data[7:9], "get_range")
 
     def test_a_file_is_pinned(self, store: Store) -> None:
         """Once the object is another one, a file over the old one says so and never mixes them."""
         store.put("a", b"first " * 10)
         file, info = store.open_file("a"), store.head("a")
-        _same(file.read(5), b"first", "before")
+        same(file.read(5), b"first", "before")
         store.put("a", b"second")
-        _raises(SourceChangedError, lambda: file.read(5), "a read after the object was replaced")
+        refused(SourceChangedError, lambda: file.read(5), "a read after the object was replaced")
         store.delete("a")
-        _raises(SourceChangedError, lambda: store.get_range(info, 0, 5), "a read after the object was deleted")
+        refused(SourceChangedError, lambda: store.get_range(info, 0, 5), "a read after the object was deleted")
 
     # Conditional writes.
 
     def test_create_once(self, store: Store) -> None:
         """The first one stays; writing one's own bytes again is still a success."""
-        _same(store.create("a", b"mine"), True, "first create")
-        _same(store.create("a", b"theirs"), False, "create of what is there")
-        _same(store.create("a", b"mine"), True, "create with the bytes that are there")
-        _same(store.get("a"), b"mine", "bytes")
+        same(store.create("a", b"mine"), True, "first create")
+        same(store.create("a", b"theirs"), False, "create of what is there")
+        same(store.create("a", b"mine"), True, "create with the bytes that are there")
+        same(store.get("a"), b"mine", "bytes")
 
     def test_compare_and_swap(self, store: Store) -> None:
         """Only on top of the version that was seen."""
-        _same(store.swap("a", b"1", None), True, "swap on nothing")
-        _same(store.swap("a", b"2", None), False, "swap on nothing, with something there")
+        same(store.swap("a", b"1", None), True, "swap on nothing")
+        same(store.swap("a", b"2", None), False, "swap on nothing, with something there")
         seen = store.get_versioned("a")
-        _same(store.swap("a", b"2", seen), True, "swap on what was seen")
-        _same(store.swap("a", b"3", seen), False, "swap on an older version")
-        _same(store.get("a"), b"2", "bytes after a swap that lost")
+        same(store.swap("a", b"2", seen), True, "swap on what was seen")
+        same(store.swap("a", b"3", seen), False, "swap on an older version")
+        same(store.get("a"), b"2", "bytes after a swap that lost")
         latest = store.get_versioned("a")
         store.delete("a")
-        _same(store.swap("a", b"4", latest), False, "swap on what was deleted")
-        _same(store.exists("a"), False, "exists after a swap that lost")
+        same(store.swap("a", b"4", latest), False, "swap on what was deleted")
+        same(store.exists("a"), False, "exists after a swap that lost")
 
     def test_one_creates(self, store: Store) -> None:
         """Of threads that create one object at once exactly one wins, and its bytes stay."""
         for number in range(_ROUNDS):
             key, names = f"race/{number}", [f"writer {one}".encode() for one in range(_THREADS)]
             won = _at_once(lambda name, key=key: store.create(key, name), names)
-            _same(won.count(True), 1, "winners of create")
-            _same(store.get(key), names[won.index(True)], "bytes of the winner")
+            same(won.count(True), 1, "winners of create")
+            same(store.get(key), names[won.index(True)], "bytes of the winner")
 
     def test_one_swaps(self, store: Store) -> None:
         """Of threads that swap one version at once exactly one wins."""
@@ -239,8 +240,8 @@ class StoreConformance:
             seen = store.get_versioned("a")
             names = [f"round {number} writer {one}".encode() for one in range(_THREADS)]
             won = _at_once(lambda name, seen=seen: store.swap("a", name, seen), names)
-            _same(won.count(True), 1, "winners of swap")
-            _same(store.get("a"), names[won.index(True)], "bytes of the winner")
+            same(won.count(True), 1, "winners of swap")
+            same(store.get("a"), names[won.index(True)], "bytes of the winner")
 
     def test_no_update_is_lost(self, store: Store) -> None:
         """Threads that add one each until it succeeds have counted all when they are done."""
@@ -257,7 +258,7 @@ class StoreConformance:
 
         names = [f"writer-{number}" for number in range(4)]
         total = sum(_at_once(count, names))
-        _same(int(store.get("counter").split()[0]), total, "the counter")
+        same(int(store.get("counter").split()[0]), total, "the counter")
 
     def test_readers_see_old_or_new(self, store: Store) -> None:
         """A read during a swap gives one version, never a part of it."""
@@ -267,7 +268,7 @@ class StoreConformance:
         def write(_: int) -> list[bytes]:
             for number in range(20):
                 data = bytes([65 + number]) * sizes[number % 2]
-                _same(store.swap("a", data, store.get_versioned("a")), True, "swap of the only writer")
+                same(store.swap("a", data, store.get_versioned("a")), True, "swap of the only writer")
             return []
 
         def read(_: int) -> list[bytes]:
@@ -275,7 +276,7 @@ class StoreConformance:
 
         found = _at_once(lambda job: write(job) if job == 0 else read(job), range(4))
         for data in (item for seen in found for item in seen):
-            _expect(len(data) in sizes and len(set(data)) == 1, f"a reader saw {len(data)} bytes of {set(data)}")
+            expect(len(data) in sizes and len(set(data)) == 1, f"a reader saw {len(data)} bytes of {set(data)}")
 
 
 Job = TypeVar("Job")
@@ -293,20 +294,3 @@ def _at_once(call: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]
 
     with ThreadPoolExecutor(together.parties) as pool:
         return list(pool.map(begin, range(len(waiting))))
-
-
-def _same(found: object, wanted: object, what: str) -> None:
-    _expect(found == wanted, f"{what}: is {found!r:.300}, must be {wanted!r:.300}")
-
-
-def _raises(kind: type[Exception], call: Callable[[], object], what: str) -> None:
-    try:
-        result = call()
-    except kind:
-        return
-    raise AssertionError(f"{what} gives {result!r:.300}, must raise {kind.__name__}")
-
-
-def _expect(condition: bool, fault: str) -> None:
-    if not condition:
-        raise AssertionError(fault)

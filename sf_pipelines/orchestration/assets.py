@@ -12,17 +12,16 @@ from typing import Any
 
 import dagster as dg
 
-from sf_pipelines.orchestration import metadata as described
 from sf_pipelines.orchestration.checks import run_checks
-from sf_pipelines.orchestration.graph import CODE_VERSION, RETRY, Graph, freshness_of
+from sf_pipelines.orchestration.graph import RETRY, Graph, freshness_of
 from sf_pipelines.orchestration.io_manager import Reference, keep_latest
-from sf_pipelines.orchestration.metadata import data_version, event_metadata, reference
+from sf_pipelines.orchestration.metadata import data_version, event_metadata, materialization, reference
 from sf_pipelines.orchestration.pointer_sensor import report_move
 from sf_pipelines.orchestration.shards import seal_shards
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.errors import ReceiptMissingError
 from sf_pipelines.snapshot.run.build import Build
-from sf_pipelines.snapshot.run.receipts import Receipt
+from sf_pipelines.snapshot.run.receipts import Receipt, ScanReceipt
 from sf_pipelines.snapshot.run.tasks import Engine
 
 Events = Iterator[dg.AssetMaterialization | dg.AssetCheckEvaluation | dg.Output[None]]
@@ -40,12 +39,11 @@ class ScanOptions(dg.Config):
 
 @dataclass(frozen=True)
 class Step:
-    """An unpartitioned asset: the stage that makes it, and the asset before it."""
+    """An unpartitioned asset: the asset before it and the stage that makes it."""
 
     noun: str
     after: str
-    stage: Callable[..., Any]
-    describe: Callable[[Build, Any], dict[str, Any]]
+    stage: str
     kind: str
     description: str
 
@@ -59,90 +57,77 @@ class Step:
         engine: Engine | None,
         force: bool = False,
     ) -> Receipt:
-        """Runs the stage; ``run_id`` is that of the scan, which has none before it."""
-        name = self.stage.__name__
-        options = {"scan": {"force": force}, "route": {"engine": engine}}.get(name, {})
-        # Looked up now and not when definitions were loaded, as checks and shards do.
-        work = partial(getattr(stages, name), build, *([run_id] if run_id else []), **options)
-        receipt = graph.execute(context, name, work)
-        if name == "scan":
-            graph.names.set_partitions(context.instance, build.config.shards)
+        """Runs the stage; ``run_id`` is empty for the scan, which finds or makes the run."""
+        options = {"scan": {"force": force}, "route": {"engine": engine}}.get(self.stage, {})
+        work = partial(getattr(stages, self.stage), build, *([run_id] if run_id else []), **options)
+        receipt = graph.execute(context, self.stage, work)
+        if isinstance(receipt, ScanReceipt):
+            graph.set_partitions(context.instance, build.config.shards)
             if receipt.sizing:
                 context.log.info("%s", receipt.sizing)
         if receipt.reason:
             context.log.info("%s", receipt.reason)
-        if name == "promote":
+        if self.stage == "promote":
             report_move(context, graph, build)
         return receipt
 
 
+_BEFORE_TRAINING = (
+    Step(
+        "source_vectors",
+        "",
+        "scan",
+        "parquet",
+        "The source files, pinned: what a build reads is exactly these versions.",
+    ),
+    Step(
+        "training_data",
+        "source_vectors",
+        "sample",
+        "arrow",
+        "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
+    ),
+)
 _TRAINED = {
     "cluster": Step(
         "centroids",
         "training_data",
-        stages.train,
-        described.train_metadata,
+        "train",
         "scikitlearn",
         "One k-means centre a shard: they say which shard holds which vector.",
     ),
     "lsh": Step(
         "hyperplanes",
         "training_data",
-        stages.train,
-        described.train_metadata,
+        "train",
         "numpy",
         "Hyperplanes that cut the training data into balanced cells: they say which shard holds which vector.",
     ),
 }
+_AFTER_SHARDS = (
+    Step(
+        "manifest",
+        "shard_indexes",
+        "assemble",
+        "sqlite",
+        "One manifest that names all shards, staged for the checks, and the measured number of probes.",
+    ),
+    Step(
+        "current_pointer",
+        "manifest",
+        "promote",
+        "json",
+        "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the "
+        "verdicts are read from the store, so launching this asset alone publishes nothing that has not passed.",
+    ),
+)
 
 
 def steps_of(strategy: str) -> list[Step]:
     """The unpartitioned assets in their order; a strategy that trains nothing has one less."""
-    trained = _TRAINED.get(strategy)
-    return [
-        Step(
-            "source_vectors",
-            "",
-            stages.scan,
-            described.scan_metadata,
-            "parquet",
-            "The source files, pinned: what a build reads is exactly these versions.",
-        ),
-        Step(
-            "training_data",
-            "source_vectors",
-            stages.sample,
-            described.sample_metadata,
-            "arrow",
-            "Every row validated against the data contract; rejects with reasons; the training and the query sample.",
-        ),
-        *([trained] if trained else []),
-        Step(
-            "routed_vectors",
-            trained.noun if trained else "training_data",
-            stages.route,
-            described.route_metadata,
-            "arrow",
-            "Every row sent to its shard, with a digest of each shard's rows.",
-        ),
-        Step(
-            "manifest",
-            "shard_indexes",
-            stages.assemble,
-            described.manifest_metadata,
-            "sqlite",
-            "One manifest that names all shards, staged for the checks, and the measured number of probes.",
-        ),
-        Step(
-            "current_pointer",
-            "manifest",
-            stages.promote,
-            described.promote_metadata,
-            "json",
-            "The pointer that readers follow. It moves only to a manifest whose required checks have all passed; the "
-            "verdicts are read from the store, so launching this asset alone publishes nothing that has not passed.",
-        ),
-    ]
+    begun = [*_BEFORE_TRAINING, *([_TRAINED[strategy]] if strategy in _TRAINED else [])]
+    description = "Every row sent to its shard, with a digest of each shard's rows."
+    return [*begun, Step("routed_vectors", begun[-1].noun, "route", "arrow", description), *_AFTER_SHARDS]
 
 
 def build_assets(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> list[dg.AssetsDefinition]:
@@ -157,36 +142,34 @@ def build_assets(graph: Graph, source_assets: Sequence[dg.AssetKey]) -> list[dg.
 
 
 def _step_asset(graph: Graph, step: Step) -> dg.AssetsDefinition:
-    @_asset(graph, step, ins={"before": dg.AssetIn(graph.names.asset(step.after))})
+    @_asset(graph, step, ins={"before": dg.AssetIn(graph.asset(step.after))})
     def step_asset(context: dg.AssetExecutionContext, before: Reference) -> dg.MaterializeResult:
-        return _materialize(context, graph, step, before)
+        return _materialize(context, graph, step, run_id=_run_of(before))
 
     return step_asset
 
 
-def _asset(
-    graph: Graph, step: Step, **inputs: Any
-) -> Callable[[Callable[..., dg.MaterializeResult]], dg.AssetsDefinition]:
+def _asset(graph: Graph, step: Step, **inputs: Any) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
     fresh = step.noun == "current_pointer" and graph.options.pointer_sensor is None
     return dg.asset(
-        **graph.asset_settings(step.noun, {step.kind}, step.stage),
+        **graph.asset_settings(step.noun, {step.kind}, getattr(stages, step.stage)),
         **inputs,
         description=step.description,
-        io_manager_key=graph.names.io_manager,
-        required_resource_keys={graph.names.resource},
+        io_manager_key=graph.io_manager,
+        required_resource_keys={graph.resource},
         freshness_policy=freshness_of(graph.options.freshness) if fresh else None,
         retry_policy=RETRY,
     )
 
 
 def _materialize(
-    context: dg.AssetExecutionContext, graph: Graph, step: Step, before: Reference | None = None, *, force: bool = False
+    context: dg.AssetExecutionContext, graph: Graph, step: Step, *, run_id: str = "", force: bool = False
 ) -> dg.MaterializeResult:
     with graph.build(context) as build, graph.access(context).open_engine() as engine:
-        receipt = step.run(context, graph, build, _run_of(before) if before else "", engine=engine, force=force)
+        receipt = step.run(context, graph, build, run_id, engine=engine, force=force)
         return dg.MaterializeResult(
             value=reference(receipt),
-            metadata=event_metadata(receipt, step.describe(build, receipt)),
+            metadata=event_metadata(build, receipt),
             data_version=dg.DataVersion(data_version(receipt)),
         )
 
@@ -208,18 +191,17 @@ def _run_of(before: Reference) -> str:
 
 def build_now_job(graph: Graph) -> dg.JobDefinition:
     """The job ``build_now_<name>``."""
-    names = graph.names
     description = (
         "Builds the snapshot in one run of one step: open the Launchpad, press Launch Run. Stages, checks and events "
         "are those of the assets."
     )
 
     @dg.op(
-        name=names.part("build_now"),
+        name=graph.part("build_now"),
         out=dg.Out(dg.Nothing),
-        required_resource_keys={names.resource},
+        required_resource_keys={graph.resource},
         description=description,
-        pool=names.pool,
+        pool=graph.pool,
         retry_policy=RETRY,
     )
     def build_now(context: dg.OpExecutionContext, config: ScanOptions) -> Events:
@@ -227,7 +209,7 @@ def build_now_job(graph: Graph) -> dg.JobDefinition:
             yield from _build_now(context, graph, build, engine, force=config.force)
         yield dg.Output(None)
 
-    @dg.job(name=names.job("build_now"), description=description, tags=names.run_tags, executor_def=graph.executor)
+    @dg.job(name=graph.job("build_now"), description=description, tags=graph.run_tags, executor_def=graph.executor)
     def job() -> None:
         build_now()
 
@@ -247,7 +229,7 @@ def _build_now(
         if step.noun == "current_pointer":
             for result in run_checks(context, graph, build, run_id):
                 yield dg.AssetCheckEvaluation(
-                    asset_key=graph.names.asset("manifest"),
+                    asset_key=graph.asset("manifest"),
                     check_name=str(result.check_name),
                     passed=result.passed,
                     metadata=result.metadata,
@@ -256,29 +238,17 @@ def _build_now(
                 )
         receipt = step.run(context, graph, build, run_id, engine=engine, force=force)
         run_id, routed = receipt.run_id, receipt.digest
-        key, parents = graph.names.asset(step.noun), [graph.names.asset(step.after)] if step.after else parents
+        key, parents = graph.asset(step.noun), [graph.asset(step.after)] if step.after else parents
         keep_latest(build.store, key, reference(receipt))
-        yield dg.AssetMaterialization(
-            key,
-            metadata=event_metadata(receipt, step.describe(build, receipt)),
-            tags={
-                "dagster/data_version": data_version(receipt),
-                "dagster/data_version_is_user_provided": "true",
-                "dagster/code_version": CODE_VERSION,
-                **_provenance(context.instance, parents),
-            },
-        )
+        yield materialization(build, receipt, key, _versions(context.instance, parents))
 
 
-def _provenance(instance: dg.DagsterInstance, parents: Sequence[dg.AssetKey]) -> dict[str, str]:
-    """Tags that let Dagster tell whether an asset's parents have changed since."""
-    tags: dict[str, str] = {}
+def _versions(instance: dg.DagsterInstance, parents: Sequence[dg.AssetKey]) -> dict[str, tuple[str, str]]:
+    """Data version and id of the latest event of each asset; in Dagster's words where there is none."""
+    found: dict[str, tuple[str, str]] = {}
     for key in parents:
         records = instance.fetch_materializations(key, limit=1).records
         event = records[0].asset_materialization if records else None
-        # What Dagster takes for an asset without events.
         version = (event.tags or {}).get("dagster/data_version", "INITIAL") if event else "INITIAL"
-        name = key.to_user_string()
-        tags[f"dagster/input_data_version/{name}"] = version
-        tags[f"dagster/input_event_pointer/{name}"] = str(records[0].storage_id) if records else "NULL"
-    return tags
+        found[key.to_user_string()] = (version, str(records[0].storage_id) if records else "NULL")
+    return found

@@ -10,7 +10,6 @@ from sf_pipelines.orchestration.assets import build_assets, build_now_job
 from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, beta_accepted, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
-from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.operations import CleanupConfig, build_operation_jobs
 from sf_pipelines.orchestration.options import CleanupScheduleOptions, ScheduleOptions, SnapshotOptions, sensor_status
 from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
@@ -59,24 +58,23 @@ def build_snapshot_defs(
     if not needs_training(config.sharding):
         # An expression that does not compile fails here, when the definitions are loaded.
         Build(config.sized(config.shard_count or 1)).routing(None)
-    graph = Graph(config, chosen, SnapshotNames.of(config, chosen), execute)
+    graph = Graph(config, chosen, execute)
     upstream = [dg.AssetKey(item.split("/")) for item in chosen.source_assets]
     with beta_accepted():
         assets = [*build_assets(graph, upstream), build_shard_indexes(graph)]
     own = [key for asset in assets for key in asset.keys]
     snapshot = snapshot_resource(config, s3 or chosen.s3_resource, chosen.engine)
-    names = graph.names
     return dg.Definitions(
         assets=[*assets, *([build_published_snapshot(graph)] if chosen.pointer_sensor else [])],
         asset_checks=[build_checks(graph)],
         jobs=[
             dg.define_asset_job(
-                names.job("build"),
+                graph.job("build"),
                 selection=dg.AssetSelection.assets(*own, *(upstream if chosen.refresh_source else [])),
                 # A run without partitions does everything: all shards, unpartitioned assets and checks.
-                tags=names.run_tags,
+                tags=graph.run_tags,
                 executor_def=graph.executor,
-                description=f"Builds the snapshot {names.name!r} in one run: source, shards, manifest, checks, "
+                description=f"Builds the snapshot {graph.config.name!r} in one run: source, shards, manifest, checks, "
                 "pointer.",
             ),
             build_now_job(graph),
@@ -84,33 +82,33 @@ def build_snapshot_defs(
         ],
         schedules=list(_schedules(graph)),
         sensors=list(_sensors(graph, own)),
-        resources={names.resource: snapshot, names.io_manager: reference_io_manager(names.resource)},
+        resources={graph.resource: snapshot, graph.io_manager: reference_io_manager(graph.resource)},
     )
 
 
 def _schedules(graph: Graph) -> Iterator[dg.ScheduleDefinition]:
-    names, options = graph.names, graph.options
+    options = graph.options
     if options.schedule:
-        forced = {"ops": {names.asset_step("source_vectors"): {"config": {"force": True}}}}
+        forced = {"ops": {graph.asset("source_vectors").to_python_identifier(): {"config": {"force": True}}}}
         yield _schedule(
-            names.part("schedule"),
-            names.job("build"),
+            graph.part("schedule"),
+            graph.job("build"),
             options.schedule,
-            f"Builds the snapshot {names.name!r}"
+            f"Builds the snapshot {graph.config.name!r}"
             + (", also when nothing is new." if options.schedule.force else "; publishes nothing when nothing is new."),
-            run_key=names.scope,
-            tags=names.run_tags,
+            run_key=graph.scope,
+            tags=graph.run_tags,
             run_config=forced if options.schedule.force else None,
         )
     if options.cleanup:
         config = options.cleanup.model_dump(include=set(CleanupConfig.model_fields))
         yield _schedule(
-            names.part("cleanup_schedule"),
-            names.job("cleanup"),
+            graph.part("cleanup_schedule"),
+            graph.job("cleanup"),
             options.cleanup,
-            f"{'Shows' if options.cleanup.dry_run else 'Removes'} what nobody needs any more of {names.name!r}.",
-            run_key=names.job("cleanup"),
-            run_config={"ops": {names.part("cleanup"): {"config": config}}},
+            f"{'Shows' if options.cleanup.dry_run else 'Removes'} what nobody needs any more of {graph.config.name!r}.",
+            run_key=graph.job("cleanup"),
+            run_config={"ops": {graph.part("cleanup"): {"config": config}}},
         )
 
 
@@ -141,9 +139,9 @@ def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefi
         yield build_pointer_sensor(graph, options.pointer_sensor)
     if options.automation:
         yield dg.AutomationConditionSensorDefinition(
-            graph.names.part("automation_sensor"),
+            graph.part("automation_sensor"),
             target=dg.AssetSelection.assets(*own),
             minimum_interval_seconds=options.automation.interval_seconds,
             default_status=sensor_status(options.automation.default_status),
-            description=f"Requests assets of {graph.names.name!r} when what they build on is new.",
+            description=f"Requests assets of {graph.config.name!r} when what they build on is new.",
         )

@@ -28,19 +28,18 @@ _DESCRIPTIONS = {
 
 def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
     """All checks as one definition; each can be executed alone. Those that the gate requires block the pointer."""
-    names = graph.names
-    manifest, required = names.asset("manifest"), required_checks(Build(graph.config))
+    manifest, required = graph.asset("manifest"), required_checks(Build(graph.config))
     specs = [
         dg.AssetCheckSpec(name, asset=manifest, blocking=name in required, description=_DESCRIPTIONS[name])
         for name in CHECKS
     ]
 
     @dg.multi_asset_check(
-        name=names.part("gate"),
+        name=graph.part("gate"),
         specs=specs,
         can_subset=True,
         ins={"manifest": manifest},
-        required_resource_keys={names.resource},
+        required_resource_keys={graph.resource},
     )
     def gate(context: dg.AssetCheckExecutionContext, manifest: Reference) -> Iterator[dg.AssetCheckResult]:
         selected = {key.name for key in context.selected_asset_check_keys}
@@ -67,7 +66,7 @@ def run_checks(
             failed.append(f"{name}: {verdict.message}")
         yield dg.AssetCheckResult(
             passed=verdict.passed,
-            asset_key=graph.names.asset("manifest"),
+            asset_key=graph.asset("manifest"),
             check_name=name,
             severity=dg.AssetCheckSeverity[verdict.severity],
             metadata=verdict_metadata(verdict),

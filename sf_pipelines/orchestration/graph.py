@@ -1,20 +1,24 @@
-"""What the parts of one snapshot's graph share: configuration, options, names, and how stages are executed."""
+"""What the parts of one snapshot share in Dagster: configuration, options, names, and how stages are executed."""
 
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import dagster as dg
 
-from sf_pipelines.orchestration.names import SnapshotNames
 from sf_pipelines.orchestration.options import FreshnessOptions, MultiprocessExecutor, SnapshotOptions
 from sf_pipelines.orchestration.resources import SnapshotAccess, surfaced
 from sf_pipelines.snapshot.config import BUILD_VERSION, WriteConfig
 from sf_pipelines.snapshot.run.build import Build
+
+SNAPSHOT_TAG = "sf_pipelines/snapshot"
+# Not the tag of builds: a queue that lets one build through at a time must not make a rollback wait.
+OPERATED_TAG = "sf_pipelines/operates_on"
+OPERATION_TAG = "sf_pipelines/operation"
 
 CODE_VERSION = str(BUILD_VERSION)
 # Only errors that may pass are retried (see resources.surfaced).
@@ -43,21 +47,82 @@ def execute_stage(context: StageContext, stage: str, work: Callable[[], Done]) -
 class Graph:
     """One snapshot in Dagster.
 
+    All names hold the key prefix too: two snapshots of one name may share a code location.
+
     Attributes:
         config: the snapshot.
         options: how it sits in Dagster.
-        names: of its parts.
         execute: does the work of a stage.
     """
 
     config: WriteConfig
-    options: SnapshotOptions
-    names: SnapshotNames
-    execute: Execute
+    options: SnapshotOptions = field(default_factory=SnapshotOptions)
+    execute: Execute = execute_stage
+
+    @property
+    def path(self) -> list[str]:
+        """Key prefix and name."""
+        prefix = self.options.key_prefix
+        return [*(prefix.split("/") if prefix else []), self.config.name]
+
+    @property
+    def scope(self) -> str:
+        """Key prefix and name in letters, digits and underscores."""
+        return dg.AssetKey(self.path).to_python_identifier()
+
+    def asset(self, noun: str) -> dg.AssetKey:
+        """Key of an asset: ``<prefix>/<name>/manifest``."""
+        return dg.AssetKey([*self.path, noun])
+
+    def job(self, verb: str) -> str:
+        """Job that builds or operates: ``build_<name>``, ``rollback_<name>``."""
+        return f"{verb}_{self.scope}"
+
+    def part(self, noun: str) -> str:
+        """Op, schedule, sensor or resource: ``<name>_source_sensor``."""
+        return f"{self.scope}_{noun}"
+
+    @property
+    def resource(self) -> str:
+        """Key of the resource that gives access to the snapshot."""
+        return self.part("snapshot")
+
+    @property
+    def io_manager(self) -> str:
+        """Key of the IO manager that keeps references."""
+        return self.part("references")
+
+    @property
+    def pool(self) -> str:
+        """Concurrency pool of the steps that build shards."""
+        return self.options.pool or self.part("shards")
+
+    @property
+    def run_tags(self) -> dict[str, str]:
+        """Tags of the runs that build this snapshot."""
+        return {SNAPSHOT_TAG: self.config.name}
+
+    @property
+    def partitions(self) -> dg.StaticPartitionsDefinition | dg.DynamicPartitionsDefinition:
+        """One partition a shard; known to the instance where builds choose their number."""
+        count = self.config.shard_count
+        if count is None:
+            return dg.DynamicPartitionsDefinition(name=self.part("shards"))
+        return dg.StaticPartitionsDefinition([shard_partition(db_id) for db_id in range(count)])
+
+    def set_partitions(self, instance: dg.DagsterInstance, num_dbs: int) -> None:
+        """Tells the instance how many shards a build has chosen; without effect where the configuration fixes it."""
+        if self.config.shard_count is not None:
+            return
+        name, chosen = self.part("shards"), [shard_partition(db_id) for db_id in range(num_dbs)]
+        known = instance.get_dynamic_partitions(name)
+        for gone in set(known) - set(chosen):
+            instance.delete_dynamic_partition(name, gone)
+        instance.add_dynamic_partitions(name, [key for key in chosen if key not in known])
 
     def access(self, context: Any) -> SnapshotAccess:
         """The snapshot's resource in the context of a step or a tick."""
-        return getattr(context.resources, self.names.resource)
+        return getattr(context.resources, self.resource)
 
     @contextmanager
     def build(self, context: StageContext) -> Iterator[Build]:
@@ -67,8 +132,7 @@ class Graph:
 
     def is_built_by(self, run: dg.DagsterRun) -> bool:
         """Whether a run is of a build job of the snapshot, or selects any of its assets."""
-        own = [*self.names.key_prefix, self.config.name]
-        jobs = {self.names.job("build"), self.names.job("build_now")}
+        own, jobs = self.path, {self.job("build"), self.job("build_now")}
         return run.job_name in jobs or any(key.path[: len(own)] == own for key in run.asset_selection or ())
 
     @property
@@ -109,12 +173,17 @@ class Graph:
     def described_settings(self, noun: str, kinds: set[str]) -> dict[str, Any]:
         """Settings of any asset, also one that Dagster only observes."""
         return {
-            "key": self.names.asset(noun),
+            "key": self.asset(noun),
             "group_name": self.options.group or self.config.name,
             "owners": list(self.options.owners),
             "tags": self.options.tags,
             "kinds": kinds | set(self.options.kinds),
         }
+
+
+def shard_partition(db_id: int) -> str:
+    """Partition key of a shard: ``00003``, as in the directory ``db=00003``."""
+    return f"{db_id:05d}"
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""Receipts and verdicts as Dagster metadata."""
+"""Receipts and verdicts as Dagster metadata and events."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
 from sf_pipelines.orchestration import pictures
+from sf_pipelines.orchestration.graph import CODE_VERSION
 from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.errors import IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.gate.verdicts import Verdict, judged_recall
@@ -40,10 +41,37 @@ def reference(receipt: Receipt) -> dict[str, str]:
     return {"run_id": receipt.run_id, "key": receipt.key, "digest": receipt.digest}
 
 
-def event_metadata(receipt: Receipt, figures: Mapping[str, Any]) -> Metadata:
+def event_metadata(build: Build, receipt: Receipt) -> Metadata:
     """Metadata of an asset's event: its figures first, ids and receipts last."""
+    figures = _FIGURES[receipt.stage](build, receipt)
     common = {"run_id": receipt.run_id, "receipt": receipt.key, "seconds": round(receipt.seconds, 3)}
     return readable({**figures, **common, **({"reason": receipt.reason} if receipt.reason else {})})
+
+
+def materialization(
+    build: Build,
+    receipt: Receipt,
+    key: dg.AssetKey,
+    parents: Mapping[str, tuple[str, str]],
+    partition: str | None = None,
+) -> dg.AssetMaterialization:
+    """The event of an asset that no step returns.
+
+    Args:
+        build: the build.
+        receipt: of the stage that made the asset.
+        key: the asset.
+        parents: data version and event id of each parent asset; Dagster tells by them whether a parent has changed.
+        partition: of the asset.
+    """
+    tags = {
+        "dagster/data_version": data_version(receipt),
+        "dagster/data_version_is_user_provided": "true",
+        "dagster/code_version": CODE_VERSION,
+    }
+    for name, (version, event) in parents.items():
+        tags |= {f"dagster/input_data_version/{name}": version, f"dagster/input_event_pointer/{name}": event}
+    return dg.AssetMaterialization(key, partition=partition, metadata=event_metadata(build, receipt), tags=tags)
 
 
 def readable(metadata: Mapping[str, Any]) -> Metadata:
@@ -70,7 +98,7 @@ def data_version(receipt: Receipt) -> str:
     return receipt.digest
 
 
-def scan_metadata(build: Build, receipt: ScanReceipt) -> Metadata:
+def _scan(build: Build, receipt: ScanReceipt) -> Metadata:
     """The pinned source."""
     files, schema = receipt.listing.files, receipt.listing.arrow_schema
     columns = [dg.TableColumn(name, str(schema.field(name).type)) for name in build.config.row_columns]
@@ -89,7 +117,7 @@ def scan_metadata(build: Build, receipt: ScanReceipt) -> Metadata:
     }
 
 
-def sample_metadata(build: Build, receipt: SampleReceipt) -> Metadata:
+def _sample(build: Build, receipt: SampleReceipt) -> Metadata:
     """Validated rows and the samples drawn from them."""
     reasons = [{"reason": reason, "rows": rows} for reason, rows in sorted(receipt.reject_reasons.items())]
     return {
@@ -104,7 +132,7 @@ def sample_metadata(build: Build, receipt: SampleReceipt) -> Metadata:
     } | ({"reject_reasons": table(reasons)} if reasons else {})
 
 
-def train_metadata(build: Build, receipt: TrainReceipt) -> Metadata:
+def _train(build: Build, receipt: TrainReceipt) -> Metadata:
     """The routing artifact."""
     return {
         "dagster/uri": build.store.url_of(receipt.ref.key),
@@ -118,7 +146,7 @@ def train_metadata(build: Build, receipt: TrainReceipt) -> Metadata:
     }
 
 
-def route_metadata(build: Build, receipt: RouteReceipt) -> Metadata:
+def _route(build: Build, receipt: RouteReceipt) -> Metadata:
     """Rows of each shard."""
     sizes = [shard.rows for shard in receipt.shards]
     rows = [{"shard": shard.db_id, "rows": shard.rows} for shard in receipt.shards[:_TABLE_ROWS]]
@@ -134,9 +162,9 @@ def route_metadata(build: Build, receipt: RouteReceipt) -> Metadata:
     }
 
 
-def shard_metadata(build: Build, receipt: ShardReceipt) -> Metadata:
+def _shard(build: Build, receipt: ShardReceipt) -> Metadata:
     """One shard's index."""
-    facts = {
+    return {
         "dagster/row_count": receipt.rows,
         "indexed_rows": receipt.indexed_rows,
         "bytes": receipt.bytes,
@@ -146,10 +174,9 @@ def shard_metadata(build: Build, receipt: ShardReceipt) -> Metadata:
         **({"dagster/uri": build.store.url_of(receipt.db_key)} if receipt.db_key else {}),
         "shard": receipt.db_key or "(empty shard)",
     }
-    return event_metadata(receipt, facts)
 
 
-def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
+def _manifest(build: Build, receipt: ManifestReceipt) -> Metadata:
     """The staged manifest and the measured curve."""
     chosen = next((point for point in receipt.curve if point.num_probes == receipt.num_probes), None)
     figures = {} if chosen is None else {"tuning_recall": chosen.recall, "tuning_recall_lower_bound": chosen.lower}
@@ -168,7 +195,7 @@ def manifest_metadata(build: Build, receipt: ManifestReceipt) -> Metadata:
     }
 
 
-def promote_metadata(build: Build, receipt: PromoteReceipt) -> Metadata:
+def _promote(build: Build, receipt: PromoteReceipt) -> Metadata:
     """The pointer: what readers get first, then how it came there."""
     pointer = read_pointer(build.store).pointer
     try:
@@ -184,6 +211,17 @@ def promote_metadata(build: Build, receipt: PromoteReceipt) -> Metadata:
         "manifest": receipt.manifest_ref,
         "previous_run_id": receipt.previous_run_id or "(none)",
     }
+
+
+_FIGURES: dict[str, Callable[[Build, Any], Metadata]] = {
+    ScanReceipt.stage: _scan,
+    SampleReceipt.stage: _sample,
+    TrainReceipt.stage: _train,
+    RouteReceipt.stage: _route,
+    ShardReceipt.stage: _shard,
+    ManifestReceipt.stage: _manifest,
+    PromoteReceipt.stage: _promote,
+}
 
 
 def served_metadata(store: Store, pointer: Pointer, state: SnapshotState) -> Metadata:

@@ -12,9 +12,8 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from sf_pipelines.orchestration.graph import RETRY, Graph
+from sf_pipelines.orchestration.graph import OPERATED_TAG, OPERATION_TAG, RETRY, Graph
 from sf_pipelines.orchestration.metadata import Metadata, markdown, readable, table
-from sf_pipelines.orchestration.names import OPERATED_TAG, OPERATION_TAG
 from sf_pipelines.orchestration.pointer_sensor import report_move
 from sf_pipelines.orchestration.resources import SnapshotAccess, log_progress, surfaced
 from sf_pipelines.snapshot.config import S3Options
@@ -106,7 +105,7 @@ class _Run:
 
     def observe(self, metadata: Metadata) -> None:
         """Notes figures on the pointer's asset, where they are plotted over time."""
-        key = self.graph.names.asset("current_pointer")
+        key = self.graph.asset("current_pointer")
         self.context.log_event(dg.AssetObservation(key, metadata=readable(metadata)))
 
 
@@ -151,7 +150,7 @@ def _rollback(run: _Run, config: RollbackConfig) -> Metadata:
         "hashed": done.checked.hashed,
     }
     event = dg.AssetMaterialization(
-        run.graph.names.asset("current_pointer"),
+        run.graph.asset("current_pointer"),
         description=f"Rolled back to {done.run_id}.",
         metadata=readable({"published": True, "dagster/uri": run.root, **metadata}),
         tags={"dagster/data_version": digest} if digest else None,
@@ -354,18 +353,17 @@ def build_operation_jobs(graph: Graph) -> list[dg.JobDefinition]:
 
 
 def _job(graph: Graph, operation: _Operation) -> dg.JobDefinition:
-    names = graph.names
-    tags = {OPERATION_TAG: operation.noun, OPERATED_TAG: names.name}
+    tags = {OPERATION_TAG: operation.noun, OPERATED_TAG: graph.config.name}
 
     @dg.op(
         # A job and an op must not share a name.
-        name=names.part(operation.noun),
+        name=graph.part(operation.noun),
         config_schema=operation.config.to_config_schema() if operation.config else None,
         out=dg.Out(dg.Nothing),
-        required_resource_keys={names.resource},
+        required_resource_keys={graph.resource},
         description=operation.description,
         tags=tags,
-        pool=names.pool if operation.reads_shards else None,
+        pool=graph.pool if operation.reads_shards else None,
         retry_policy=RETRY if operation.repeatable else None,
     )
     def operate(context: dg.OpExecutionContext) -> None:
@@ -373,7 +371,7 @@ def _job(graph: Graph, operation: _Operation) -> dg.JobDefinition:
             config = operation.config(**context.op_config) if operation.config else None
             context.add_output_metadata(readable(operation.work(_Run(context, graph, graph.access(context)), config)))
 
-    job_name = names.job(operation.noun)
+    job_name = graph.job(operation.noun)
 
     @dg.job(name=job_name, description=operation.description, tags=tags, executor_def=graph.executor)
     def job() -> None:

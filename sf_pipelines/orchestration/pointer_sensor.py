@@ -25,7 +25,7 @@ def build_published_snapshot(graph: Graph) -> dg.AssetSpec:
     """The observed asset."""
     return dg.AssetSpec(
         **graph.described_settings("published_snapshot", {"json"}),
-        deps=[graph.names.asset("current_pointer")],
+        deps=[graph.asset("current_pointer")],
         freshness_policy=freshness_of(graph.options.freshness),
         description="What readers are served. Nothing materializes it: an event is written whenever the current "
         "pointer moves, by whomever; hang on it what must follow a new snapshot.",
@@ -34,13 +34,13 @@ def build_published_snapshot(graph: Graph) -> dg.AssetSpec:
 
 def build_pointer_sensor(graph: Graph, options: PointerSensorOptions) -> dg.SensorDefinition:
     """The sensor that writes the asset's events."""
-    names, published = graph.names, graph.names.asset("published_snapshot")
+    published = graph.asset("published_snapshot")
 
     @dg.sensor(
-        name=names.part("pointer_sensor"),
+        name=graph.part("pointer_sensor"),
         minimum_interval_seconds=options.interval_seconds,
         default_status=sensor_status(options.default_status),
-        required_resource_keys={names.resource},
+        required_resource_keys={graph.resource},
         description=f"Writes an event on {published.to_user_string()} whenever the pointer moves.",
     )
     def pointer_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -69,7 +69,7 @@ def report_move(context: dg.OpExecutionContext | dg.AssetExecutionContext, graph
     """Writes the event from the run that moved the pointer, unless it is there: the sensor may be off."""
     if graph.options.pointer_sensor is None:
         return
-    key, view = graph.names.asset("published_snapshot"), read_pointer(build.store)
+    key, view = graph.asset("published_snapshot"), read_pointer(build.store)
     last = _last_event(context.instance, key)
     if view.pointer is not None and (last is None or _value(last, _MOVE) != view.fingerprint):
         context.log_event(_move(key, build.store, view.pointer, view.fingerprint, last))

@@ -11,10 +11,9 @@ from functools import partial
 import dagster as dg
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION
 
-from sf_pipelines.orchestration.graph import CODE_VERSION, RETRY, Graph
+from sf_pipelines.orchestration.graph import CODE_VERSION, RETRY, Graph, shard_partition
 from sf_pipelines.orchestration.io_manager import Reference, keep_latest
-from sf_pipelines.orchestration.metadata import reference, shard_metadata
-from sf_pipelines.orchestration.names import SnapshotNames, shard_partition
+from sf_pipelines.orchestration.metadata import materialization, reference
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.receipts import ShardReceipt
@@ -29,8 +28,8 @@ _DESCRIPTION = (
 
 def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
     """The asset, partitioned by shard."""
-    names, config = graph.names, graph.config
-    plan, build_one, collect = _plan_op(graph), _build_op(graph), _collect_op(names)
+    config = graph.config
+    plan, build_one, collect = _plan_op(graph), _build_op(graph), _collect_op(graph)
     # Dagster takes letters, digits and underscores.
     kinds = {config.vector_spec.backend.replace("-", "_"), *([] if config.key_value is None else ["sqlite"])}
     settings = graph.asset_settings("shard_indexes", kinds, stages.build_shard)
@@ -39,8 +38,8 @@ def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
 
     @dg.graph_asset(
         **settings,
-        ins={"routed": dg.AssetIn(names.asset("routed_vectors"))},
-        partitions_def=names.partitions,
+        ins={"routed": dg.AssetIn(graph.asset("routed_vectors"))},
+        partitions_def=graph.partitions,
         description=_DESCRIPTION,
     )
     def shard_indexes(routed: Reference) -> Reference:
@@ -50,13 +49,12 @@ def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
 
 
 def _plan_op(graph: Graph) -> dg.OpDefinition:
-    names = graph.names
 
     @dg.op(
-        name=names.part("plan_shards"),
-        out=dg.DynamicOut(dict, io_manager_key=names.io_manager),
+        name=graph.part("plan_shards"),
+        out=dg.DynamicOut(dict, io_manager_key=graph.io_manager),
         # Dagster looks "io_manager" up for the graph's own output when a run has no other asset, and fails without it.
-        required_resource_keys={"io_manager", names.resource},
+        required_resource_keys={"io_manager", graph.resource},
         description="Which shards this run builds: those of its partitions, or all.",
     )
     def plan_shards(context: dg.OpExecutionContext, routed: Reference) -> Iterator[dg.DynamicOutput[Reference]]:
@@ -66,7 +64,7 @@ def _plan_op(graph: Graph) -> dg.OpDefinition:
             with graph.build(context) as build:
                 scanned = build.run(routed["run_id"]).scanned
                 shards = [shard_partition(db_id) for db_id in range(scanned.num_dbs or build.config.shards)]
-        common = {"run_id": routed["run_id"], "routed": routed["digest"], "rebuild": _is_rebuild(context, names)}
+        common = {"run_id": routed["run_id"], "routed": routed["digest"], "rebuild": _is_rebuild(context, graph)}
         on_engine = graph.options.engine is not None
         groups = {"shards": shards} if on_engine else {f"shard_{partition}": [partition] for partition in shards}
         for name, group in groups.items():
@@ -75,25 +73,24 @@ def _plan_op(graph: Graph) -> dg.OpDefinition:
     return plan_shards
 
 
-def _is_rebuild(context: dg.OpExecutionContext, names: SnapshotNames) -> bool:
+def _is_rebuild(context: dg.OpExecutionContext, graph: Graph) -> bool:
     """Whether shards were launched without the asset before them: the user asks for sealed shards to be built again."""
     backfill_id = context.run.tags.get("dagster/backfill")
     backfill = context.instance.get_backfill(backfill_id) if backfill_id else None
     selected = backfill.asset_selection if backfill else context.run.asset_selection
     # A run of everything in its job selects nothing in particular.
     selected = selected or context.job_def.asset_layer.executable_asset_keys
-    return names.asset("routed_vectors") not in selected
+    return graph.asset("routed_vectors") not in selected
 
 
 def _build_op(graph: Graph) -> dg.OpDefinition:
-    names = graph.names
 
     @dg.op(
-        name=names.part("build_shard"),
-        out=dg.Out(list, io_manager_key=names.io_manager),
-        required_resource_keys={names.resource},
+        name=graph.part("build_shard"),
+        out=dg.Out(list, io_manager_key=graph.io_manager),
+        required_resource_keys={graph.resource},
         retry_policy=RETRY,
-        pool=names.pool,
+        pool=graph.pool,
         code_version=CODE_VERSION,
         description="Builds and seals one shard; on an engine, all shards of the run.",
     )
@@ -115,39 +112,26 @@ def seal_shards(
 ) -> list[Reference]:
     """Builds shards; the partition of each turns green as soon as it is sealed."""
     built: list[Reference] = []
+    key = graph.asset("shard_indexes")
+    # A partition is outdated when the digest of the routed rows is another one.
+    parents = {graph.asset("routed_vectors").to_user_string(): (str(group["routed"]), "NULL")}
 
-    def sealed(task: Task, outcome: Outcome) -> None:
+    def on_done(task: Task, outcome: Outcome) -> None:
         del task
         receipt = outcome.receipt
         if not isinstance(receipt, ShardReceipt):
             raise TypeError(f"a shard's task gave a {type(receipt).__name__}")
         where = f", on worker {outcome.worker}" if graph.options.engine is not None else ""
         context.log.info("%s%s", _log_line(receipt), where)
-        context.log_event(_materialization(build, graph.names, receipt, group["routed"]))
+        partition = shard_partition(receipt.db_id)
+        context.log_event(materialization(build, receipt, key, parents, partition))
         built.append(reference(receipt) | {"db_id": receipt.db_id})
         if keep:
-            keep_latest(build.store, graph.names.asset("shard_indexes"), built[-1], shard_partition(receipt.db_id))
+            keep_latest(build.store, key, built[-1], partition)
 
     work = partial(stages.build_shards, build, group["run_id"], group["shards"], rebuild=group["rebuild"])
-    graph.execute(context, "build_shard", partial(work, engine=engine, keep_going=True, on_done=sealed))
+    graph.execute(context, "build_shard", partial(work, engine=engine, keep_going=True, on_done=on_done))
     return built
-
-
-def _materialization(build: Build, names: SnapshotNames, receipt: ShardReceipt, routed: str) -> dg.AssetMaterialization:
-    """The one event of a shard's partition; ``routed``, the digest of its rows, says when it is outdated."""
-    before = names.asset("routed_vectors").to_user_string()
-    return dg.AssetMaterialization(
-        names.asset("shard_indexes"),
-        partition=shard_partition(receipt.db_id),
-        metadata=shard_metadata(build, receipt),
-        tags={
-            "dagster/data_version": receipt.digest,
-            "dagster/data_version_is_user_provided": "true",
-            "dagster/code_version": CODE_VERSION,
-            f"dagster/input_data_version/{before}": routed,
-            f"dagster/input_event_pointer/{before}": "NULL",
-        },
-    )
 
 
 def _log_line(receipt: ShardReceipt) -> str:
@@ -158,10 +142,10 @@ def _log_line(receipt: ShardReceipt) -> str:
     return f"shard {receipt.db_id}: {receipt.rows:,} rows {verb} and sealed in {receipt.seconds:.1f} s{rate}"
 
 
-def _collect_op(names: SnapshotNames) -> dg.OpDefinition:
+def _collect_op(graph: Graph) -> dg.OpDefinition:
     @dg.op(
-        name=names.part("collect_shards"),
-        out=dg.Out(dict, io_manager_key=names.io_manager),
+        name=graph.part("collect_shards"),
+        out=dg.Out(dict, io_manager_key=graph.io_manager),
         description="All shards of this run are built.",
     )
     def collect_shards(context: dg.OpExecutionContext, built: list[list[Reference]]) -> dg.Output[Reference]:

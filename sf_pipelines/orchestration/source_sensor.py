@@ -118,16 +118,15 @@ def decide(
 
 def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequence[dg.AssetKey]) -> dg.SensorDefinition:
     """The sensor; ``own`` are the snapshot's assets, without those that write the source."""
-    names = graph.names
 
     @dg.sensor(
-        name=names.part("source_sensor"),
-        job_name=names.job("build"),
+        name=graph.part("source_sensor"),
+        job_name=graph.job("build"),
         minimum_interval_seconds=options.interval_seconds,
         default_status=sensor_status(options.default_status),
-        required_resource_keys={names.resource},
-        description=f"Builds the snapshot {names.name!r} when its source changes, {options.settle_seconds:g} s after "
-        "the last change.",
+        required_resource_keys={graph.resource},
+        description=f"Builds the snapshot {graph.config.name!r} when its source changes, "
+        f"{options.settle_seconds:g} s after the last change.",
     )
     def source_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         access = graph.access(context)
@@ -197,7 +196,7 @@ def _may_pass(event: dg.DagsterEvent) -> bool:
 
 def _change(graph: Graph, decision: Decision) -> str:
     cursor = decision.cursor
-    return f"{graph.names.scope}:{cursor.generation}:{cursor.handled}"
+    return f"{graph.scope}:{cursor.generation}:{cursor.handled}"
 
 
 def _run_request(
@@ -207,7 +206,7 @@ def _run_request(
     return dg.RunRequest(
         # A key is good for one run, failed or not.
         run_key=change if attempt == 1 else f"{change}:{attempt}",
-        tags=graph.names.run_tags | {FILES_TAG: str(count), CHANGE_TAG: change},
+        tags=graph.run_tags | {FILES_TAG: str(count), CHANGE_TAG: change},
         # The source is there already. If the run wrote it again, its own writing would be the next change.
         asset_selection=list(own) if graph.options.refresh_source else None,
     )

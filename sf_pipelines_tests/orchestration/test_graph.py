@@ -15,7 +15,7 @@ from dagster._core.loader import LoadingContextForTest
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
-from sf_pipelines.orchestration.names import SnapshotNames
+from sf_pipelines.orchestration.graph import Graph
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import IndexBuildError
@@ -63,10 +63,10 @@ def test_one_run_builds_everything(config: WriteConfig, instance: dg.DagsterInst
     result = run_job(config, instance)
 
     assert result.success, failures(result)
-    names = SnapshotNames.of(config)
+    graph = Graph(config)
     for noun in NOUNS:
         assert newest(instance, config, noun).metadata, noun
-    done = instance.get_materialized_partitions(names.asset("shard_indexes"))
+    done = instance.get_materialized_partitions(graph.asset("shard_indexes"))
     assert done == {"00000", "00001", "00002"}
     verdicts = {event.check_name: event for event in result.get_asset_check_evaluations()}
     assert set(verdicts) == set(CHECKS)
@@ -251,13 +251,13 @@ def partition_events(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str
 
 
 def test_each_shard_is_materialized_once_a_run(config: WriteConfig, instance: dg.DagsterInstance) -> None:
-    key = SnapshotNames.of(config).asset("shard_indexes")
+    key = Graph(config).asset("shard_indexes")
     assert run_job(config, instance).success
     assert partition_events(instance, key) == {"00000": 1, "00001": 1, "00002": 1}
     (record, *_) = instance.fetch_materializations(key, limit=1).records
     assert record.asset_materialization is not None
     tags, facts = record.asset_materialization.tags or {}, record.asset_materialization.metadata
-    routed = instance.get_latest_materialization_event(SnapshotNames.of(config).asset("routed_vectors"))
+    routed = instance.get_latest_materialization_event(Graph(config).asset("routed_vectors"))
     assert routed is not None
     assert routed.asset_materialization is not None
     before = (routed.asset_materialization.tags or {})["dagster/data_version"]
@@ -276,11 +276,11 @@ def build_now(config: WriteConfig, instance: dg.DagsterInstance) -> dg.ExecuteIn
 def test_build_now_is_one_step_that_tells_what_the_assets_tell(
     config: WriteConfig, instance: dg.DagsterInstance
 ) -> None:
-    names = SnapshotNames.of(config)
+    graph = Graph(config)
     result = build_now(config, instance)
     assert result.success
     assert [event.step_key for event in result.all_events if event.is_step_success] == ["tiny_build_now"]
-    assert partition_events(instance, names.asset("shard_indexes")) == {"00000": 1, "00001": 1, "00002": 1}
+    assert partition_events(instance, graph.asset("shard_indexes")) == {"00000": 1, "00001": 1, "00002": 1}
     told = {
         event.asset_key.path[-1]: event.step_materialization_data.materialization
         for event in result.all_events
@@ -298,7 +298,7 @@ def test_build_now_is_one_step_that_tells_what_the_assets_tell(
     resolver = CachingStaleStatusResolver(instance, defs.resolve_asset_graph(), LoadingContextForTest(instance))
     for noun in NOUNS:
         partition = "00001" if noun == "shard_indexes" else None
-        causes = resolver.get_stale_causes(names.asset(noun), partition)
+        causes = resolver.get_stale_causes(graph.asset(noun), partition)
         assert not causes, (noun, causes)
 
     # What comes after in the graph goes on from what it built, and it from what the assets built.
@@ -310,7 +310,7 @@ def test_build_now_is_one_step_that_tells_what_the_assets_tell(
     assert pointer(config) == first
     versions = {noun: (told[noun].tags or {})["dagster/data_version"] for noun in NOUNS if noun != "shard_indexes"}
     for noun, version in versions.items():
-        latest = instance.get_latest_materialization_event(names.asset(noun))
+        latest = instance.get_latest_materialization_event(graph.asset(noun))
         assert latest is not None
         assert latest.asset_materialization is not None
         assert (latest.asset_materialization.tags or {})["dagster/data_version"] == version, noun
@@ -335,7 +335,7 @@ def test_build_now_fails_with_what_the_gate_found(
 def test_the_pointer_launched_alone_waits_for_verdicts(config: WriteConfig, instance: dg.DagsterInstance) -> None:
     for nouns in (NOUNS[:4], ["manifest"]):
         if nouns == ["manifest"]:
-            for partition in SnapshotNames.of(config).partitions.get_partition_keys():
+            for partition in Graph(config).partitions.get_partition_keys():
                 assert launch(config, instance, "shard_indexes", partition=partition).success
         defs = build_snapshot_defs(config)
         made = dg.materialize(

@@ -18,7 +18,7 @@ from dagster._core.snap.snap_to_yaml import default_values_yaml_from_type_snap
 from sf_pipelines import build_snapshot
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import build_snapshot_defs
-from sf_pipelines.orchestration.names import OPERATED_TAG, OPERATION_TAG, SNAPSHOT_TAG
+from sf_pipelines.orchestration.graph import OPERATED_TAG, OPERATION_TAG, SNAPSHOT_TAG
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines_tests.orchestration.conftest import ROWS, make_config

@@ -11,7 +11,7 @@ import pytest
 from sf_pipelines import ShardedVectorReader
 from sf_pipelines.defs.digits_source.rows import digits_table
 from sf_pipelines.orchestration import SnapshotOptions, build_snapshot_defs, source_sensor
-from sf_pipelines.orchestration.names import SNAPSHOT_TAG
+from sf_pipelines.orchestration.graph import SNAPSHOT_TAG
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import IndexBuildError, SfPipelinesError, StoreError, StoreUnavailableError

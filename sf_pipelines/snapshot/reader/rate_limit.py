@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from numbers import Real
@@ -54,28 +54,18 @@ class RateLimiter:
     _sleep_async = staticmethod(asyncio.sleep)
 
     def __init__(self, rate: float, *, burst: float | None = None, meter_provider: MeterProvider | None = None) -> None:
-        self._rate = _positive(rate, "rate")
-        self._burst = max(self._rate, 1.0) if burst is None else _positive(burst, "burst")
-        self._full = self._seconds(self._burst)
+        self.rate = _positive(rate, "rate")
+        self.burst = max(self.rate, 1.0) if burst is None else _positive(burst, "burst")
+        self._full = self._seconds(self.burst)
         self._metrics = metrics_of(meter_provider)
         self._lock = threading.Lock()
         self._waiting: deque[_Ticket] = deque()
         # All that was asked for is served then; before now by what is in the bucket.
         self._edge = self._clock() - self._full
 
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self._rate
-
-    @property
-    def burst(self) -> float:
-        """Tokens that the bucket holds."""
-        return self._burst
-
     def reserve(self, n: float) -> float:
         """Takes tokens for good. Returns the seconds until they are the caller's, who does the waiting; 0 is now."""
-        return self._enter_within(n, math.inf)[1]
+        return self._enter(n, math.inf)[1]
 
     def try_acquire(self, n: float = 1) -> bool:
         """Takes tokens if that needs no wait; more than ``burst`` always do.
@@ -83,10 +73,10 @@ class RateLimiter:
         Raises:
             ConfigError: ``n`` is no finite number above 0.
         """
-        wait = self._enter_within(n, 0.0)[1]
-        if wait:
+        ticket, _ = self._enter(n, 0.0)
+        if ticket is None:
             self._metrics.denied.add(1)
-        return not wait
+        return ticket is not None
 
     def acquire(self, n: float = 1, timeout: float | None = None) -> None:
         """Takes tokens and blocks the thread until they are its own.
@@ -102,88 +92,74 @@ class RateLimiter:
             ConfigError: ``n`` is no finite number above 0, or ``timeout`` one below 0.
         """
         with self._queued(n, timeout) as ticket:
-            while (left := self._left(ticket)) > 0:
+            while (left := ticket.due - self._clock()) > 0:
                 self._sleep(min(left, _SLICE))
 
     # asyncio.timeout would hold a place in the queue until it runs out; here nothing is taken.
     async def acquire_async(self, n: float = 1, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """As ``acquire``, but the task waits; cancellation gives the tokens back."""
         with self._queued(n, timeout) as ticket:
-            while (left := self._left(ticket)) > 0:
+            while (left := ticket.due - self._clock()) > 0:
                 await self._sleep_async(min(left, _SLICE))
 
     @contextmanager
     def _queued(self, n: float, timeout: float | None) -> Iterator[_Ticket]:
-        ticket, wait = self._enter_within(n, _limit(timeout))
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout >= 0):
+            raise ConfigError(f"timeout of a rate limiter must be a number of seconds of at least 0 (got {timeout!r})")
+        ticket, wait = self._enter(n, math.inf if timeout is None else timeout)
         if ticket is None:
             self._metrics.denied.add(1)
             raise RateLimitError(
-                f"{n} tokens would take {wait:.3f} s at {self._rate} tokens a second, longer than the timeout of "
+                f"{n} tokens would take {wait:.3f} s at {self.rate} tokens a second, longer than the timeout of "
                 f"{timeout} s; try again later, allow a longer wait, or raise the limiter's rate"
             )
-        with ExitStack() as on_failure:
-            on_failure.callback(self._give_back, ticket)
-            if wait:
-                self._metrics.throttled.add(1)
-                self._metrics.wait.record(wait * 1000)
+        if wait:
+            self._metrics.throttled.add(1)
+            self._metrics.wait.record(wait * 1000)
+        try:
             yield ticket
-            on_failure.pop_all()
+        except BaseException:
+            self._leave(ticket)
+            raise
 
-    def _enter_within(self, n: float, limit: float) -> tuple[_Ticket | None, float]:
+    def _enter(self, n: float, limit: float) -> tuple[_Ticket | None, float]:
         """A place in the queue unless its wait is longer than the limit, and the wait."""
         seconds = self._seconds(_positive(n, "n"))
         with self._lock:
             now = self._clock()
-            wait = self._wait(seconds, now)
-            return (None if wait > limit else self._enter(seconds, now)), wait
+            # A full bucket makes no more tokens.
+            edge = max(self._edge, now - self._full) + seconds
+            wait = edge - now if edge - now > _INSTANT else 0.0
+            if wait > limit:
+                return None, wait
+            self._edge = edge
+            ticket = _Ticket(seconds, now + wait)
+            self._drop_served(now)
+            if wait:
+                self._waiting.append(ticket)
+            return ticket, wait
 
-    def _wait(self, seconds: float, now: float) -> float:
-        wait = self._edge_at(now) + seconds - now
-        return wait if wait > _INSTANT else 0.0
-
-    def _enter(self, seconds: float, now: float) -> _Ticket:
-        ticket = _Ticket(seconds, now + self._wait(seconds, now))
-        self._edge = self._edge_at(now) + seconds
-        self._drop_served(now)
-        if ticket.due > now:
-            self._waiting.append(ticket)
-        return ticket
-
-    def _edge_at(self, now: float) -> float:
-        # A full bucket makes no more tokens.
-        return max(self._edge, now - self._full)
-
-    def _left(self, ticket: _Ticket) -> float:
-        with self._lock:
-            return ticket.due - self._clock()
-
-    def _give_back(self, ticket: _Ticket) -> None:
+    def _leave(self, ticket: _Ticket) -> None:
+        """Gives what a caller was not served yet, and up to a bucketful that it was, to those behind it."""
         with self._lock:
             now = self._clock()
             self._drop_served(now)
-            if ticket.due > now:
-                # Of a request larger than the bucket no more than a bucketful comes back of what it was served.
-                served = now - (ticket.due - ticket.seconds)
-                freed = ticket.seconds - max(0.0, served - self._full)
-                behind = list(takewhile(lambda other: other is not ticket, reversed(self._waiting)))
-                self._waiting.remove(ticket)
-            else:
-                # Served but not used. The bucket has been filling since then, and both together are at most full:
-                # else many who give up at once would let through more than a burst.
-                freed = max(0.0, min(ticket.seconds, self._full) - (now - ticket.due))
-                behind = list(self._waiting)
-            self._edge = self._edge_at(now) - freed
-            for other in behind:
-                other.due = max(now, other.due - freed)
+            if ticket.due <= now:
+                return
+            freed = min(ticket.seconds, ticket.due - now + self._full)
+            self._edge -= freed
+            for behind in takewhile(lambda other: other is not ticket, reversed(self._waiting)):
+                behind.due = max(now, behind.due - freed)
+            self._waiting.remove(ticket)
 
     def _drop_served(self, now: float) -> None:
         while self._waiting and self._waiting[0].due <= now:
             self._waiting.popleft()
 
     def _seconds(self, tokens: float) -> float:
-        seconds = tokens / self._rate
+        seconds = tokens / self.rate
         if not math.isfinite(seconds):
-            raise ConfigError(f"{tokens} tokens at a rate of {self._rate} tokens a second would never be served")
+            raise ConfigError(f"{tokens} tokens at a rate of {self.rate} tokens a second would never be served")
         return seconds
 
 
@@ -192,11 +168,3 @@ def _positive(value: float, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ConfigError(f"{name} of a rate limiter must be a finite number above 0 (got {value!r})")
     return float(value)
-
-
-def _limit(timeout: float | None) -> float:
-    if timeout is None:
-        return math.inf
-    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout >= 0:
-        raise ConfigError(f"timeout of a rate limiter must be a number of seconds of at least 0 (got {timeout!r})")
-    return float(timeout)

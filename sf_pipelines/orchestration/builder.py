@@ -11,7 +11,7 @@ from sf_pipelines.orchestration.checks import build_checks
 from sf_pipelines.orchestration.graph import Execute, Graph, beta_accepted, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.operations import CleanupConfig, build_operation_jobs
-from sf_pipelines.orchestration.options import CleanupScheduleOptions, ScheduleOptions, SnapshotOptions, sensor_status
+from sf_pipelines.orchestration.options import CleanupScheduleOptions, ScheduleOptions, SnapshotOptions
 from sf_pipelines.orchestration.pointer_sensor import build_pointer_sensor, build_published_snapshot
 from sf_pipelines.orchestration.resources import snapshot_resource
 from sf_pipelines.orchestration.shards import build_shard_indexes
@@ -53,8 +53,10 @@ def build_snapshot_defs(
     if options is not None and fields:
         raise ConfigError(f"give options or the fields {', '.join(sorted(fields))}, not both")
     chosen = options or SnapshotOptions(**fields)
-    if s3 is not None and chosen.s3_resource is not None:
-        raise ConfigError(f"snapshot {config.name!r}: give S3 credentials as s3 or as s3_resource, not both")
+    credentials = {"the configuration's s3": config.s3, "s3": s3, "s3_resource": chosen.s3_resource}
+    given = [name for name, value in credentials.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"snapshot {config.name!r}: give S3 credentials by {' or by '.join(given)}, not both")
     if not needs_training(config.sharding):
         # An expression that does not compile fails here, when the definitions are loaded.
         Build(config.sized(config.shard_count or 1)).routing(None)
@@ -142,6 +144,6 @@ def _sensors(graph: Graph, own: Sequence[dg.AssetKey]) -> Iterator[dg.SensorDefi
             graph.part("automation_sensor"),
             target=dg.AssetSelection.assets(*own),
             minimum_interval_seconds=options.automation.interval_seconds,
-            default_status=sensor_status(options.automation.default_status),
+            default_status=options.automation.dagster_status,
             description=f"Requests assets of {graph.config.name!r} when what they build on is new.",
         )

@@ -2,7 +2,8 @@
 
 import os
 import zoneinfo
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import dagster as dg
 from pydantic import (
@@ -49,25 +50,22 @@ class FromEnvironment(ConfigModel):
         return found
 
 
-def _from_environment(value: Any) -> Any:
-    # Decided by what it is, so that an error names the field that is wrong and not all that it might have been.
-    if isinstance(value, dg.EnvVar):
-        # A str that holds its variable's name.
-        return FromEnvironment(env=value.env_var_name)
-    return FromEnvironment(**value) if isinstance(value, dict) else value
+def _if_dict(model: Callable[..., Any]) -> BeforeValidator:
+    """Makes a model of a dict before pydantic tries all that a field takes: an error then names the wrong field."""
+    return BeforeValidator(lambda value: model(**value) if isinstance(value, dict) else value)
 
 
-TextOrEnvironment = Annotated[Annotated[str, Field(min_length=1)] | FromEnvironment, BeforeValidator(_from_environment)]
-_Secret = Annotated[TextOrEnvironment | None, Field(repr=False)]
+def _env_var(value: Any) -> Any:
+    return FromEnvironment(env=value.env_var_name) if isinstance(value, dg.EnvVar) else value
 
 
-def text_of(value: str | FromEnvironment) -> str:
-    """The text itself, read from the environment where it is there."""
-    return value.read() if isinstance(value, FromEnvironment) else value
+_Text = Annotated[
+    Annotated[str, Field(min_length=1)] | FromEnvironment, _if_dict(FromEnvironment), BeforeValidator(_env_var)
+]
+_Secret = Annotated[_Text | None, Field(repr=False)]
 
-
-# A dagster-aws resource's words for the fields of S3Options.
-S3_WORDS = {
+# Names of dagster-aws for the fields of S3Options.
+_S3_FIELDS = {
     "endpoint_url": "endpoint_url",
     "region_name": "region",
     "aws_access_key_id": "access_key_id",
@@ -89,26 +87,37 @@ class S3ResourceOptions(ConfigModel):
 
     secretive: ClassVar[bool] = True
 
-    endpoint_url: TextOrEnvironment | None = None
-    region_name: TextOrEnvironment | None = None
+    endpoint_url: _Text | None = None
+    region_name: _Text | None = None
     aws_access_key_id: _Secret = None
     aws_secret_access_key: _Secret = None
     aws_session_token: _Secret = None
 
-    @field_validator("endpoint_url", "region_name", "aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    @field_validator("*")
     @classmethod
     def _a_client_can_send_it(cls, value: Any, info: ValidationInfo) -> Any:
-        # What the environment has is looked at where it is read.
+        # Values of the environment are checked where they are read.
         if isinstance(value, str) and (fault := setting_fault(str(info.field_name), value)):
             raise ValueError(fault)
         return value
 
+    @classmethod
+    def of(cls, resource: Any) -> Self:
+        """The fields of a dagster-aws ``S3Resource``; refuses what other S3 clients cannot take over."""
+        for field in ("profile_name", "use_unsigned_session"):
+            if getattr(resource, field):
+                raise ConfigError(
+                    f"S3Resource.{field} is not supported: set endpoint, region and keys on the resource, or use AWS_*"
+                )
+        return cls(**{name: getattr(resource, name) for name in _S3_FIELDS})
+
     def read(self) -> S3Options:
-        """The credentials, with what the environment holds."""
-        given: dict[str, Any] = {
-            name: text_of(value) for name in S3_WORDS if (value := getattr(self, name)) is not None
-        }
-        return S3Options(**{S3_WORDS[name]: value for name, value in given.items()})
+        """The credentials; reads the environment."""
+        given: dict[str, Any] = {}
+        for name, field in _S3_FIELDS.items():
+            value = getattr(self, name)
+            given[field] = value.read() if isinstance(value, FromEnvironment) else value
+        return S3Options(**given)
 
 
 def _key_text(value: Any) -> Any:
@@ -120,24 +129,35 @@ def _key_text(value: Any) -> Any:
 _AssetKey = Annotated[str, Field(pattern=r"^[^/]+(/[^/]+)*$"), BeforeValidator(_key_text)]
 
 
-def _s3_options(value: Any) -> Any:
-    return S3ResourceOptions(**value) if isinstance(value, dict) else value
-
-
-def _engine_spec(value: Any) -> Any:
-    return engine_spec(value) if isinstance(value, dict) else value
-
-
-class AutomationOptions(ConfigModel):
-    """Declarative conditions: each asset is requested when what it builds on is new.
+class SensorOptions(ConfigModel):
+    """A sensor.
 
     Attributes:
-        interval_seconds: least time between two looks at the conditions.
-        default_status: whether the sensor that looks is on before anybody touches its switch in the UI.
+        interval_seconds: least time between two looks.
+        default_status: whether the sensor is on before anybody touches its switch in the UI.
     """
 
     interval_seconds: _Interval = 30
     default_status: Status = "stopped"
+
+    @property
+    def dagster_status(self) -> dg.DefaultSensorStatus:
+        """Dagster's word for ``default_status``."""
+        return dg.DefaultSensorStatus[self.default_status.upper()]
+
+
+class SourceSensorOptions(SensorOptions):
+    """A rebuild when the source's files change.
+
+    Attributes:
+        interval_seconds: least time between two looks at the source.
+        settle_seconds: time that the files must have been the same before they are built, so that a writer of many
+            files is not cut in two; 0 builds at the first look.
+        default_status: whether the sensor is on before anybody touches its switch in the UI.
+    """
+
+    interval_seconds: _Interval = 60
+    settle_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60
 
 
 def _cron_is_valid(value: str) -> str:
@@ -198,39 +218,12 @@ class CleanupScheduleOptions(ConfigModel):
     default_status: Status = "stopped"
 
 
-class SourceSensorOptions(ConfigModel):
-    """A rebuild when the source's files change.
-
-    Attributes:
-        interval_seconds: least time between two looks at the source.
-        settle_seconds: time that the files must have been the same before they are built, so that a writer of many
-            files is not cut in two; 0 builds at the first look.
-        default_status: whether the sensor is on before anybody touches its switch in the UI.
-    """
-
-    interval_seconds: _Interval = 60
-    settle_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60
-    default_status: Status = "stopped"
-
-
-class PointerSensorOptions(ConfigModel):
-    """An event on the asset ``published_snapshot`` whenever the current pointer moves, by any hand.
-
-    Attributes:
-        interval_seconds: least time between two looks at the pointer.
-        default_status: whether the sensor is on before anybody touches its switch in the UI.
-    """
-
-    interval_seconds: _Interval = 30
-    default_status: Status = "stopped"
-
-
 class FreshnessOptions(ConfigModel):
     """How old the published snapshot may get.
 
     Attributes:
         fail_hours: hours after which it counts as stale.
-        warn_hours: hours after which that is near.
+        warn_hours: hours after which Dagster warns that it will be stale soon.
     """
 
     fail_hours: Annotated[float, Field(gt=0, le=24 * 366)]
@@ -256,11 +249,6 @@ class MultiprocessExecutor(ConfigModel):
 
     type: Literal["multiprocess"]
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
-
-
-def _executor(value: Any) -> Any:
-    # Decided by what it is, so that an error names the field that is wrong.
-    return MultiprocessExecutor(**value) if isinstance(value, dict) else value
 
 
 class SnapshotOptions(ConfigModel):
@@ -307,18 +295,18 @@ class SnapshotOptions(ConfigModel):
     tags: dict[str, str] = Field(default_factory=dict)
     kinds: tuple[_Name, ...] = ()
     pool: _Name | None = None
-    s3_resource: Annotated[_Name | S3ResourceOptions | None, BeforeValidator(_s3_options)] = None
-    engine: Annotated[_Name | EngineSpec | None, BeforeValidator(_engine_spec)] = None
+    s3_resource: Annotated[_Name | S3ResourceOptions | None, _if_dict(S3ResourceOptions)] = None
+    engine: Annotated[_Name | EngineSpec | None, _if_dict(lambda **fields: engine_spec(fields))] = None
     executor: Annotated[
         Literal["in_process", "multiprocess", "inherit"]
         | MultiprocessExecutor
         | SkipJsonSchema[InstanceOf[dg.ExecutorDefinition]],
-        BeforeValidator(_executor),
+        _if_dict(MultiprocessExecutor),
     ] = "in_process"
-    automation: AutomationOptions | None = None
+    automation: SensorOptions | None = None
     schedule: ScheduleOptions | None = None
     source_sensor: SourceSensorOptions | None = None
-    pointer_sensor: PointerSensorOptions | None = None
+    pointer_sensor: SensorOptions | None = None
     freshness: FreshnessOptions | None = None
     operations: bool = True
     cleanup: CleanupScheduleOptions | None = None
@@ -338,8 +326,3 @@ class SnapshotOptions(ConfigModel):
         except (dg.DagsterInvalidDefinitionError, ValueError) as error:
             raise ValueError(str(error).splitlines()[0]) from error
         return value
-
-
-def sensor_status(status: Status) -> dg.DefaultSensorStatus:
-    """Dagster's word for it."""
-    return dg.DefaultSensorStatus[status.upper()]

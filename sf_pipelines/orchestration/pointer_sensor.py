@@ -10,7 +10,7 @@ import dagster as dg
 
 from sf_pipelines.orchestration.graph import Graph, freshness_of
 from sf_pipelines.orchestration.metadata import readable, served_metadata
-from sf_pipelines.orchestration.options import PointerSensorOptions, sensor_status
+from sf_pipelines.orchestration.options import SensorOptions
 from sf_pipelines.snapshot.errors import SnapshotNotFoundError
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer
 from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
@@ -32,14 +32,14 @@ def build_published_snapshot(graph: Graph) -> dg.AssetSpec:
     )
 
 
-def build_pointer_sensor(graph: Graph, options: PointerSensorOptions) -> dg.SensorDefinition:
+def build_pointer_sensor(graph: Graph, options: SensorOptions) -> dg.SensorDefinition:
     """The sensor that writes the asset's events."""
     published = graph.asset("published_snapshot")
 
     @dg.sensor(
         name=graph.part("pointer_sensor"),
         minimum_interval_seconds=options.interval_seconds,
-        default_status=sensor_status(options.default_status),
+        default_status=options.dagster_status,
         required_resource_keys={graph.resource},
         description=f"Writes an event on {published.to_user_string()} whenever the pointer moves.",
     )

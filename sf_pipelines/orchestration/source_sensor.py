@@ -14,7 +14,7 @@ import dagster as dg
 from pydantic import ValidationError
 
 from sf_pipelines.orchestration.graph import Graph
-from sf_pipelines.orchestration.options import SourceSensorOptions, sensor_status
+from sf_pipelines.orchestration.options import SourceSensorOptions
 from sf_pipelines.snapshot.config import digest_json
 from sf_pipelines.snapshot.errors import ConfigError, SourceNotFoundError
 from sf_pipelines.snapshot.manifest.publish import read_pointer
@@ -123,7 +123,7 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequenc
         name=graph.part("source_sensor"),
         job_name=graph.job("build"),
         minimum_interval_seconds=options.interval_seconds,
-        default_status=sensor_status(options.default_status),
+        default_status=options.dagster_status,
         required_resource_keys={graph.resource},
         description=f"Builds the snapshot {graph.config.name!r} when its source changes, "
         f"{options.settle_seconds:g} s after the last change.",

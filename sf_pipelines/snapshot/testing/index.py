@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,10 @@ from sf_pipelines.snapshot.errors import IndexBuildError, IntegrityError, Reader
 from sf_pipelines.snapshot.index.protocol import IndexFamily, ShardIndex, VectorType
 from sf_pipelines.snapshot.index.ranking import ShardHits
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32, Float64
-from sf_pipelines.snapshot.testing.expect import expect, refused
+from sf_pipelines.snapshot.testing.expect import expect, refused, same
 
 _TOLERANCE = 1e-5
+_L2 = DistanceMetric.L2
 
 
 class IndexConformance:
@@ -46,17 +47,11 @@ class IndexConformance:
             folder = tmp_path / str(n)
             self._build(folder, vectors, metric=metric, family=family, vector_type=kind)
             for in_memory in (False, True):
-                shard = self.backend.open(folder, metric=metric, dim=self.dim, in_memory=in_memory)
+                shard = self._open(folder, metric, in_memory=in_memory)
                 what = f"{rows} rows, {metric}, {family}, {kind}, in_memory {in_memory}"
-                expect(shard.rows == shard.indexed_rows == rows, f"{what}: {shard.indexed_rows} of {shard.rows} rows")
+                same((shard.rows, shard.indexed_rows), (rows, rows), f"{what}: rows and indexed rows")
                 _expect_exact(shard.search(queries, 10), _distances(queries, vectors, metric), what)
                 shard.close()
-
-    def test_every_row_finds_itself(self, tmp_path: Path) -> None:
-        """Each stored vector is its own nearest neighbour where that must be so."""
-        vectors = self.vectors(300)
-        shard = self._shard(tmp_path, vectors, DistanceMetric.L2)
-        expect(shard.search(vectors, 1).ids[:, 0].tolist() == list(range(300)), "a row does not find itself")
 
     def test_equal_vectors_are_ordered_by_id(self, tmp_path: Path) -> None:
         """Ties are broken by id, whatever the order in the file, and all rows can be had."""
@@ -64,44 +59,43 @@ class IndexConformance:
         ids = np.random.default_rng(0).permutation(1500)
         for metric in self._metrics():
             self._build(tmp_path / metric, vectors, ids.tolist(), metric=metric)
-            shard = self.backend.open(tmp_path / metric, metric=metric, dim=self.dim, in_memory=True)
-            expect(shard.search(vectors[:1], 5).ids.tolist() == [[0, 1, 2, 3, 4]], f"{metric}: ties are not by id")
-            expect(sorted(shard.search(vectors[:1], 9999).ids[0][:1500].tolist()) == list(range(1500)), "rows lost")
+            shard = self._open(tmp_path / metric, metric)
+            same(shard.search(vectors[:1], 5).ids.tolist(), [[0, 1, 2, 3, 4]], f"{metric}: ids at one distance")
+            same(sorted(shard.search(vectors[:1], 9999).ids[0][:1500].tolist()), list(range(1500)), "all ids")
 
     def test_ids_keep_their_type(self, tmp_path: Path) -> None:
         """Numbers stay numbers, text that looks like a number stays text, odd characters survive."""
+        vectors = np.eye(3, self.dim, dtype=np.float32)
         for n, ids in enumerate(([7, -3, 2**62], ["a", 'b"é\\\n', "c\0d"], ["007", "7", ""])):
+            self._build(tmp_path / str(n), vectors, ids)
             for in_memory in (False, True):
-                folder = tmp_path / f"{n}-{in_memory}"
-                vectors = np.eye(3, self.dim, dtype=np.float32)
-                self._build(folder, vectors, ids)
-                shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
-                found = shard.search(vectors, 1).ids[:, 0].tolist()
-                expect(found == ids and {type(one) for one in found} == {type(ids[0])}, f"{ids} came back as {found}")
-                expect(shard.id_type == ("int64" if n == 0 else "string"), f"{ids} are said to be {shard.id_type}")
+                shard = self._open(tmp_path / str(n), in_memory=in_memory)
+                same(shard.search(vectors, 1).ids[:, 0].tolist(), ids, "ids that were built")
+                same(shard.id_type, "int64" if n == 0 else "string", f"type of {ids}")
 
     def test_rows_give_back_payloads_and_vectors(self, tmp_path: Path) -> None:
         """By row reference, in the order asked, repeats too."""
         vectors = self.vectors(1300)
         payloads = [None if n % 3 == 0 else f'{{"n": {n}}}' for n in range(1300)]
         expected = [None if n % 3 == 0 else {"n": n} for n in range(1300)]
-        self._build(tmp_path, vectors, payloads=payloads)
+        self._build(tmp_path, vectors, payload=pa.array(payloads, pa.string()))
         for in_memory in (False, True):
-            shard = self.backend.open(tmp_path, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
+            shard = self._open(tmp_path, in_memory=in_memory)
             hits = shard.search(vectors[[5, 1250]], 20)
+            same(hits.ids[:, 0].tolist(), [5, 1250], "ids nearest to their own vectors")
             for ids, rows in zip(hits.ids.tolist(), hits.rows, strict=True):
                 again = rows[[1, 1, 0]]
-                expect(shard.payloads(rows) == [expected[n] for n in ids], "payloads are another row's")
-                expect(shard.payloads(again) == [expected[ids[n]] for n in (1, 1, 0)], "repeats are lost")
-                np.testing.assert_array_equal(shard.vectors(rows), vectors[ids])
-            every = shard.sample(shard.rows)[0].tolist()
-            expect(sorted(every) == list(range(1300)), "ids are missing")
+                same(shard.payloads(rows), [expected[n] for n in ids], "payloads")
+                same(shard.payloads(again), [expected[ids[n]] for n in (1, 1, 0)], "payloads, one of them twice")
+                same(shard.vectors(rows), vectors[ids], "vectors")
             found = shard.find([1250, -1, 5, 1300, "5", 5])
-            expect((found < 0).tolist() == [False, True, False, True, True, False], "other ids are found")
-            np.testing.assert_array_equal(shard.vectors(found[[0, 2, 5]]), vectors[[1250, 5, 5]])
+            same((found < 0).tolist(), [False, True, False, True, True, False], "ids that are not found")
+            same(shard.vectors(found[[0, 2, 5]]), vectors[[1250, 5, 5]], "vectors of ids")
+            same(sorted(shard.sample(shard.rows)[0].tolist()), list(range(1300)), "sample of all rows")
             ids, sampled = shard.sample(11)
-            expect(len(ids) == 11 and ids.tolist() == shard.sample(11)[0].tolist(), "the sample changes")
-            np.testing.assert_array_equal(sampled, vectors[ids])
+            same(len(ids), 11, "size of a sample")
+            same(shard.sample(11)[0], ids, "another sample")
+            same(sampled, vectors[ids], "vectors of a sample")
 
     def test_filter_columns_change_no_answer(self, tmp_path: Path) -> None:
         """Columns of every type, with nulls, beside the vector."""
@@ -114,27 +108,25 @@ class IndexConformance:
             "a_date": pa.array([None, 1, 2] * 100, pa.date32()),
             "a_time": pa.array([None, 1, 2] * 100, pa.timestamp("us", "UTC")),
         }
-        self._build(tmp_path, vectors, columns=columns)
-        shard = self.backend.open(tmp_path, metric=DistanceMetric.L2, dim=self.dim)
-        expect(shard.indexed_rows == 300, f"{shard.indexed_rows} of 300 rows are indexed")
-        _expect_exact(shard.search(queries, 10), _distances(queries, vectors, DistanceMetric.L2), "with filters")
+        self._build(tmp_path, vectors, **columns)
+        shard = self._open(tmp_path)
+        same(shard.indexed_rows, 300, "indexed rows")
+        _expect_exact(shard.search(queries, 10), _distances(queries, vectors, _L2), "with filters")
 
     def test_raw_search_finds_the_same_rows(self, tmp_path: Path) -> None:
         """The library's own search, whatever its scores, agrees on well separated rows."""
-        vectors = self.vectors(400)
+        vectors, queries = self.vectors(400), self.vectors(5, seed=2)
         for metric in self._metrics():
-            shard = self._shard(tmp_path / metric, vectors, metric)
-            queries = self.vectors(5, seed=2)
-            raw, exact = shard.search_raw(queries, 5), shard.search(queries, 5)
-            expect(raw.ids.tolist() == exact.ids.tolist(), f"{metric}: {raw.ids.tolist()} != {exact.ids.tolist()}")
+            self._build(tmp_path / metric, vectors, metric=metric)
+            shard = self._open(tmp_path / metric, metric)
+            same(shard.search_raw(queries, 5).ids, shard.search(queries, 5).ids, f"{metric}: ids of a raw search")
 
     def test_threads_get_the_same_answers(self, tmp_path: Path) -> None:
         """One opened shard serves several threads."""
         vectors, queries = self.vectors(1500), self.vectors(3, seed=3)
+        self._build(tmp_path, vectors)
         for in_memory in (False, True):
-            folder = tmp_path / str(in_memory)
-            self._build(folder, vectors)
-            shard = self.backend.open(folder, metric=DistanceMetric.L2, dim=self.dim, in_memory=in_memory)
+            shard = self._open(tmp_path, in_memory=in_memory)
 
             def ask(_: int, shard: ShardIndex = shard) -> tuple[Any, ...]:
                 hits = shard.search(queries, 6)
@@ -147,38 +139,37 @@ class IndexConformance:
     def test_what_cannot_be_built_is_refused(self, tmp_path: Path) -> None:
         """No rows, a metric or vector type that it does not know, a shard that is there already."""
         vectors = np.eye(3, self.dim, dtype=np.float32)
-        refused(IndexBuildError, lambda: self._build(tmp_path / "none", vectors[:0], []), "no rows")
-        for metric in set(DistanceMetric) - self.backend.metrics:
-            where = tmp_path / metric
-            refused(IndexBuildError, lambda at=where, by=metric: self._build(at, vectors, metric=by), metric)
-        kinds: tuple[VectorType, ...] = ("float32", "float16")
-        for kind in set(kinds) - set(self.backend.vector_types):
-            where = tmp_path / kind
-            refused(IndexBuildError, lambda at=where, by=kind: self._build(at, vectors, vector_type=by), kind)
         self._build(tmp_path / "twice", vectors)
-        refused(IndexBuildError, lambda: self._build(tmp_path / "twice", vectors), "a second shard in one folder")
+        wrong: list[tuple[str, Float32, dict[str, Any]]] = [("none", vectors[:0], {}), ("twice", vectors, {})]
+        wrong += [(metric, vectors, {"metric": metric}) for metric in set(DistanceMetric) - self.backend.metrics]
+        kinds = set(get_args(VectorType)) - set(self.backend.vector_types)
+        wrong += [(kind, vectors, {"vector_type": kind}) for kind in kinds]
+        for name, rows, options in wrong:
+            build = lambda name=name, rows=rows, options=options: self._build(tmp_path / name, rows, **options)  # noqa: E731
+            refused(IndexBuildError, build, f"building {name}")
 
     def test_only_its_own_directory_is_written(self, tmp_path: Path) -> None:
         """No journals, locks or temporary files are left to be uploaded."""
         self._build(tmp_path, self.vectors(20))
-        names = [path.name for path in tmp_path.iterdir()]
-        expect(names == [self.backend.directory], f"the folder holds {names}")
+        self._open(tmp_path).close()
+        same([path.name for path in tmp_path.iterdir()], [self.backend.directory], "files of the folder")
 
     def test_what_is_no_shard_is_refused(self, tmp_path: Path) -> None:
         """Nothing there, or another dimension than the manifest says."""
-        refused(IntegrityError, lambda: self._open(tmp_path / "nothing", self.dim), "a folder that is not there")
+        refused(IntegrityError, lambda: self._open(tmp_path / "nothing"), "a folder that is not there")
         self._build(tmp_path, self.vectors(20))
-        refused(IntegrityError, lambda: self._open(tmp_path, self.dim + 1), "another dimension")
+        refused(IntegrityError, lambda: self._open(tmp_path, dim=self.dim + 1), "another dimension")
 
     def test_a_closed_shard_says_so(self, tmp_path: Path) -> None:
         """Closing frees memory, may be repeated, and every later call is refused."""
         vectors = self.vectors(20)
-        shard = self._shard(tmp_path, vectors, DistanceMetric.L2)
+        self._build(tmp_path, vectors)
+        shard = self._open(tmp_path)
         rows = shard.search(vectors[:1], 2).rows[0]
         expect(shard.memory_bytes > 0, "an opened shard holds nothing")
         shard.close()
         shard.close()
-        expect(shard.memory_bytes == 0, f"a closed shard holds {shard.memory_bytes} bytes")
+        same(shard.memory_bytes, 0, "bytes that a closed shard holds")
         calls: tuple[Callable[[], Any], ...] = (
             lambda: shard.search(vectors[:1], 2),
             lambda: shard.search_raw(vectors[:1], 2),
@@ -193,17 +184,10 @@ class IndexConformance:
     def vectors(self, rows: int, *, seed: int = 0, kind: VectorType = "float32") -> Float32:
         """Random vectors, float16 numbers where asked."""
         drawn = np.random.default_rng([seed, rows]).standard_normal((rows, self.dim))
-        return drawn.astype(np.float16 if kind == "float16" else np.float32).astype(np.float32)
+        return drawn.astype(kind).astype(np.float32)
 
     def _metrics(self) -> list[DistanceMetric]:
         return sorted(self.backend.metrics)
-
-    def _open(self, folder: Path, dim: int) -> ShardIndex:
-        return self.backend.open(folder, metric=DistanceMetric.L2, dim=dim)
-
-    def _shard(self, folder: Path, vectors: Float32, metric: DistanceMetric) -> ShardIndex:
-        self._build(folder, vectors, metric=metric)
-        return self.backend.open(folder, metric=metric, dim=self.dim, in_memory=True)
 
     def _build(
         self,
@@ -211,25 +195,29 @@ class IndexConformance:
         vectors: Float32,
         ids: list[Any] | None = None,
         *,
-        payloads: list[str | None] | None = None,
-        columns: dict[str, pa.Array] | None = None,
-        metric: DistanceMetric = DistanceMetric.L2,
+        metric: DistanceMetric = _L2,
         family: IndexFamily = IndexFamily.FLAT,
         vector_type: VectorType = "float32",
+        **columns: pa.Array,
     ) -> None:
-        kept = list(range(len(vectors))) if ids is None else ids
-        rows = pa.table(
-            {
-                "id": pa.array(kept, pa.string() if kept and isinstance(kept[0], str) else pa.int64()),
-                "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.dim),
-                "payload": pa.array(payloads or [None] * len(vectors), pa.string()),
-                **(columns or {}),
-            }
+        rows = {
+            "id": pa.array(range(len(vectors)), pa.int64()) if ids is None else pa.array(ids),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.dim),
+            "payload": pa.nulls(len(vectors), pa.string()),
+        }
+        self.backend.build(
+            pa.table(rows | columns),
+            folder,
+            family=family,
+            metric=metric,
+            params=IndexParams(),
+            vector_type=vector_type,
         )
-        self.backend.build(rows, folder, family=family, metric=metric, params=IndexParams(), vector_type=vector_type)
-        shard = self._open(folder, self.dim)
-        expect(shard.rows == shard.indexed_rows == len(vectors), f"{shard.indexed_rows} of {len(vectors)} rows")
-        shard.close()
+
+    def _open(
+        self, folder: Path, metric: DistanceMetric = _L2, *, in_memory: bool = True, dim: int | None = None
+    ) -> ShardIndex:
+        return self.backend.open(folder, metric=metric, dim=dim or self.dim, in_memory=in_memory)
 
 
 def _distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:
@@ -240,15 +228,13 @@ def _distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float
     products = q @ r.T
     if metric is DistanceMetric.DOT_PRODUCT:
         return -products
-    if metric is DistanceMetric.COSINE:
-        products /= np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(r, axis=1)[None, :]
-    return 1.0 - products
+    return 1.0 - products / np.linalg.norm(q, axis=1)[:, None] / np.linalg.norm(r, axis=1)[None, :]
 
 
 def _expect_exact(hits: ShardHits, truth: Float64, what: str) -> None:
     """The hits are the k nearest of rows whose id is their number, nearest first."""
     k = min(hits.rows.shape[1], truth.shape[1])
-    expect(hits.counts.tolist() == [k] * len(truth), f"{what}: {hits.counts.tolist()} hits, expected {k}")
+    same(hits.counts.tolist(), [k] * len(truth), f"{what}: hits")
     found = np.take_along_axis(truth, hits.ids[:, :k].astype(np.int64), axis=1)
     np.testing.assert_allclose(hits.distances[:, :k], found, atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)
     np.testing.assert_allclose(found, np.sort(truth, axis=1)[:, :k], atol=_TOLERANCE, rtol=_TOLERANCE, err_msg=what)

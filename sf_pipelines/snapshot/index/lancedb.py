@@ -140,8 +140,7 @@ class LanceDBShard(ShardIndex):
         best = kept[first_k(query[kept], distances[kept], ranks[kept], *shape)]
         hits = ShardHits.of(query[best], rows[best], take_ids(ids, best), distances[best], shape)
         theirs = found["_distance"].to_numpy().astype(np.float64)
-        error = _library_error(queries, query, vectors, theirs, self._metric)
-        return hits, _blurred(query, theirs, distances, error, *shape)
+        return hits, _blurred(queries, query, vectors, theirs, distances, self._metric, k)
 
     def search_raw(self, queries: Float32, k: int) -> ShardHits:
         shape = len(queries), k
@@ -156,24 +155,21 @@ class LanceDBShard(ShardIndex):
         """Candidates of all queries; ``query_index`` says whose each is."""
         parts: list[pa.Table] = []
         for start in range(0, len(queries), _BATCH):
-            part = self._query_batch(queries[start : start + _BATCH], k, columns, declared=declared)
-            whose = pa.array(part["query_index"].to_numpy().astype(np.int64) + start)
-            parts.append(part.set_column(0, "query_index", whose))
+            with _library(IntegrityError, f"searching the shard in {self._where} failed"):
+                query: Any = self._open_table().search(list(queries[start : start + _BATCH]), "vector")
+                query = query.select(columns).with_row_id(True).limit(k)
+                if declared:
+                    # The metric is always said: left out, an index with another one would silently decide.
+                    query = query.distance_type(_DISTANCES[self._metric])
+                    # 20 partitions is what a reader without options takes; of many a quarter is searched.
+                    query = query.nprobes(max(20, self.rows // (4 * _IVF_PARTITION_ROWS))).ef(max(128, 2 * k))
+                found: pa.Table = query.to_arrow()
+            # A batch of one comes back as a single query, with its columns in another order.
+            alone = "query_index" not in found.column_names
+            whose = np.zeros(found.num_rows, np.int64) if alone else found["query_index"].to_numpy().astype(np.int64)
+            part = found.select(["_rowid", *columns])
+            parts.append(part.append_column("query_index", pa.array(whose + start)))
         return pa.concat_tables(parts)
-
-    def _query_batch(self, queries: Float32, k: int, columns: list[str], *, declared: bool) -> pa.Table:
-        with _library(IntegrityError, f"searching the shard in {self._where} failed"):
-            query: Any = self._open_table().search(list(queries), vector_column_name="vector")
-            query = query.select(columns).with_row_id(True).limit(k)
-            if declared:
-                # The metric is always said: left out, an index with another one would silently decide.
-                query = query.distance_type(_DISTANCES[self._metric]).nprobes(_probes(self.rows)).ef(max(128, 2 * k))
-            found: pa.Table = query.to_arrow()
-        if "query_index" not in found.column_names:
-            # A batch of one comes back as a single query.
-            found = found.append_column("query_index", pa.array(np.zeros(found.num_rows, dtype=np.int32)))
-        # The library orders the columns of a batch and of a single query differently.
-        return found.select(["query_index", "_rowid", *columns])
 
     def _payload_texts(self, rows: Int64) -> list[Any]:
         if not self._has_payload or len(rows) == 0:
@@ -203,9 +199,6 @@ class LanceDBShard(ShardIndex):
 
     def _payload_column(self) -> tuple[Int64, pa.Array] | None:
         """Rows and the whole column of a shard that is scanned in memory, where it is small; else None."""
-        held = self._payloads
-        if held is not None:
-            return held
         with self._lock:
             if self._payloads is None and self._keeps_payloads:
                 found = self._column("payload")
@@ -286,31 +279,28 @@ def _over_fetch(k: int) -> int:
     return max(2 * k, k + 10)
 
 
-def _library_error(
-    queries: Float32, query: Int64, vectors: Float32, theirs: Float64, metric: DistanceMetric
-) -> Float64:
-    """How far the library's float32 distances may usually be off, for each pair; typical, not proven."""
-    dim = vectors.shape[1]
+def _blurred(
+    queries: Float32, query: Int64, vectors: Float32, theirs: Float64, exact: Float64, metric: DistanceMetric, k: int
+) -> NDArray[np.bool_]:
+    """For which queries the library's k-th candidate is as close as its last one, up to rounding, and in truth is not.
+
+    Rows that it has left out may then be closer. So it is with nearly parallel vectors, and with vectors so short that
+    float32 has no room for the squares of what lies between them.
+    Each candidate has a query, a vector, the library's float32 distance and the exact one.
+    """
+    n, dim = queries.shape
+    # How far the library's distances may usually be off: typical, not proven.
     size = np.abs(theirs)
     if metric is not DistanceMetric.L2:
         size += 1.0
     if metric is DistanceMetric.DOT_PRODUCT:
         size += lengths_of(queries)[query] * lengths_of(vectors)
-    return (4 + math.sqrt(dim)) * _EPS * size + dim * _TINY
-
-
-def _blurred(query: Int64, theirs: Float64, exact: Float64, error: Float64, n: int, k: int) -> NDArray[np.bool_]:
-    """For which queries the library's k-th candidate is as near as its last one, up to rounding, and in truth is not.
-
-    Rows that it has left out may then be nearer. So it is with nearly parallel vectors, and with vectors so short that
-    float32 has no room for the squares of what lies between them.
-    """
+    error = (4 + math.sqrt(dim)) * _EPS * size + dim * _TINY
     order = np.lexsort((theirs, query))
     grouped, theirs, exact, error = query[order], theirs[order], exact[order], error[order]
     ends = np.searchsorted(grouped, np.arange(n), side="right")
     counts = np.diff(ends, prepend=0)
     enough = np.flatnonzero(counts > k)
-    out = np.zeros(n, dtype=np.bool_)
     last, kth = ends[enough] - 1, ends[enough] - counts[enough] + k - 1
     # From here on they cannot be told from the last one.
     limits = np.full(n, np.inf)
@@ -319,13 +309,9 @@ def _blurred(query: Int64, theirs: Float64, exact: Float64, error: Float64, n: i
     nearest, furthest = np.full(n, np.inf), np.full(n, -np.inf)
     np.minimum.at(nearest, grouped[close], exact[close])
     np.maximum.at(furthest, grouped[close], exact[close])
+    out = np.zeros(n, dtype=np.bool_)
     out[enough] = (theirs[kth] >= limits[enough]) & (furthest > nearest)[enough]
     return out
-
-
-def _probes(rows: int) -> int:
-    """Partitions to search: 20, which is what a reader without options takes, and a quarter of many."""
-    return max(20, rows // (4 * _IVF_PARTITION_ROWS))
 
 
 def _index_of(table: "Table", metric: DistanceMetric) -> tuple[int, int, bool]:

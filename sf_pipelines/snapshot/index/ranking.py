@@ -73,12 +73,7 @@ class ShardHits:
 def first_k(query: Int64, distances: Float64, ranks: Int64, n: int, k: int) -> Int64:
     """Positions of the k best candidates of each of n queries, by distance and then by id; ordered by query.
 
-    Args:
-        query: query of each candidate.
-        distances: of each candidate.
-        ranks: order of the candidates' ids.
-        n: number of queries.
-        k: most candidates of a query.
+    Each candidate has a query, a distance and the rank of its id.
     """
     order = np.lexsort((ranks, distances, query))
     grouped = query[order]
@@ -87,13 +82,7 @@ def first_k(query: Int64, distances: Float64, ranks: Int64, n: int, k: int) -> I
 
 
 def distinct(query: Int64, distances: Float64, ranks: Int64) -> Int64:
-    """Positions of the candidates at a finite distance; of those with the same query and id only the nearest.
-
-    Args:
-        query: query of each candidate.
-        distances: of each candidate.
-        ranks: order of the candidates' ids; equal ids have equal ranks.
-    """
+    """Positions of the candidates at a finite distance; of those with the same query and id only the nearest."""
     order = np.lexsort((distances, ranks, query))
     order = order[np.isfinite(distances[order])]
     new = np.ones(len(order), dtype=bool)
@@ -117,13 +106,7 @@ def is_numbers(ids: Ids) -> bool:
 
 
 def find_ids(asked: Sequence[int | str], ids: Ids, rows: Int64) -> Int64:
-    """Row reference of each id, the first where there are several; -1 where there is none.
-
-    Args:
-        asked: ids; one of another type than the stored ones is not found.
-        ids: of all rows.
-        rows: reference of each row.
-    """
+    """Row reference of each asked id, the first where there are several; -1 where no id of its type is equal."""
     kind = (int, str) if isinstance(ids, np.ndarray) else int if is_numbers(ids) else str
     possible = [value for value in asked if isinstance(value, kind)]
     if isinstance(ids, np.ndarray):
@@ -152,7 +135,7 @@ def id_ranks(ids: Ids) -> Int64:
     if kinds <= {str}:
         return _dense_ranks(pa.array(ids, pa.string()))
     if str not in kinds:
-        return ids.astype(np.int64)
+        return ids.astype(np.int64, copy=False)
     whole = np.fromiter((not isinstance(value, str) for value in ids), dtype=bool, count=len(ids))
     ranks = np.empty(len(ids), dtype=np.int64)
     # Numbers are ranked, too: as they are, they could not be kept below the ranks of the texts.

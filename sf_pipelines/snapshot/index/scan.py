@@ -95,7 +95,7 @@ class MemoryScan:
     A stranger's vector with a number that is not finite is at no distance: its row is left out, and in no answer.
 
     Attributes:
-        ids: Arrow array of int64 or string, or numpy objects, int and str mixed.
+        ids: numpy array of int64 or of objects, int and str mixed; or Arrow array of string.
         rows: row references, ascending.
         vectors: float32, shape (rows, dim).
         metric: declared metric.
@@ -114,15 +114,15 @@ class MemoryScan:
         if not finite.all():
             ids, rows = take_ids(ids, np.flatnonzero(finite)), rows[finite]
             vectors, lengths = vectors[finite], lengths[finite]
-        self.ids = ids
+        # Numbers as numpy, of which positions are taken faster.
+        self.ids = id_values(ids) if is_numbers(ids) else ids
         self.rows = rows
         self.vectors = vectors
         self.metric = metric
         # A foreign snapshot may repeat an id; enough rows are taken for the merge to drop the repeats.
         self.repeats = most_repeats(ids)
         self.nbytes: int = vectors.nbytes + rows.nbytes + ids.nbytes
-        self._numbers: Int64 | None = id_values(ids) if is_numbers(ids) else None
-        self._ranks = self._numbers
+        self._ranks: Int64 | None = None
         self._set_lengths(lengths)
 
     def _set_lengths(self, lengths: Float64) -> None:
@@ -208,7 +208,7 @@ class MemoryScan:
 
     def ids_at(self, positions: Int64) -> IdArray:
         """Ids at these positions: int64, or objects."""
-        return id_values(take_ids(self.ids, positions)) if self._numbers is None else self._numbers[positions]
+        return id_values(take_ids(self.ids, positions))
 
     @property
     def ranks(self) -> Int64:
@@ -216,7 +216,7 @@ class MemoryScan:
         ranks = self._ranks
         if ranks is None:
             ranks = self._ranks = id_ranks(self.ids)
-            self.nbytes += ranks.nbytes
+            self.nbytes += 0 if ranks is self.ids else ranks.nbytes
         return ranks
 
     def too_large(self, lengths: Float64) -> bool:

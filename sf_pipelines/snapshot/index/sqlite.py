@@ -78,7 +78,14 @@ class SqliteFile:
         self.path = path
         self.tables: dict[str, str] = {}
         self.virtual: dict[str, str] = {}
-        self.size = _size_of_database(path)
+        try:
+            with path.open("rb") as file:
+                magic = file.read(len(_MAGIC))
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise IntegrityError(f"cannot read {path}: {error.strerror or error}") from error
+        if magic != _MAGIC:
+            raise IntegrityError(f"{path} is no SQLite database")
         # A connection serves one thread at a time.
         self._lock = threading.RLock()
         self._closed = False
@@ -191,15 +198,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (apsw.Error, UnicodeError) as error:
         raise IntegrityError(f"cannot read {path}: {str(error)[:400] or type(error).__name__}") from error
-
-
-def _size_of_database(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-        size = path.stat().st_size
-    except OSError as error:
-        raise IntegrityError(f"cannot read {path}: {error.strerror or error}") from error
-    if magic != _MAGIC:
-        raise IntegrityError(f"{path} is no SQLite database")
-    return size

@@ -78,7 +78,6 @@ FROM vec_id_map ORDER BY internal_id LIMIT ?
 """
 # Slots of a chunk: sqlite-vec takes multiples of 8 up to 4,096.
 _MAX_SLOTS = 4_096
-_INT, _STR = frozenset({int}), frozenset({str})
 
 
 class SqliteVecShard(ShardIndex):
@@ -374,34 +373,23 @@ def _read_ids(file: SqliteFile, rowids: Int64) -> Ids:
     file.check_size("vec_id_map", "original_id", most)
     found = file.query(_IDS, (most,))
     rows, values = zip(*found, strict=True) if found else ((), ())
-    if not frozenset(map(type, rows)) <= _INT:
+    if not frozenset(map(type, rows)) <= {int}:
         odd = next(row for row in rows if type(row) is not int)
         raise IntegrityError(f"{file.path}: table 'vec_id_map' names row {repr(odd)[:80]}; rows are whole numbers")
-    mapped = np.fromiter(rows, dtype=np.int64, count=len(rows))
-    kinds = frozenset(map(type, values))
-    if not kinds <= _INT | _STR:
+    if not frozenset(map(type, values)) <= {int, str}:
         strange = next(n for n, value in enumerate(values) if type(value) not in {int, str})
         raise IntegrityError(
             f"{file.path}: table 'vec_id_map' has no id for row {rows[strange]}, but {repr(values[strange])[:200]}"
         )
-    if kinds == _INT and np.array_equal(mapped, rowids):
-        return pa.array(values, pa.int64())
-    if kinds == _STR and np.array_equal(mapped, rowids):
-        return pa.array(values, pa.string())
-    return _joined(mapped, values, rowids)
-
-
-def _joined(mapped: Int64, values: tuple[Any, ...], rowids: Int64) -> Ids:
-    """Ids of a map that does not name each row once in order, or mixes types."""
-    ids = rowids.astype(object)
-    here, at = np.isin(mapped, rowids), np.searchsorted(rowids, mapped)
-    objects = np.empty(len(values), dtype=object)
-    objects[:] = values
-    ids[at[here]] = objects[here]
-    kinds = frozenset(map(type, ids.tolist()))
-    if kinds == _STR:
-        return pa.array(ids, pa.string())
-    return ids if str in kinds else pa.array(ids, pa.int64())
+    if not np.array_equal(np.fromiter(rows, dtype=np.int64, count=len(rows)), rowids):
+        named = dict(zip(rows, values, strict=True))
+        values = [named.get(row, row) for row in rowids.tolist()]
+    kinds = frozenset(map(type, values))
+    if len(kinds) < 2:
+        return pa.array(values, pa.string() if str in kinds else pa.int64())
+    ids = np.empty(len(values), dtype=object)
+    ids[:] = values
+    return ids
 
 
 def _check_declaration(file: SqliteFile, dim: int) -> None:

@@ -282,9 +282,8 @@ def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     """Rows of plain values as a table that the UI shows inline."""
     records = [dg.TableRecord({name: _cell(value) for name, value in readable(row).items()}) for row in rows]
-    first = records[0].data if records else {}
-    columns = [dg.TableColumn(name, _column_type([record.data[name] for record in records])) for name in first]
-    return dg.MetadataValue.table(records, schema=dg.TableSchema(columns=columns))
+    # Dagster takes the columns from the first row.
+    return dg.MetadataValue.table(records, schema=None if records else dg.TableSchema(columns=[]))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -301,8 +300,3 @@ def _text(value: Any) -> str:
 
 def _cell(value: Any) -> str | int | float | bool | None:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def _column_type(values: Sequence[Any]) -> str:
-    kinds = {type(value) for value in values}
-    return {bool: "bool", int: "int", float: "float"}.get(kinds.pop(), "string") if len(kinds) == 1 else "string"

@@ -1,7 +1,7 @@
 """The published snapshot as an asset that Dagster observes: an event whenever the current pointer moves.
 
-The hand that moved it does not matter: a build, a rollback, another tool. The event log says which moves were
-reported already, so none is reported twice, whatever becomes of the sensor's cursor.
+It does not matter what moved it: a build, a rollback, another tool. The event log says which moves were reported
+already, so none is reported twice, even when the sensor's cursor is lost.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from sf_pipelines.orchestration.graph import Graph, freshness_of
 from sf_pipelines.orchestration.metadata import readable, served_metadata
 from sf_pipelines.orchestration.options import SensorOptions
 from sf_pipelines.snapshot.errors import SnapshotNotFoundError
-from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer
+from sf_pipelines.snapshot.manifest.pointer import CURRENT
 from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
 from sf_pipelines.snapshot.run.build import Build
@@ -28,7 +28,7 @@ def build_published_snapshot(graph: Graph) -> dg.AssetSpec:
         deps=[graph.asset("current_pointer")],
         freshness_policy=freshness_of(graph.options.freshness),
         description="What readers are served. Nothing materializes it: an event is written whenever the current "
-        "pointer moves, by whomever; hang on it what must follow a new snapshot.",
+        "pointer moves; make assets that must follow a new snapshot depend on it.",
     )
 
 
@@ -47,19 +47,18 @@ def build_pointer_sensor(graph: Graph, options: SensorOptions) -> dg.SensorDefin
         access = graph.access(context)
         store = access.find_store()
         view = read_pointer(store) if store else PointerView(None, None)
-        last = _last_event(context.instance, published)
         if store is None or view.pointer is None:
+            last = _last_event(context.instance, published)
             if last is not None:
                 raise SnapshotNotFoundError(
                     f"{access.config.store}/{CURRENT} is gone, but run {_value(last, 'run_id')!r} was published; "
                     "readers find nothing: publish again or roll back"
                 )
             return dg.SensorResult(skip_reason=f"Nothing has been published under {access.config.store} yet.")
-        if last is not None and _value(last, _MOVE) == view.fingerprint:
-            return dg.SensorResult(
-                skip_reason=f"The pointer has not moved: it still names {view.pointer.run_id}.", cursor=view.fingerprint
-            )
-        event = _move(published, store, view.pointer, view.fingerprint, last)
+        event = _new_move(context.instance, published, store, view)
+        if event is None:
+            reason = f"The pointer has not moved: it still names {view.pointer.run_id}."
+            return dg.SensorResult(skip_reason=reason, cursor=view.fingerprint)
         return dg.SensorResult(asset_events=[event], cursor=view.fingerprint)
 
     return pointer_sensor
@@ -69,16 +68,19 @@ def report_move(context: dg.OpExecutionContext | dg.AssetExecutionContext, graph
     """Writes the event from the run that moved the pointer, unless it is there: the sensor may be off."""
     if graph.options.pointer_sensor is None:
         return
-    key, view = graph.asset("published_snapshot"), read_pointer(build.store)
-    last = _last_event(context.instance, key)
-    if view.pointer is not None and (last is None or _value(last, _MOVE) != view.fingerprint):
-        context.log_event(_move(key, build.store, view.pointer, view.fingerprint, last))
+    published = graph.asset("published_snapshot")
+    event = _new_move(context.instance, published, build.store, read_pointer(build.store))
+    if event is not None:
+        context.log_event(event)
 
 
-def _move(
-    key: dg.AssetKey, store: Store, pointer: Pointer, fingerprint: str | None, last: dg.AssetMaterialization | None
-) -> dg.AssetMaterialization:
-    """The event of a move; raises where the manifest that the pointer names is damaged or gone."""
+def _new_move(
+    instance: dg.DagsterInstance, key: dg.AssetKey, store: Store, view: PointerView
+) -> dg.AssetMaterialization | None:
+    """The event of a move that no event reports yet; raises where the pointer's manifest is damaged or gone."""
+    pointer, last = view.pointer, _last_event(instance, key)
+    if pointer is None or (last is not None and _value(last, _MOVE) == view.fingerprint):
+        return None
     state, before = load_pointed(store, pointer), pointer.previous
     if before is not None:
         previous = before.run_id
@@ -93,7 +95,7 @@ def _move(
         "dagster/uri": pointer.manifest_ref,
         "run_id": pointer.run_id,
         "previous_run_id": previous,
-        _MOVE: fingerprint,
+        _MOVE: view.fingerprint,
     }
     if pointer.seq is not None:
         seen = _value(last, "seq") if last else None

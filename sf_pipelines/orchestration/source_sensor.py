@@ -144,13 +144,21 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequenc
             built=_built_from(access.find_store(), source) if cursor.handled is None else None,
             busy=_is_building(context.instance, graph),
         )
+        change = f"{graph.scope}:{decision.cursor.generation}:{decision.cursor.handled}"
         attempt = 1 if decision.action == "build" else None
         if decision.action == "unchanged":
-            attempt = _next_attempt(context.instance, graph, decision)
+            attempt = _next_attempt(context.instance, change)
         kept = decision.cursor.model_dump_json()
         if attempt is None:
             return dg.SensorResult(skip_reason=_skip_reason(decision, len(files)), cursor=kept)
-        return dg.SensorResult(run_requests=[_run_request(graph, decision, len(files), own, attempt)], cursor=kept)
+        request = dg.RunRequest(
+            # A key is good for one run, failed or not.
+            run_key=change if attempt == 1 else f"{change}:{attempt}",
+            tags=graph.run_tags | {FILES_TAG: str(len(files)), CHANGE_TAG: change},
+            # The source is there already. If the run wrote it again, its own writing would be the next change.
+            asset_selection=list(own) if graph.options.refresh_source else None,
+        )
+        return dg.SensorResult(run_requests=[request], cursor=kept)
 
     return source_sensor
 
@@ -176,40 +184,17 @@ def _is_building(instance: dg.DagsterInstance, graph: Graph) -> bool:
     return any(graph.is_built_by(record.dagster_run) and is_alive(record) for record in unfinished)
 
 
-def _next_attempt(instance: dg.DagsterInstance, graph: Graph, decision: Decision) -> int | None:
+def _next_attempt(instance: dg.DagsterInstance, change: str) -> int | None:
     """Number of the next run for the same files, where the last one failed for a reason that may pass; else None."""
-    same = dg.RunsFilter(tags={CHANGE_TAG: _change(graph, decision)})
-    runs = [record.dagster_run for record in instance.get_run_records(same)]
-    if not 0 < len(runs) < _ATTEMPTS or runs[0].status != dg.DagsterRunStatus.FAILURE:
+    records = instance.get_run_records(dg.RunsFilter(tags={CHANGE_TAG: change}))
+    if not 0 < len(records) < _ATTEMPTS or records[0].dagster_run.status != dg.DagsterRunStatus.FAILURE:
         return None
-    found = instance.all_logs(runs[0].run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
-    events = [entry.dagster_event for entry in found if entry.dagster_event is not None]
-    return len(runs) + 1 if events and all(map(_may_pass, events)) else None
-
-
-def _may_pass(event: dg.DagsterEvent) -> bool:
-    """Whether a step failed by a typed error that calls itself retryable."""
-    failure = event.step_failure_data.user_failure_data
-    retryable = failure.metadata.get("retryable") if failure else None
-    return retryable is not None and retryable.value is True
-
-
-def _change(graph: Graph, decision: Decision) -> str:
-    cursor = decision.cursor
-    return f"{graph.scope}:{cursor.generation}:{cursor.handled}"
-
-
-def _run_request(
-    graph: Graph, decision: Decision, count: int, own: Sequence[dg.AssetKey], attempt: int
-) -> dg.RunRequest:
-    change = _change(graph, decision)
-    return dg.RunRequest(
-        # A key is good for one run, failed or not.
-        run_key=change if attempt == 1 else f"{change}:{attempt}",
-        tags=graph.run_tags | {FILES_TAG: str(count), CHANGE_TAG: change},
-        # The source is there already. If the run wrote it again, its own writing would be the next change.
-        asset_selection=list(own) if graph.options.refresh_source else None,
-    )
+    logs = instance.all_logs(records[0].dagster_run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    failures = [entry.dagster_event.step_failure_data.user_failure_data for entry in logs if entry.dagster_event]
+    # What a typed error says of itself (see resources.surfaced).
+    retryable = [failure.metadata.get("retryable") if failure else None for failure in failures]
+    may_pass = bool(retryable) and all(flag is not None and flag.value is True for flag in retryable)
+    return len(records) + 1 if may_pass else None
 
 
 def _skip_reason(decision: Decision, count: int) -> str:

@@ -159,7 +159,7 @@ def test_a_shard_of_another_snapshot_is_not_served(built: Built, tmp_path: Path)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["hashed-before", "new-process"])
-def test_flipped_copies_are_healed(built: Built, tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flipped_copies_are_healed(built: Built, tmp_path: Path, known: bool) -> None:
     with built.open(tmp_path) as reader:
         good = ask_all(reader)
     copies = sorted(

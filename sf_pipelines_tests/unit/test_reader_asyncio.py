@@ -117,8 +117,9 @@ def test_given_up_just_when_a_shard_has_come(tmp_path: Path, monkeypatch: pytest
             task = asyncio.create_task(reader.search(QUERIES[0], K, shard_ids=[0]))
             await reached(checkouts.reached)
             checkouts.go.set()
-            # The event loop stands still: the shard is lent, and the task does not know.
-            eventually(lambda: users_of(serving_of(reader)) == [1, 1])
+            # The event loop stands still: the shard has come, and the task does not know.
+            eventually(lambda: len(users_of(serving_of(reader))) == 2)
+            assert serving_of(reader).users == 1
             await cancelled(task)
             await check_works(reader, turns)
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_pipelines.snapshot.index.ranking import IdArray, ShardHits, distinct, first_k, id_ranks, is_numbers
-from sf_pipelines.snapshot.index.scan import ScanCandidates, exact_distances
+from sf_pipelines.snapshot.index.ranking import IdArray, ShardHits, distinct, first_k, id_ranks
+from sf_pipelines.snapshot.index.scan import MemoryScan, ScanCandidates, exact_distances
 from sf_pipelines.snapshot.metric import Float32, Float64
 from sf_pipelines.snapshot.reader.types import SearchArrays
 
 Int64 = NDArray[np.int64]
+# A shard's number, with query, place, row and id of each of its hits.
+_Part = tuple[int, Int64, Int64, Int64, IdArray]
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,18 @@ class Candidates:
 
     def _scored(self, least: Float64 | None) -> "_Found":
         """All hits with exact distances, but for candidates whose key cannot reach the least of query and place."""
-        parts = [_Part(answer, near, self._kept(answer, near, least)) for answer, near in self._scans]
-        pairs = [(near.scan, part.query, part.position) for part, (_, near) in zip(parts, self._scans, strict=True)]
+        parts: list[_Part] = []
+        pairs: list[tuple[MemoryScan, Int64, Int64]] = []
+        for answer, near in self._scans:
+            own, position = self._kept(answer, near, least)
+            query = answer.queries[own]
+            pairs.append((near.scan, query, position))
+            rows, ids = near.scan.rows[position], near.scan.ids_at(position)
+            parts.append((answer.shard, query, answer.places[own], rows, ids))
         distances = [exact_distances(self._queries, pairs)]
         for answer, hits in self._indexed:
-            own, slots = np.nonzero(np.isfinite(hits.distances) & (hits.rows >= 0))
-            at = own, slots
-            parts.append(_Part(answer, hits, at))
+            at = np.nonzero(np.isfinite(hits.distances) & (hits.rows >= 0))
+            parts.append((answer.shard, answer.queries[at[0]], answer.places[at[0]], hits.rows[at], hits.ids[at]))
             distances.append(hits.distances[at])
         return _Found(parts, np.concatenate(distances), unique=self._unique, score_of_zero=self._score_of_zero)
 
@@ -142,31 +149,6 @@ class Candidates:
         needed = least[answer.queries, places] - near.bound
         kept = np.flatnonzero(near.key >= needed[near.query])
         return near.query[kept], near.position[kept]
-
-
-class _Part:
-    """Hits of one shard, flat.
-
-    Attributes:
-        query, place: of each hit.
-        position: in the scan; else slot of the hit.
-        rows, ids: of each hit.
-        numbers: ids are numbers.
-    """
-
-    def __init__(self, answer: ShardAnswer, hits: ShardHits | ScanCandidates, at: tuple[Int64, Int64]) -> None:
-        own, self.position = at
-        self.shard = answer.shard
-        self.query = answer.queries[own]
-        self.place = answer.places[own]
-        self.ids: IdArray
-        if isinstance(hits, ScanCandidates):
-            self.rows = hits.scan.rows[self.position]
-            self.ids = hits.scan.ids_at(self.position)
-            self.numbers = is_numbers(hits.scan.ids)
-        else:
-            self.rows, self.ids = hits.rows[at], hits.ids[at]
-            self.numbers = is_numbers(hits.ids)
 
 
 class _Found:
@@ -181,20 +163,17 @@ class _Found:
 
     def __init__(self, parts: list[_Part], distances: Float64, *, unique: bool, score_of_zero: float) -> None:
         none = np.empty(0, dtype=np.int64)
+        shards, query, place, rows, ids = zip((0, none, none, none, none), *parts, strict=True)
         self.distances = distances
-        self._score_of_zero = score_of_zero
-        self.query: Int64 = np.concatenate([none, *(part.query for part in parts)])
-        self.place: Int64 = np.concatenate([none, *(part.place for part in parts)])
-        self._rows: Int64 = np.concatenate([none, *(part.rows for part in parts)])
-        self._shards = np.repeat(
-            np.array([part.shard for part in parts], dtype=np.int64), [len(part.query) for part in parts]
-        )
+        self.query: Int64 = np.concatenate(query)
+        self.place: Int64 = np.concatenate(place)
+        self._rows: Int64 = np.concatenate(rows)
+        self._shards: Int64 = np.repeat(np.array(shards), [len(part) for part in query])
         # Others may have written numbers into one shard and text into the next: objects hold both.
-        self._numbers = all(part.numbers for part in parts)
-        kind = np.dtype(np.int64) if self._numbers else np.dtype(object)
-        self._ids: IdArray = np.concatenate([none.astype(kind), *(part.ids.astype(kind) for part in parts)])
+        self._ids: IdArray = np.concatenate(ids)
+        self._ranks: Int64 | None = self._ids if self._ids.dtype == np.int64 else None
         self._unique = unique
-        self._ranks: Int64 | None = self._ids if self._numbers else None
+        self._score_of_zero = score_of_zero
 
     def best(self, hits: Int64, k: int) -> Int64:
         """The k best of each query among these hits, by distance, then by id; each id once. Ordered by query.

@@ -260,7 +260,7 @@ def test_what_float16_cannot_stand_for_is_routed_as_it_is(store: Store) -> None:
     found = routable(state, rows)
     np.testing.assert_array_equal(found[:3], rows[:3])
     assert found[3, 0] == np.float16(1.0001)
-    assert plan_for(state, rows, ShardChoice()).shards.tolist() == [[0]] * 4
+    assert plan_for(state, rows, ShardChoice()).tolist() == [[0]] * 4
 
 
 # Which reader, which backend.

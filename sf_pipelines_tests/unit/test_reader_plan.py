@@ -7,21 +7,21 @@ import pytest
 
 from sf_pipelines.snapshot.errors import QueryError
 from sf_pipelines.snapshot.metric import DistanceMetric
-from sf_pipelines.snapshot.reader.plan import Plan, as_queries, named_shards, positive, probes_of
+from sf_pipelines.snapshot.reader.plan import as_queries, asked_shards, by_shard, named_shards, positive, probes_of
 
 
 def test_each_shard_is_asked_once_with_all_queries_that_want_it() -> None:
-    plan = Plan(np.array([[2, 0], [0, 1], [2, 1]], dtype=np.int32))
-    asked = {shard: (queries.tolist(), places.tolist()) for shard, queries, places in plan.by_shard()}
+    plan = np.array([[2, 0], [0, 1], [2, 1]], dtype=np.int32)
+    asked = {shard: (queries.tolist(), places.tolist()) for shard, queries, places in by_shard(plan)}
     assert asked == {0: ([0, 1], [1, 0]), 1: ([1, 2], [1, 1]), 2: ([0, 2], [0, 0])}
-    assert list(Plan(np.empty((0, 2), dtype=np.int32)).by_shard()) == []
+    assert list(by_shard(np.empty((0, 2), dtype=np.int32))) == []
 
 
 def test_places_that_stay_empty_ask_nobody() -> None:
-    plan = Plan(np.array([[2, -1], [0, 2]], dtype=np.int32))
-    asked = {shard: (queries.tolist(), places.tolist()) for shard, queries, places in plan.by_shard()}
+    plan = np.array([[2, -1], [0, 2]], dtype=np.int32)
+    asked = {shard: (queries.tolist(), places.tolist()) for shard, queries, places in by_shard(plan)}
     assert asked == {0: ([1], [0]), 2: ([0, 1], [0, 1])}
-    assert plan.asked() == [[2], [0, 2]]
+    assert asked_shards(plan) == [[2], [0, 2]]
 
 
 @pytest.mark.parametrize(
@@ -85,4 +85,4 @@ def test_named_shards_are_known_and_distinct(shards: list[Any], message: str) ->
 
 
 def test_named_shards_are_asked_by_every_query() -> None:
-    assert named_shards([3, 0], 4, 2).shards.tolist() == [[3, 0], [3, 0]]
+    assert named_shards([3, 0], 4, 2).tolist() == [[3, 0], [3, 0]]

@@ -7,12 +7,11 @@ A call is a generator. It does what needs no waiting itself and yields what does
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor, Future
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from sf_pipelines.snapshot.errors import (
     DeadlineError,
@@ -30,14 +29,8 @@ _OF_A_SHARD = (StoreError, IntegrityError, DeadlineError)
 
 AnswerT = TypeVar("AnswerT")
 ResultT = TypeVar("ResultT")
-
-
-@dataclass(frozen=True)
-class Job(Generic[AnswerT]):
-    """Work on one shard; ``run`` is called on any thread."""
-
-    shard: int
-    run: Callable[[OpenShard], AnswerT]
+# Work on one shard, done by any thread.
+Job = Callable[[OpenShard], AnswerT]
 
 
 class Call:
@@ -103,7 +96,7 @@ class FanOut:
         outcomes: answer or error of each shard.
     """
 
-    def __init__(self, shards: OpenShards, jobs: Sequence[Job[Any]], call: Call) -> None:
+    def __init__(self, shards: OpenShards, jobs: Mapping[int, Job[Any]], call: Call) -> None:
         self.done: Future[None] = Future()
         self.done.set_running_or_notify_cancel()
         self.outcomes: dict[int, Any] = {}
@@ -114,7 +107,7 @@ class FanOut:
         self._context = copy_context()
         self._lock = threading.Lock()
         self._ended = False
-        self._waiting = deque(jobs)
+        self._waiting = deque(jobs.items())
 
     def start(self, threads: Executor, concurrency: int) -> None:
         """Starts so many jobs; each that ends starts another."""
@@ -126,43 +119,43 @@ class FanOut:
         """Ends it. What has not answered is late."""
         with self._lock:
             self._ended = True
-        for job in self._jobs:
-            if job.shard not in self.outcomes:
-                self.outcomes[job.shard] = self._call.late(job.shard)
+        for db_id in self._jobs:
+            if db_id not in self.outcomes:
+                self.outcomes[db_id] = self._call.late(db_id)
 
     def _start_next(self) -> None:
         with self._lock:
             if self._ended or not self._waiting:
                 return
-            job = self._waiting.popleft()
-        self._shards.acquire(job.shard).add_done_callback(partial(self._on_opened, job))
+            db_id, job = self._waiting.popleft()
+        self._shards.acquire(db_id).add_done_callback(partial(self._on_opened, db_id, job))
 
-    def _on_opened(self, job: Job[Any], opening: Future[OpenShard]) -> None:
+    def _on_opened(self, db_id: int, job: Job[Any], opening: Future[OpenShard]) -> None:
         if error := opening.exception():
-            self._settle(job, error)
+            self._settle(db_id, error)
             return
         shard = opening.result()
         try:
             self._threads.submit(self._context.copy().run, self._work, job, shard)
         except RuntimeError:
             self._shards.give_back(shard)
-            self._settle(job, ReaderClosedError("the reader was closed during a call; open another one"))
+            self._settle(db_id, ReaderClosedError("the reader was closed during a call; open another one"))
 
     def _work(self, job: Job[Any], shard: OpenShard) -> None:
         if self._ended:
             self._shards.give_back(shard)
             return
         try:
-            outcome = self._shards.using(shard, job.run)
+            outcome = self._shards.using(shard, job)
         except BaseException as error:  # noqa: BLE001 - raised where the call is
             outcome = error
-        self._settle(job, outcome)
+        self._settle(shard.entry.db_id, outcome)
 
-    def _settle(self, job: Job[Any], outcome: Any) -> None:
+    def _settle(self, db_id: int, outcome: Any) -> None:
         with self._lock:
             if self._ended:
                 return
-            self.outcomes[job.shard] = outcome
+            self.outcomes[db_id] = outcome
             failed = isinstance(outcome, BaseException) and not self._call.goes_without(outcome)
             over = self._ended = failed or len(self.outcomes) == len(self._jobs)
         if over:
@@ -176,7 +169,7 @@ Steps = Generator[int | FanOut, Any, ResultT]
 
 def each_shard(
     shards: OpenShards,
-    jobs: Sequence[Job[AnswerT]],
+    jobs: Mapping[int, Job[AnswerT]],
     call: Call,
     is_quick: Callable[[OpenShard], bool] | None = None,
     *,
@@ -188,7 +181,7 @@ def each_shard(
 
     Args:
         shards: of the snapshot.
-        jobs: one for each shard.
+        jobs: by shard.
         call: that they are of.
         is_quick: whether the job of an open shard is; None where none is.
         answered: the shards have answered in time: in a partial answer they may be asked again after the deadline.
@@ -197,29 +190,29 @@ def each_shard(
     slow: dict[int, Job[AnswerT]] = {}
     at_any_time = answered and call.partial
 
-    def run(job: Job[AnswerT], opened: OpenShard) -> None:
+    def run(db_id: int, opened: OpenShard) -> None:
         try:
-            found[job.shard] = shards.using(opened, job.run)
+            found[db_id] = shards.using(opened, jobs[db_id])
         except SfPipelinesError as error:
-            call.go_without(job.shard, error)
+            call.go_without(db_id, error)
 
-    for job in jobs:
+    for db_id, job in jobs.items():
         late = call.left == 0
         if late and not at_any_time:
-            call.go_without(job.shard, call.late(job.shard))
-        elif (late or is_quick) and (opened := shards.take_open(job.shard, None if late else is_quick)):
-            run(job, opened)
+            call.go_without(db_id, call.late(db_id))
+        elif (late or is_quick) and (opened := shards.take_open(db_id, None if late else is_quick)):
+            run(db_id, opened)
         else:
-            slow[job.shard] = job
+            slow[db_id] = job
     if not slow:
         return found
-    outcomes: dict[int, Any] = yield FanOut(shards, list(slow.values()), call)
-    for shard, outcome in outcomes.items():
+    outcomes: dict[int, Any] = yield FanOut(shards, slow, call)
+    for db_id, outcome in outcomes.items():
         is_late = at_any_time and isinstance(outcome, DeadlineError)
-        if is_late and (opened := shards.take_open(shard)):
-            run(slow[shard], opened)
+        if is_late and (opened := shards.take_open(db_id)):
+            run(db_id, opened)
         elif isinstance(outcome, BaseException):
-            call.go_without(shard, outcome)
+            call.go_without(db_id, outcome)
         else:
-            found[shard] = outcome
+            found[db_id] = outcome
     return found

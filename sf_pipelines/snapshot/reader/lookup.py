@@ -11,7 +11,7 @@ from sf_pipelines.snapshot.config import KeyEncoding
 from sf_pipelines.snapshot.errors import NoShardError, QueryError
 from sf_pipelines.snapshot.index.key_value import Key, encode_key, encode_keys, key_array
 from sf_pipelines.snapshot.metric import Float32
-from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard
+from sf_pipelines.snapshot.reader.calls import Call, Steps, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore
 from sf_pipelines.snapshot.reader.plan import Context, named_shards
 from sf_pipelines.snapshot.reader.shards import OpenShard
@@ -75,7 +75,7 @@ def _values(
 
         # A key for which the expression gives no shard cannot have been stored.
         filled = [shard for shard in np.unique(shards).tolist() if shard >= 0 and state.shards[shard].key is not None]
-        jobs = [Job(shard, fetch_of(shard)) for shard in filled]
+        jobs = {shard: fetch_of(shard) for shard in filled}
         # A look-up takes microseconds.
         yield from each_shard(serving.shards, jobs, call, attrgetter("has_keys"))
     return dict(zip(given, values, strict=True))
@@ -104,7 +104,7 @@ def get_vectors(
     with core.serving() as serving:
         state = serving.state
         if shard_ids is not None:
-            shards = named_shards(shard_ids, state.manifest.num_dbs, 1).shards[0].tolist()
+            shards = named_shards(shard_ids, state.manifest.num_dbs, 1)[0].tolist()
             ids_by_shard = dict.fromkeys(shards, given)
         else:
             ids_by_shard = _where_ids_may_be(state, given)
@@ -119,9 +119,7 @@ def get_vectors(
 
             return fetch
 
-        jobs = [
-            Job(shard, fetch_of(asked)) for shard, asked in ids_by_shard.items() if state.shards[shard].key is not None
-        ]
+        jobs = {shard: fetch_of(asked) for shard, asked in ids_by_shard.items() if state.shards[shard].key is not None}
         answers = yield from each_shard(serving.shards, jobs, call)
         for _, answer in sorted(answers.items(), reverse=True):
             found.update((row_id, vector.copy()) for row_id, vector in answer)

@@ -18,32 +18,27 @@ _MOST_HITS = 1_000_000
 
 Int64 = NDArray[np.int64]
 Context = Mapping[str, Any]
+Queries = ArrayLike | list[ArrayLike]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Shards of a batch of queries.
+# Shards of each query in the order in which they are asked, shape (n, probes); -1 where a query asks fewer.
+Plan = Int32
 
-    Attributes:
-        shards: shards of each query in the order in which they are asked, shape (n, probes); -1 where a query asks
-            fewer.
-    """
 
-    shards: Int32
+def by_shard(plan: Plan) -> Iterator[tuple[int, Int64, Int64]]:
+    """Each shard once, with the queries that ask it and the place that it has in their order."""
+    n, probes = plan.shape
+    flat = plan.ravel()
+    order = np.argsort(flat, kind="stable")
+    ids, starts = np.unique(flat[order], return_index=True)
+    for shard, part in zip(ids.tolist(), np.split(order, starts[1:]) if n and probes else [], strict=True):
+        if shard >= 0:
+            yield shard, part // probes, part % probes
 
-    def by_shard(self) -> Iterator[tuple[int, Int64, Int64]]:
-        """Each shard once, with the queries that ask it and the place that it has in their order."""
-        n, probes = self.shards.shape
-        flat = self.shards.ravel()
-        order = np.argsort(flat, kind="stable")
-        ids, starts = np.unique(flat[order], return_index=True)
-        for shard, part in zip(ids.tolist(), np.split(order, starts[1:]) if n and probes else [], strict=True):
-            if shard >= 0:
-                yield shard, part // probes, part % probes
 
-    def asked(self) -> list[list[int]]:
-        """Shards of each query, without the places that stay empty."""
-        return [[shard for shard in row if shard >= 0] for row in self.shards.tolist()]
+def asked_shards(plan: Plan) -> list[list[int]]:
+    """Shards of each query, without the places that stay empty."""
+    return [[shard for shard in row if shard >= 0] for row in plan.tolist()]
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def plan_for(state: SnapshotState, queries: Float32, choice: ShardChoice) -> Pla
         return named_shards(choice.shard_ids, num_dbs, len(queries))
     if isinstance(routing, VectorRouting):
         probes = probes_of(choice.num_probes, state.default_probes, num_dbs)
-        return Plan(routing.probe(routable(state, queries))[0][:, :probes])
+        return routing.probe(routable(state, queries))[0][:, :probes]
     if choice.routing_context is not None and isinstance(routing, CelRouting):
         return _located(routing, choice.routing_context, len(queries))
     return _everywhere(state, len(queries))
@@ -103,13 +98,13 @@ def stock_plan(state: SnapshotState, queries: Float32, num_probes: int, shard_of
     if shard_of is not None or not isinstance(state.routing, VectorRouting):
         return plan_for(state, queries, ShardChoice(shard_of=shard_of))
     probes = probes_of(num_probes, num_probes, state.manifest.num_dbs)
-    return Plan(state.routing.stock_probe(queries, probes))
+    return state.routing.stock_probe(queries, probes)
 
 
 def order_for(state: SnapshotState, queries: Float32, shard_of: Int32 | None) -> Int32:
     """All shards that queries may ask, in the order of their turn; shape (n, shards)."""
     probes = state.manifest.num_dbs if isinstance(state.routing, VectorRouting) else None
-    return plan_for(state, queries, ShardChoice(num_probes=probes, shard_of=shard_of)).shards
+    return plan_for(state, queries, ShardChoice(num_probes=probes, shard_of=shard_of))
 
 
 def routable(state: SnapshotState, queries: Float32) -> Float32:
@@ -124,7 +119,7 @@ def routable(state: SnapshotState, queries: Float32) -> Float32:
     return np.where(kept[:, None], rounded, queries)
 
 
-def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
+def as_queries(queries: Queries, dim: int, metric: DistanceMetric) -> Float32:
     """Queries as float32, shape (n, dim)."""
     try:
         given: NDArray[Any] = np.asarray(queries)
@@ -149,11 +144,6 @@ def as_queries(queries: ArrayLike, dim: int, metric: DistanceMetric) -> Float32:
         if len(zero):
             raise QueryError(f"query {zero[0]} is zero: it has no direction, which {metric} needs")
     return rows
-
-
-def one(query: ArrayLike) -> Any:
-    """A batch of one query."""
-    return [query]
 
 
 def positive(value: int, name: str) -> int:
@@ -200,7 +190,7 @@ def named_shards(shard_ids: Sequence[int], num_dbs: int, queries: int) -> Plan:
 
 def _same(shards: Int32, queries: int) -> Plan:
     """One order for all queries, held once."""
-    return Plan(np.broadcast_to(shards, (queries, len(shards))))
+    return np.broadcast_to(shards, (queries, len(shards)))
 
 
 def _one_each(state: SnapshotState, shard_of: Int32, queries: int) -> Plan:
@@ -209,12 +199,12 @@ def _one_each(state: SnapshotState, shard_of: Int32, queries: int) -> Plan:
     num_dbs = state.manifest.num_dbs
     if shard_of.shape != (queries,) or shard_of.dtype.kind != "i" or ((shard_of < 0) | (shard_of >= num_dbs)).any():
         raise QueryError(f"shard_of must name one shard from 0 to {num_dbs - 1} for each of {queries} queries")
-    return Plan(shard_of.astype(np.int32)[:, None])
+    return shard_of.astype(np.int32)[:, None]
 
 
 def _located(routing: CelRouting, given: Context | Sequence[Context], queries: int) -> Plan:
     if isinstance(given, Mapping):
-        return Plan(np.full((queries, 1), routing.locate(given), dtype=np.int32))
+        return np.full((queries, 1), routing.locate(given), dtype=np.int32)
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise QueryError(f"routing_context must be a mapping, or one for each query, not {type(given).__name__}")
     if len(given) != queries:
@@ -223,7 +213,7 @@ def _located(routing: CelRouting, given: Context | Sequence[Context], queries: i
         if not isinstance(context, Mapping):
             raise QueryError(f"routing_context {at} must be a mapping, not {type(context).__name__}")
     shard_of = np.fromiter((routing.locate(context) for context in given), dtype=np.int32, count=queries)
-    return Plan(shard_of[:, None])
+    return shard_of[:, None]
 
 
 def _everywhere(state: SnapshotState, queries: int) -> Plan:

@@ -16,16 +16,18 @@ from sf_pipelines.snapshot.index.ranking import ShardHits
 from sf_pipelines.snapshot.index.scan import MemoryScan, ScanCandidates, scan_all
 from sf_pipelines.snapshot.manifest.models import CurveRecord, JudgedRecord
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
-from sf_pipelines.snapshot.reader.calls import Call, Job, Steps, each_shard
+from sf_pipelines.snapshot.reader.calls import Call, Steps, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore, Serving
 from sf_pipelines.snapshot.reader.merge import Candidates, Merged, ShardAnswer
 from sf_pipelines.snapshot.reader.plan import (
     Plan,
+    Queries,
     ShardChoice,
     as_queries,
+    asked_shards,
+    by_shard,
     columns_of,
     hits_of,
-    one,
     order_for,
     plan_for,
     routable,
@@ -65,11 +67,11 @@ def search_one(
     core: ReaderCore, call: Call, query: ArrayLike, top_k: int, choice: ShardChoice, *, include_vectors: bool
 ) -> Steps[VectorSearchResponse]:
     """The nearest rows of one query, shape (dim,), with payloads."""
-    return (yield from search(core, call, one(query), top_k, choice, include_vectors=include_vectors))[0]
+    return (yield from search(core, call, [query], top_k, choice, include_vectors=include_vectors))[0]
 
 
 def search(
-    core: ReaderCore, call: Call, queries: ArrayLike, top_k: int, choice: ShardChoice, *, include_vectors: bool
+    core: ReaderCore, call: Call, queries: Queries, top_k: int, choice: ShardChoice, *, include_vectors: bool
 ) -> Steps[list[VectorSearchResponse]]:
     """The nearest rows of many queries, shape (n, dim), with payloads."""
     # A wrong call costs no tokens, and while it waits for them it holds no snapshot.
@@ -92,7 +94,7 @@ def search(
         answers = [
             _answer(serving, results, asked, top_k, missing, elapsed)
             for per_query, part, missing in found
-            for results, asked in zip(per_query, part.asked(), strict=True)
+            for results, asked in zip(per_query, asked_shards(part), strict=True)
         ]
         metrics, kind = core.metrics, {"kind": core.kind}
         metrics.search_queries.add(len(rows), kind)
@@ -105,7 +107,7 @@ def search(
 
 
 def search_arrays(
-    core: ReaderCore, call: Call, queries: ArrayLike, top_k: int, choice: ShardChoice
+    core: ReaderCore, call: Call, queries: Queries, top_k: int, choice: ShardChoice
 ) -> Steps[SearchArrays]:
     """Ids and scores of many queries as arrays, without payloads."""
     with core.serving() as serving:
@@ -114,7 +116,7 @@ def search_arrays(
 
 
 def stock_style(
-    core: ReaderCore, call: Call, queries: ArrayLike, top_k: int, num_probes: int, shard_of: Int32 | None
+    core: ReaderCore, call: Call, queries: Queries, top_k: int, num_probes: int, shard_of: Int32 | None
 ) -> Steps[SearchArrays]:
     """What a stock reader answers: its probe order, default index options, the library's own distance for a score."""
     with core.serving() as serving:
@@ -124,23 +126,23 @@ def stock_style(
 
 
 def probe_curve(
-    core: ReaderCore, call: Call, queries: ArrayLike, top_k: int, shard_of: Int32 | None
+    core: ReaderCore, call: Call, queries: Queries, top_k: int, shard_of: Int32 | None
 ) -> Steps[list[SearchArrays]]:
     """Answers for 1, 2, … shards per query, each shard asked once for all queries; one point where all are asked."""
     with core.serving() as serving:
         state, rows, k = serving.state, _rows(serving, queries), columns_of(top_k)
-        searcher, plan = _Searcher(core, serving, call), Plan(order_for(state, rows, shard_of))
+        searcher, plan = _Searcher(core, serving, call), order_for(state, rows, shard_of)
         if not isinstance(state.routing, VectorRouting):
             return [(yield from searcher.arrays(_parts(plan, k), rows, k))]
         parts: list[list[SearchArrays]] = []
         for at, part in _parts(plan, k):
             parts.append(list((yield from searcher.candidates(part, rows[at], k)).curve(k)))
         if not parts:
-            return [_joined([], k)] * plan.shards.shape[1]
+            return [_joined([], k)] * plan.shape[1]
         return [_joined(list(step), k) for step in zip(*parts, strict=True)]
 
 
-def route_batch(core: ReaderCore, queries: ArrayLike, shard_of: Int32 | None) -> Int32:
+def route_batch(core: ReaderCore, queries: Queries, shard_of: Int32 | None) -> Int32:
     """All shards that queries may ask, in the order of their turn; shape (n, shards)."""
     with core.serving() as serving:
         return order_for(serving.state, _rows(serving, queries), shard_of)
@@ -152,15 +154,15 @@ def route_batch(core: ReaderCore, queries: ArrayLike, shard_of: Int32 | None) ->
 def route(core: ReaderCore, query: ArrayLike, choice: ShardChoice) -> list[int]:
     """Shards that a query would ask, in order."""
     with core.serving() as serving:
-        return plan_for(serving.state, _rows(serving, one(query)), choice).asked()[0]
+        return asked_shards(plan_for(serving.state, _rows(serving, [query]), choice))[0]
 
 
 def explain(core: ReaderCore, query: ArrayLike, choice: ShardChoice) -> Explanation:
     """What a search for one query would do, without searching."""
     with core.serving() as serving:
         state, loaded = serving.state, serving.shards.in_memory
-        rows = _rows(serving, one(query))
-        asked = plan_for(state, rows, choice).asked()[0]
+        rows = _rows(serving, [query])
+        asked = asked_shards(plan_for(state, rows, choice))[0]
         distances: dict[int, float] = {}
         if isinstance(state.routing, VectorRouting):
             order, away = state.routing.probe(routable(state, rows))
@@ -239,14 +241,14 @@ class _Searcher:
     def _answers(self, plan: Plan, queries: Float32, k: int) -> Steps[list[ShardAnswer]]:
         parts = [
             part
-            for part in plan.by_shard()
+            for part in by_shard(plan)
             if self._state.shards[part[0]].key is not None and part[0] not in self._call.missing
         ]
         # What is asked as stock readers do is asked of the library, however many vectors are held.
         scanned, rest = self._scanned(parts, queries, k) if self._ask is exactly else ([], parts)
-        jobs = [Job(part[0], self._search_of(part, queries, k)) for part in rest]
+        jobs = {part[0]: self._search_of(part, queries, k) for part in rest}
         found = yield from each_shard(self._shards, jobs, self._call)
-        return scanned + [found[job.shard] for job in jobs if job.shard in found]
+        return scanned + [found[shard] for shard in jobs if shard in found]
 
     def _scanned(self, parts: list[_Part], queries: Float32, k: int) -> tuple[list[ShardAnswer], list[_Part]]:
         """Scans the shards that are in memory, right here and together; what is left is for others to do.
@@ -286,7 +288,7 @@ class _Searcher:
 
     def _joined(self, answers: Sequence[ShardAnswer], plan: Plan, queries: Float32) -> Candidates:
         zero = self._state.metric.score_of_zero if self._ask is exactly else 0.0
-        return Candidates(answers, queries, plan.shards.shape[1], unique=self._state.is_ours, score_of_zero=zero)
+        return Candidates(answers, queries, plan.shape[1], unique=self._state.is_ours, score_of_zero=zero)
 
     def _with_payloads(self, merged: Merged, *, include_vectors: bool) -> Steps[list[list[SearchResult]]]:
         """Fetches payloads, for the final hits only, shard by shard."""
@@ -305,7 +307,7 @@ class _Searcher:
             return fetch
 
         hit = [shard for shard in np.unique(merged.shards).tolist() if shard >= 0]
-        jobs = [Job(shard, fetch_of(shard)) for shard in hit]
+        jobs = {shard: fetch_of(shard) for shard in hit}
         yield from each_shard(self._shards, jobs, self._call, _in_memory, answered=True)
         columns = (arrays.ids.tolist(), arrays.scores.tolist(), vectors.tolist(), payloads.tolist())
         return [
@@ -359,17 +361,17 @@ def _planned(state: SnapshotState, rows: Float32, choice: ShardChoice, k: int) -
             yield slice(start + at.start, start + at.stop), part
 
 
-def _rows(serving: Serving, queries: ArrayLike) -> Float32:
+def _rows(serving: Serving, queries: Queries) -> Float32:
     return as_queries(queries, serving.state.dim, serving.state.metric)
 
 
 def _parts(plan: Plan, k: int) -> Iterator[tuple[slice, Plan]]:
     """The batch in parts that bound the memory of a merge."""
-    n, probes = plan.shards.shape
+    n, probes = plan.shape
     step = max(1, _CELLS // max(1, probes * k))
     for start in range(0, n, step):
         at = slice(start, min(n, start + step))
-        yield at, Plan(plan.shards[at])
+        yield at, plan[at]
 
 
 def _joined(parts: list[SearchArrays], k: int) -> SearchArrays:

@@ -125,7 +125,8 @@ def seal_shards(
         context.log.info("%s%s", _log_line(receipt), where)
         partition = shard_partition(receipt.db_id)
         context.log_event(materialization(build, receipt, key, parents, partition))
-        built.append(reference(receipt) | {"db_id": receipt.db_id})
+        # A shard that a published run was to rebuild is in its successor, which the next assets find by that run.
+        built.append(reference(receipt) | {"db_id": receipt.db_id, "run_id": group["run_id"]})
         if keep:
             keep_latest(build.store, key, built[-1], partition)
 

@@ -128,18 +128,25 @@ def test_a_large_object_is_copied_in_parts(
     assert (store.head("to").etag or "").strip('"').endswith("-2")
 
 
-def test_a_fork_that_failed_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_successor_that_was_not_published_is_completed(tmp_path: Path) -> None:
     write_source(tmp_path / "source.parquet", seed=0)
     config, cache = small_config(tmp_path), tmp_path / "cache"
     first = build_snapshot(config, cache_dir=cache).run_id
     with Build(config, cache_dir=cache) as build:
         stages.build_shard(build, first, 1, rebuild=True)
-        fork = stages.assemble(build, first).run_id
-        assert stages.assemble(build, first).run_id == fork
-        # One that lost what it is made of is left behind.
-        receipt = build.ledger(fork).need(ShardReceipt, "db=00000")
+        successor = stages.assemble(build, first).run_id
+        assert stages.assemble(build, first).run_id == successor != first
+        # What it lost is copied again.
+        receipt = build.ledger(successor).need(ShardReceipt, "db=00000")
         build.store.delete(f"{receipt.db_key}/{receipt.objects[0].path}")
-        other = stages.assemble(build, first).run_id
-        assert other not in {first, fork}
-        stages.gate(build, other)
-        assert stages.promote(build, other).published
+    with Build(config, cache_dir=cache) as build:
+        assert stages.assemble(build, first).run_id == successor
+        stages.gate(build, successor)
+        assert stages.promote(build, successor).published
+        # Whoever still knows the first run comes to what is served, with the shard that was rebuilt there.
+        rebuilt = build.ledger(successor).need(ShardReceipt, "db=00001")
+        assert stages.assemble(build, first).run_id == successor
+        third = stages.build_shard(build, first, 2, rebuild=True).run_id
+        assert third not in {first, successor}
+        assert stages.assemble(build, first).run_id == third
+        assert build.ledger(third).need(ShardReceipt, "db=00001").objects == rebuilt.objects

@@ -116,6 +116,11 @@ class Build:
         self._leases.add(key)
         return key
 
+    def drop_record(self, key: str) -> None:
+        """Takes back the record of a build that somebody else has begun at the same time."""
+        self._leases.discard(key)
+        self.store.delete(key)
+
     def give_up(self, error: BaseException) -> None:
         """Says that the builds that were worked on have ended, and gives back their leases: nothing waits for them."""
         for key in sorted(self._leases):

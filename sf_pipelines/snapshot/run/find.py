@@ -1,15 +1,12 @@
 """Runs that a scan finds again: the published one, one that a rollback holds, one that was not finished."""
 
-from dataclasses import dataclass
-from datetime import datetime
-
 from sf_pipelines.snapshot.errors import GateError, IntegrityError, ObjectMissingError
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.manifest.pointer import Pointer
 from sf_pipelines.snapshot.reader.state import load_pointed
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.ledger import STAGING, Ledger
-from sf_pipelines.snapshot.run.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt, inputs_of
+from sf_pipelines.snapshot.run.receipts import ManifestReceipt, PromoteReceipt, ScanReceipt, inputs_of
 from sf_pipelines.snapshot.store import Store
 
 
@@ -44,8 +41,7 @@ def _say_promoted(build: Build, ledger: Ledger, pointer: Pointer) -> None:
     manifest = ledger.find(ManifestReceipt)
     if manifest is None or manifest.manifest_digest != pointer.manifest_digest:
         return
-    number = ledger.next_number(PromoteReceipt)
-    ledger.commit(_as_pointed(build, pointer, inputs_of(manifest=manifest.manifest_digest)), number=number)
+    ledger.commit(_as_pointed(build, pointer, inputs_of(manifest=manifest.manifest_digest)), number=0)
 
 
 def _as_pointed(build: Build, pointer: Pointer, inputs: str) -> PromoteReceipt:
@@ -95,32 +91,6 @@ def newest_run(store: Store, build_key: str, *, promoted: bool, besides: str = "
         if receipt is not None and (ledger.find(PromoteReceipt) is not None) == promoted:
             found.append(receipt)
     return max(found, key=lambda receipt: receipt.created_at, default=None)
-
-
-@dataclass(frozen=True)
-class Standing:
-    """The shards of a run that a rollback went back to.
-
-    Attributes:
-        since: when the pointer came back to it.
-        shards: keys of the receipts that its manifest was assembled from, by db_id.
-    """
-
-    since: datetime
-    shards: tuple[str, ...]
-
-    def of(self, ledger: Ledger, newest: ShardReceipt) -> ShardReceipt:
-        """What stands for a shard: what was built anew before the rollback was withdrawn with its fork."""
-        return ledger.read(ShardReceipt, self.shards[newest.db_id]) if newest.created_at < self.since else newest
-
-
-def standing_shards(build: Build, scanned: ScanReceipt) -> Standing | None:
-    """The shards that a published run has since a rollback; None where no rollback went back to it."""
-    pointer = publish.read_pointer(build.store).pointer if scanned.published else None
-    if pointer is None or pointer.run_id != scanned.run_id or pointer.moved_by == "build":
-        return None
-    manifest = build.ledger(scanned.run_id).need(ManifestReceipt)
-    return Standing(pointer.updated_at, manifest.shards)
 
 
 def held_back(build: Build, scanned: ScanReceipt, pointer: Pointer, inputs: str) -> PromoteReceipt:

@@ -11,7 +11,7 @@ import pyarrow.ipc as pa_ipc
 from pydantic import ValidationError
 
 from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError, ReceiptMissingError
-from sf_pipelines.snapshot.run.receipts import Receipt, Ref, RouteReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.receipts import Receipt, Ref, RouteReceipt, ShardReceipt, shard_part
 from sf_pipelines.snapshot.store import ObjectInfo, Store
 
 STAGING = "staging"
@@ -88,11 +88,6 @@ class Ledger:
         except ValidationError as error:
             raise IntegrityError(f"receipt {self.store.url_of(key)} cannot be understood: {error}") from error
 
-    def next_number(self, kind: type[Receipt], part: str = "") -> int:
-        """Number of the attempt that would come next."""
-        numbers = self._numbers(kind, part)
-        return numbers[-1] + 1 if numbers else 0
-
     def commit(self, receipt: ReceiptType, part: str = "", *, number: int) -> ReceiptType:
         """Writes a receipt; if somebody else's for the same inputs is there first, that one is the result."""
         while True:
@@ -166,6 +161,16 @@ def download_verified(store: Store, ref: Ref, path: Path) -> None:
         raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
 
 
+def copy_verified(store: Store, key: str, target: str, sha256: str) -> None:
+    """Copies an object inside the store and checks every byte of the copy."""
+    store.copy(key, target)
+    found = store.sha256(target)
+    if found != sha256:
+        raise DigestMismatchError(
+            f"{store.url_of(target)}, a copy of {key}, has SHA-256 {found}, but {sha256} was sealed"
+        )
+
+
 def is_intact(store: Store, receipt: ShardReceipt) -> bool:
     """Whether every sealed object is still the version that was sealed."""
     return not changed_objects(store, [receipt])
@@ -200,7 +205,7 @@ def changed_objects(store: Store, receipts: Sequence[ShardReceipt]) -> list[str]
 def shard_receipts(ledger: Ledger, routed: RouteReceipt) -> list[ShardReceipt]:
     """The newest receipt of every shard, all made from the rows of this routing."""
     found = ledger.find_parts(ShardReceipt, inputs=routed.inputs)
-    parts = [f"db={shard.db_id:05d}" for shard in routed.shards]
+    parts = [shard_part(shard.db_id) for shard in routed.shards]
     missing = [part for part in parts if part not in found]
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")

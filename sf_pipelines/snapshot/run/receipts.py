@@ -7,7 +7,7 @@ have exactly one winner.
 
 import uuid
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field
 
@@ -66,6 +66,16 @@ class Receipt(Model):
     def refs(self) -> tuple[Ref, ...]:
         """Objects that later stages read; without them the receipt is of no use."""
         return ()
+
+    @property
+    def number(self) -> int:
+        """Place among the receipts of its stage and part."""
+        return int(self.key.rsplit("/", 1)[-1].removesuffix(".json"))
+
+    def renewed(self, **changes: Any) -> Self:
+        """The receipt with these changes, to be written again."""
+        fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "reason": ""}
+        return self.model_copy(update=fresh | changes)
 
     @property
     def digest(self) -> str:
@@ -313,6 +323,11 @@ class ShardReceipt(Receipt):
         return tuple(ref for ref in (self.truth, self.witnesses) if ref is not None)
 
     @property
+    def part(self) -> str:
+        """Name of the shard's part of the stage."""
+        return shard_part(self.db_id)
+
+    @property
     def bytes(self) -> int:
         """Size of the shard."""
         return sum(item.size for item in self.objects)
@@ -397,6 +412,16 @@ class PromoteReceipt(Receipt):
     seq: int
     published: bool = True
     held: bool = False
+
+
+def attempt_folder(run_id: str, db_id: int, attempt: int, token: str) -> str:
+    """Where one attempt at a shard puts its objects; no other attempt writes there."""
+    return f"shards/run_id={run_id}/{shard_part(db_id)}/attempt={attempt:02d}-{token[:8]}"
+
+
+def shard_part(db_id: int) -> str:
+    """Name of a shard among the parts of its stage, and of its folder."""
+    return f"db={db_id:05d}"
 
 
 def inputs_of(**parts: Any) -> str:

@@ -25,10 +25,8 @@ from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest
 from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader, reader_of
 from sf_pipelines.snapshot.reader.state import state_of
-from sf_pipelines.snapshot.run import find
 from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch
 from sf_pipelines.snapshot.run.describe import describe
-from sf_pipelines.snapshot.run.fork import fork_run
 from sf_pipelines.snapshot.run.ledger import Ledger, shard_receipts
 from sf_pipelines.snapshot.run.receipts import (
     CurvePoint,
@@ -37,6 +35,7 @@ from sf_pipelines.snapshot.run.receipts import (
     ShardReceipt,
     inputs_of,
 )
+from sf_pipelines.snapshot.run.successor import begin_successor, complete_successor, current_of, find_successor
 
 # Their hits from every shard are held at once, with ids that may be long.
 _QUERIES_AT_A_TIME = 256
@@ -49,14 +48,13 @@ _STEPS = 3
 def assemble(build: Build, run_id: str) -> ManifestReceipt:
     """Joins the shards of one run into a manifest under ``staging/`` and chooses ``num_probes``.
 
-    A published run never changes: if a shard of it was built anew, the manifest is that of a fork (a copy under a new
-    run id), and checks and promotion go on with the receipt's ``run_id``.
+    A published run never changes: if a shard of it was rebuilt, the manifest is that of its successor, and checks and
+    promotion go on with the receipt's ``run_id``.
     """
-    run = build.run(run_id)
-    scanned, sampled = run.scanned, run.sampled
-    shards, standing = shard_receipts(run, run.routed), find.standing_shards(build, scanned)
-    if standing is not None:
-        shards = [standing.of(run, shard) for shard in shards]
+    run, view = build.run(run_id), None
+    if run.scanned.published and not run.scanned.held:
+        run, view = current_of(run)
+    scanned, sampled, shards = run.scanned, run.sampled, shard_receipts(run, run.routed)
     inputs = inputs_of(
         queries=sampled.queries.sha256,
         routing=run.routing_digest,
@@ -66,13 +64,16 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
     )
     found, number = run.seek_whole(ManifestReceipt, inputs=inputs, published=scanned.published)
     if found is None and scanned.held:
-        # Under another gate, or with a shard built anew, it would be that of a fork, which is held back as well.
-        found = run.find(ManifestReceipt)
+        # Under another gate it would be that of a successor, which is held back as well.
+        found = run.need(ManifestReceipt)
+    if view is not None:
+        successor = begin_successor(run, view) if found is None else find_successor(run, view)
+        if successor is not None:
+            complete_successor(begin_successor(run, view), shards)
+            return assemble(build, successor.run_id)
     if found is not None:
         run.take(found)
         return found.model_copy(update={"reason": "this manifest was assembled before"})
-    if scanned.published:
-        return assemble(build, fork_run(run, shards))
     rows = sum(shard.rows for shard in shards)
     if rows + sampled.rejected != sampled.rows_in:
         raise CountMismatchError(

@@ -112,7 +112,7 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine
     timed("route", lambda: stages.route(build, run_id, engine=engine))
     shards = timed("shards", lambda: stages.build_shards(build, run_id, every, engine=engine))
     manifest = timed("assemble", lambda: stages.assemble(build, run_id))
-    # A damaged shard of a published run was built anew into a fork of that run.
+    # A damaged shard of a published run was rebuilt in its successor.
     verdicts = timed("gate", lambda: stages.gate(build, manifest.run_id))
     promoted = timed("promote", lambda: stages.promote(build, manifest.run_id))
     return _result(scanned, sampled.rejected, shards, manifest, verdicts, promoted, durations)

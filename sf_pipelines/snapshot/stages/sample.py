@@ -93,7 +93,7 @@ def _parts_are_there(run: Run, receipt: SampleReceipt) -> bool:
     """Whether the rows that were checked are still stored; their bytes are checked by whoever reads them."""
     if not receipt.parts:
         return False
-    # Those of a fork are in the run that it was made of.
+    # Those of a successor are in the run before it.
     folder = receipt.parts[0].key.rsplit("/", 1)[0]
     found = {info.key: info.size for info in run.store.objects(folder)}
     return all(found.get(part.key) == part.size for part in receipt.parts)

@@ -1,14 +1,12 @@
 """Stage scan: pins the source and decides which run this is."""
 
 import uuid
-from datetime import UTC, datetime
 from typing import Any
 
 from sf_pipelines.snapshot.errors import ConfigError
 from sf_pipelines.snapshot.manifest import publish
 from sf_pipelines.snapshot.run import find
 from sf_pipelines.snapshot.run.build import Build
-from sf_pipelines.snapshot.run.fork import new_run_id
 from sf_pipelines.snapshot.run.receipts import ScanReceipt
 from sf_pipelines.snapshot.run.sizing import choose_shards
 from sf_pipelines.snapshot.sharding import ClusterSharding
@@ -52,7 +50,7 @@ def scan(build: Build, *, force: bool = False, parts: tuple[str, ...] | None = N
         "gate_key": config.gate_key(),
     }
     if begun is None:
-        run_id = new_run_id(build_key)
+        run_id = f"{build_key[:16]}-{uuid.uuid4().hex[:12]}"
         receipt = ScanReceipt(
             run_id=run_id,
             inputs=build_key,
@@ -78,10 +76,7 @@ def _taken_up(build: Build, begun: ScanReceipt, base: dict[str, Any]) -> ScanRec
         base["record_key"] = build.start_record(begun.run_id)
     reason = f"goes on with the unfinished build {begun.run_id}"
     if any(getattr(begun, name) != value for name, value in base.items()):
-        fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), **base}
-        run = build.run(begun.run_id)
-        number = run.next_number(ScanReceipt)
-        begun = run.commit(begun.model_copy(update=fresh), number=number)
+        begun = build.run(begun.run_id).commit(begun.renewed(**base), number=begun.number + 1)
     return begun.model_copy(update={"reason": reason})
 
 

@@ -16,6 +16,7 @@ from sf_pipelines.snapshot.config import BUILD_VERSION, KeyEncoding
 from sf_pipelines.snapshot.errors import (
     ConfigError,
     CountMismatchError,
+    DigestMismatchError,
     IndexBuildError,
     IntegrityError,
     ObjectMissingError,
@@ -29,10 +30,10 @@ from sf_pipelines.snapshot.index.scan import MemoryScan
 from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.reader.cache import ShardCache
-from sf_pipelines.snapshot.run import find
 from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
-from sf_pipelines.snapshot.run.ledger import is_intact
-from sf_pipelines.snapshot.run.receipts import RoutedShard, ShardReceipt
+from sf_pipelines.snapshot.run.ledger import copy_verified, is_intact
+from sf_pipelines.snapshot.run.receipts import RoutedShard, ShardReceipt, attempt_folder, shard_part
+from sf_pipelines.snapshot.run.successor import begin_successor, current_of
 from sf_pipelines.snapshot.run.tasks import Engine, InProcess, OnDone, Outcome, Task, nobody, spread
 from sf_pipelines.snapshot.source.hashing import hash_column
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
@@ -49,23 +50,25 @@ def build_shard(build: Build, run_id: str, db_id: int, *, rebuild: bool = False)
     """Builds, uploads, re-opens and seals one shard's index.
 
     Where the current snapshot holds the same rows in the same kind of index, that is copied inside the store instead.
+    A published run never changes: a shard of it is rebuilt in its successor.
     """
     if not 0 <= db_id < build.config.shards:
         raise ConfigError(f"shard {db_id} does not exist; this snapshot has shards 0 to {build.config.shards - 1}")
     run = build.run(run_id)
-    shard, part = run.routed.shards[db_id], f"db={db_id:05d}"
+    shard, part = run.routed.shards[db_id], shard_part(db_id)
     found, attempt = run.seek(ShardReceipt, part, inputs=run.routed.inputs)
-    standing = find.standing_shards(build, run.scanned)
-    if found is not None and standing is not None:
-        found = standing.of(run, found)
     # A cleanup may have taken the tables of a run that nobody seemed to work on any more.
     usable = found is not None and (run.scanned.published or run.is_whole(found))
     if found is not None and usable and not rebuild and (run.scanned.held or is_intact(build.store, found)):
         return found.model_copy(update={"reason": "this shard was built and sealed before"})
+    if run.scanned.published:
+        current, view = current_of(run)
+        target = begin_successor(run, view) if current is run else current
+        return build_shard(build, target.run_id, db_id, rebuild=rebuild)
     try:
         rows = read_shard(run.store, run.ranges, db_id, shard) if shard.rows else None
     except ObjectMissingError as error:
-        # Of a fork they are those of the run that it is a copy of, which a cleanup may have removed.
+        # Those of a successor are in the run before it, which a cleanup may have removed.
         raise IntegrityError(f"the routed rows of run {run_id} are gone: {error}; build again with force") from error
     same = None if rebuild else _same_shard(run, shard)
     with build.working(run.scanned):
@@ -105,7 +108,7 @@ def _same_shard(run: Run, shard: RoutedShard) -> ShardReceipt | None:
     base = run.scanned.base_run_id
     if base is None or run.scanned.forced or not shard.rows:
         return None
-    found = run.build.ledger(base).find(ShardReceipt, f"db={shard.db_id:05d}")
+    found = run.build.ledger(base).find(ShardReceipt, shard_part(shard.db_id))
     if found is None or (found.rows, found.rows_digest, found.recipe) != (
         shard.rows,
         shard.digest,
@@ -120,11 +123,11 @@ def seal_shard(
 ) -> ShardReceipt:
     """Puts the index of some rows into the store and re-opens it there to count and digest it."""
     watch = Stopwatch()
-    part = f"db={shard.db_id:05d}"
+    part = shard_part(shard.db_id)
     made: dict[str, Any] = {"db_key": None, "indexed_rows": 0}
     if rows is not None:
         token = uuid.uuid4().hex
-        db_key = f"shards/run_id={run.run_id}/{part}/attempt={attempt:02d}-{token[:8]}"
+        db_key = attempt_folder(run.run_id, shard.db_id, attempt, token)
         copied = None if same is None else _copy(run.store, same, db_key)
         objects, etags = copied or _build_and_upload(run, rows, db_key)
         witnesses = _witnesses(rows)
@@ -184,19 +187,12 @@ def _copy(
     """
     try:
         for item in same.objects:
-            store.copy(f"{same.db_key}/{item.path}", f"{db_key}/{item.path}")
-            if store.sha256(f"{db_key}/{item.path}") != item.sha256:
-                return _cleared(store, db_key)
+            copy_verified(store, f"{same.db_key}/{item.path}", f"{db_key}/{item.path}", item.sha256)
         return same.objects, tuple(store.head(f"{db_key}/{item.path}").etag for item in same.objects)
-    except StoreError:
-        # Gone, or larger than the store copies in one go.
-        return _cleared(store, db_key)
-
-
-def _cleared(store: Store, db_key: str) -> None:
-    """Takes away what was copied of a shard."""
-    for info in list(store.objects(db_key)):
-        store.delete(info.key)
+    except (StoreError, DigestMismatchError):
+        # Gone, changed, or larger than the store copies in one go.
+        store.delete_many([info.key for info in store.objects(db_key)])
+        return None
 
 
 def _build_and_upload(run: Run, rows: pa.Table, db_key: str) -> tuple[tuple[ShardObject, ...], tuple[str | None, ...]]:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 
@@ -72,8 +71,7 @@ def _train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs:
         old = found.receipt
         ref = _stored(build, run_id, old.artifact, found.data)
         changes = {"run_id": run_id, "inputs": inputs, "ref": ref, "kept": True, "drift": found.drift}
-        fresh = {"write_id": uuid.uuid4().hex, "created_at": datetime.now(UTC), "seconds": watch.seconds}
-        return old.model_copy(update={**changes, **fresh, "retrained": "", "reason": ""})
+        return old.renewed(**changes, retrained="", seconds=watch.seconds)
     config = build.config
     trained = train_routing(config.sharding, vectors, num_dbs=config.shards, metric=config.vector_spec.metric)
     file = io.BytesIO()

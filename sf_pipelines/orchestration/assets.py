@@ -1,25 +1,32 @@
-"""The assets of one snapshot, and ``build_now``, which makes all of them in one step.
+"""The assets of one snapshot, their checks, and ``build_now``, which makes all of them in one step.
 
 Each asset runs one stage and turns its receipt into metadata. ``build_now_<name>`` exists because Dagster's UI has no
 Launchpad for jobs over partitioned assets. It runs the same stages and writes the same events and references, so
 single assets can be materialized after it; a run that failed goes on from the receipts in the store.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import dagster as dg
 
-from sf_pipelines.orchestration.checks import run_checks
 from sf_pipelines.orchestration.graph import RETRY, Graph, freshness_of
 from sf_pipelines.orchestration.io_manager import Reference, keep_latest
-from sf_pipelines.orchestration.metadata import data_version, event_metadata, materialization, reference
+from sf_pipelines.orchestration.metadata import (
+    data_version,
+    event_metadata,
+    materialization,
+    reference,
+    verdict_metadata,
+)
 from sf_pipelines.orchestration.pointer_sensor import report_move
 from sf_pipelines.orchestration.shards import seal_shards
 from sf_pipelines.snapshot import stages
-from sf_pipelines.snapshot.errors import ReceiptMissingError
+from sf_pipelines.snapshot.errors import GateFailedError, ReceiptMissingError
+from sf_pipelines.snapshot.gate.verdicts import CHECKS, RUNNERS, Verdict, required_checks
 from sf_pipelines.snapshot.run.build import Build
 from sf_pipelines.snapshot.run.receipts import Receipt, ScanReceipt
 from sf_pipelines.snapshot.run.tasks import Engine
@@ -60,7 +67,7 @@ class Step:
         """Runs the stage; ``run_id`` is empty for the scan, which finds or makes the run."""
         options = {"scan": {"force": force}, "route": {"engine": engine}}.get(self.stage, {})
         work = partial(getattr(stages, self.stage), build, *([run_id] if run_id else []), **options)
-        receipt = graph.execute(context, self.stage, work)
+        receipt: Receipt = graph.execute(context, self.stage, work)
         if isinstance(receipt, ScanReceipt):
             graph.set_partitions(context.instance, build.config.shards)
             if receipt.sizing:
@@ -187,6 +194,64 @@ def _run_of(before: Reference) -> str:
             f"the shard indexes are of {len(runs)} different builds ({shown}); materialize shard_indexes for all shards"
         )
     return next(iter(runs))
+
+
+def build_checks(graph: Graph) -> dg.AssetChecksDefinition:
+    """All checks as one definition; each can be executed alone. Those that the gate requires block the pointer."""
+    manifest, required = graph.asset("manifest"), required_checks(Build(graph.config))
+    specs = [
+        dg.AssetCheckSpec(
+            name,
+            asset=manifest,
+            blocking=name in required,
+            description=(inspect.getdoc(check) or "").partition("\n\n")[0],
+        )
+        for name, check in RUNNERS.items()
+    ]
+
+    @dg.multi_asset_check(
+        name=graph.part("gate"),
+        specs=specs,
+        can_subset=True,
+        ins={"manifest": manifest},
+        required_resource_keys={graph.resource},
+    )
+    def gate(context: dg.AssetCheckExecutionContext, manifest: Reference) -> Iterator[dg.AssetCheckResult]:
+        selected = {key.name for key in context.selected_asset_check_keys}
+        with graph.build(context) as build:
+            yield from run_checks(context, graph, build, manifest["run_id"], selected)
+
+    return gate
+
+
+def run_checks(
+    context: dg.OpExecutionContext | dg.AssetCheckExecutionContext,
+    graph: Graph,
+    build: Build,
+    run_id: str,
+    selected: Collection[str] = CHECKS,
+) -> Iterator[dg.AssetCheckResult]:
+    """Runs checks on a run's staged manifest, in their order."""
+    failed: list[str] = []
+    for name in (name for name in CHECKS if name in selected):
+        verdict: Verdict = graph.execute(context, "check", partial(stages.check, build, run_id, name))
+        log = context.log.info if verdict.passed else context.log.warning
+        log("%s: %s", name, verdict.reason or verdict.message)
+        if verdict.severity == "ERROR" and not verdict.passed:
+            failed.append(f"{name}: {verdict.message}")
+        yield dg.AssetCheckResult(
+            passed=verdict.passed,
+            asset_key=graph.asset("manifest"),
+            check_name=name,
+            severity=dg.AssetCheckSeverity[verdict.severity],
+            metadata=verdict_metadata(verdict),
+            description=verdict.message,
+        )
+    if failed:
+        # The pointer waits for these checks: no later step could report this.
+        error = GateFailedError(" ".join(failed))
+        build.give_up(error)
+        raise error
 
 
 def build_now_job(graph: Graph) -> dg.JobDefinition:

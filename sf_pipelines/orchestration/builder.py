@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from sf_pipelines.orchestration.assets import build_assets, build_now_job
-from sf_pipelines.orchestration.checks import build_checks
+from sf_pipelines.orchestration.assets import build_assets, build_checks, build_now_job
 from sf_pipelines.orchestration.graph import Execute, Graph, beta_accepted, execute_stage
 from sf_pipelines.orchestration.io_manager import reference_io_manager
 from sf_pipelines.orchestration.operations import CleanupConfig, build_operation_jobs

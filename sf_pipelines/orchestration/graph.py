@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import dagster as dg
 
@@ -28,13 +28,8 @@ StageContext = dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckE
 
 Done = TypeVar("Done")
 
-
-class Execute(Protocol):
-    """Called for each stage of a run, in the step's process."""
-
-    def __call__(self, context: StageContext, stage: str, work: Callable[[], Done]) -> Done:
-        """Does the work of a stage."""
-        ...
+# Called for each stage of a run, in the step's process: does the work and returns what it returns.
+Execute = Callable[[StageContext, str, Callable[[], Any]], Any]
 
 
 def execute_stage(context: StageContext, stage: str, work: Callable[[], Done]) -> Done:

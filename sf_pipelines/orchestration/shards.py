@@ -49,7 +49,6 @@ def build_shard_indexes(graph: Graph) -> dg.AssetsDefinition:
 
 
 def _plan_op(graph: Graph) -> dg.OpDefinition:
-
     @dg.op(
         name=graph.part("plan_shards"),
         out=dg.DynamicOut(dict, io_manager_key=graph.io_manager),
@@ -84,7 +83,6 @@ def _is_rebuild(context: dg.OpExecutionContext, graph: Graph) -> bool:
 
 
 def _build_op(graph: Graph) -> dg.OpDefinition:
-
     @dg.op(
         name=graph.part("build_shard"),
         out=dg.Out(list, io_manager_key=graph.io_manager),

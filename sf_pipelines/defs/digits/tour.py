@@ -3,13 +3,11 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
-from dagster_shared.utils.warnings import BetaWarning
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,32 +21,25 @@ _RECALL_QUERIES = 300
 
 
 def main() -> int:
-    """Builds and searches.
-
-    Returns:
-        Exit code: 0, or 1 when the build failed.
-    """
+    """Builds and searches; 1 when the build failed."""
     console = Console(soft_wrap=True, highlight=False)
-    # Dagster says of parameters that are used here on purpose that they may change.
-    warnings.simplefilter("ignore", BetaWarning)
-    settings = _settings()
-    root, store = project_root(), project_root() / settings["store"]
+    # Dagster warns of beta features, which are used here on purpose.
+    warnings.simplefilter("ignore", dg.BetaWarning)
+    settings = yaml.safe_load(Path(__file__).with_name("defs.yaml").read_text(encoding="utf-8"))["attributes"]
+    store = project_root() / settings["store"]
     before = _current_run(store)
     console.print("[bold]Building the demo snapshot through Dagster[/bold] (job build_digits)")
     if not build(console):
-        console.print("[red]The build failed; the snapshot that was there before, if any, is still served.[/red]")
+        console.print("[red]The build failed; an earlier snapshot, if there is one, is still served.[/red]")
         return 1
     with ShardedVectorReader(str(store)) as reader:
         run_id = reader.snapshot_info().run_id
-        nothing_new = before == run_id
-        console.print(
-            f"Nothing is new: the snapshot {run_id} holds this very source; it is searched again."
-            if nothing_new
-            else f"Published the snapshot {run_id}."
-        )
-        search(console, reader, root / TABLE)
-    console.print(f"\nThe snapshot is at [bold]{escape(str(store.relative_to(root)))}[/bold]; look at it with")
-    console.print(f"  .venv/bin/sf-pipelines info {escape(str(store.relative_to(root)))}")
+        up_to_date = f"Up to date: snapshot {run_id} was built from this source and config."
+        console.print(up_to_date if before == run_id else f"Published snapshot {run_id}.")
+        search(console, reader, project_root() / TABLE)
+    shown = escape(settings["store"])
+    console.print(f"\nThe snapshot is at [bold]{shown}[/bold]; look at it with")
+    console.print(f"  .venv/bin/sf-pipelines info {shown}")
     console.print("  make ui     (assets, checks and runs in the browser)")
     return 0
 
@@ -116,10 +107,6 @@ def measured_recall(reader: ShardedVectorReader, pixels: np.ndarray, picks: np.n
         for pick, answer, limit in zip(picks, answers, last, strict=True)
     ]
     return float(np.minimum(found, _TOP_K).mean()) / _TOP_K
-
-
-def _settings() -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("defs.yaml").read_text(encoding="utf-8"))["attributes"]
 
 
 def _current_run(store: Path) -> str | None:

@@ -9,7 +9,7 @@ of a version (2 bytes each) and ``LANC``; at the position are the length of the 
 which goes up to that end. The message may say where in the file the list of indices is, stored likewise.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from sf_pipelines.snapshot.errors import IntegrityError
@@ -18,16 +18,7 @@ _MAGIC = b"LANC"
 _FOOTER = 16
 # Bytes of all manifests of a dataset: a shard has three of 1 kB.
 _MAX_BYTES = 16 * 1024 * 1024
-# Fields of Manifest.
-_BRANCH, _BASE_PATHS, _INDEX_SECTION = 20, 18, 6
-# Where messages hold names of files: number of a field, and what is in it. An empty mapping is a name.
-_Places = Mapping[int, "_Places"]
-_NAME: _Places = {}
-_DATA_FILE: _Places = {1: _NAME}
-_EXTERNAL: _Places = {1: _NAME}
-_FRAGMENT: _Places = {2: _DATA_FILE, 11: {1: _DATA_FILE}, 6: _EXTERNAL, 8: _EXTERNAL, 10: _EXTERNAL}
-_MANIFEST: _Places = {2: _FRAGMENT, 12: _NAME}
-_INDICES: _Places = {1: {10: {1: _NAME}}}
+_INDEX_SECTION = 6
 # Indices of which the details name files: of compactions not finished and of logs not yet written, never of a shard.
 _FOREIGN_INDICES = (b"fragmentreuseindexdetails", b"memwalindexdetails")
 
@@ -52,41 +43,55 @@ def check_within(dataset: Path) -> None:
 def _check_manifest(data: bytes) -> None:
     if len(data) < _FOOTER or data[-4:] != _MAGIC:
         raise IntegrityError("is no manifest of Lance")
-    message = _section(data, int.from_bytes(data[-16:-8], "little"))
-    if len(message) != len(data) - _FOOTER - 4 - int.from_bytes(data[-16:-8], "little"):
+    at = int.from_bytes(data[-16:-8], "little")
+    message = _section(data, at)
+    if len(message) != len(data) - _FOOTER - 4 - at:
         raise IntegrityError("the manifest's message does not end where the file does")
     for number, value in _fields(message):
-        if number == _BASE_PATHS:
-            raise IntegrityError("the dataset reads from other places (base_paths); a shard holds all of its files")
-        if number == _BRANCH:
-            raise IntegrityError("the dataset is a branch of another; a shard holds all of its files")
         if number == _INDEX_SECTION:
             if not isinstance(value, int):
                 raise IntegrityError("the manifest does not say where its indices are")
-            _check_indices(_section(data, value))
-    _check_names(message, _MANIFEST)
+            _check_fields(_section(data, value), _INDICES)
+    _check_fields(message, _MANIFEST)
 
 
-def _check_indices(section: bytes) -> None:
-    _check_names(section, _INDICES)
-    for index in _messages(section, 1):
-        for details in _messages(index, 6):
-            for kind in _messages(details, 1):
-                if kind.lower().endswith(_FOREIGN_INDICES):
-                    raise IntegrityError(f"the dataset has an index {kind[:80]!r}, which may read from other places")
+def _check_name(name: bytes) -> None:
+    if b"\\" in name or b":" in name or {b"", b".", b".."} & set(name.split(b"/")):
+        raise IntegrityError(f"the dataset names the file {name[:200]!r}, which is not within its directory")
 
 
-def _check_names(message: bytes, places: _Places) -> None:
-    for number, inner in places.items():
-        for value in _messages(message, number):
-            if inner:
-                _check_names(value, inner)
-            elif not _is_within(value):
-                raise IntegrityError(f"the dataset names the file {value[:200]!r}, which is not within its directory")
+def _check_kind(kind: bytes) -> None:
+    if kind.lower().endswith(_FOREIGN_INDICES):
+        raise IntegrityError(f"the dataset has an index {kind[:80]!r}, which may read from other places")
 
 
-def _is_within(name: bytes) -> bool:
-    return b"\\" not in name and b":" not in name and not {b"", b".", b".."} & set(name.split(b"/"))
+def _refuse_base_paths(_: bytes) -> None:
+    raise IntegrityError("the dataset reads from other places (base_paths); a shard holds all of its files")
+
+
+def _refuse_branch(_: bytes) -> None:
+    raise IntegrityError("the dataset is a branch of another; a shard holds all of its files")
+
+
+# How fields of messages are checked, by their numbers: a function, or the fields of the message in it.
+_Checks = Mapping[int, "_Checks | Callable[[bytes], None]"]
+_FILE: _Checks = {1: _check_name}
+_FRAGMENT: _Checks = {2: _FILE, 11: {1: _FILE}, 6: _FILE, 8: _FILE, 10: _FILE}
+_MANIFEST: _Checks = {2: _FRAGMENT, 12: _check_name, 18: _refuse_base_paths, 20: _refuse_branch}
+_INDICES: _Checks = {1: {10: _FILE, 6: {1: _check_kind}}}
+
+
+def _check_fields(message: bytes, checks: _Checks) -> None:
+    for number, value in _fields(message):
+        check = checks.get(number)
+        if check is None:
+            continue
+        if isinstance(value, int):
+            raise IntegrityError(f"field {number} of the manifest is a number")
+        if callable(check):
+            check(value)
+        else:
+            _check_fields(value, check)
 
 
 def _section(data: bytes, at: int) -> bytes:
@@ -96,15 +101,6 @@ def _section(data: bytes, at: int) -> bytes:
     if start + length > len(data) - _FOOTER:
         raise IntegrityError(f"the manifest has no room for {length} bytes at {at}")
     return data[start : start + length]
-
-
-def _messages(message: bytes, wanted: int) -> Iterator[bytes]:
-    """Each occurrence of a field of bytes."""
-    for number, value in _fields(message):
-        if number == wanted:
-            if isinstance(value, int):
-                raise IntegrityError(f"field {number} of the manifest is a number")
-            yield value
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -58,7 +58,7 @@ class DistanceMetric(StrEnum):
 def pair_distances(queries: Float32, rows: Float32, metric: DistanceMetric) -> Float64:
     """Exact distance of each query to the row beside it, both of shape (n, dim); see the module for the scores."""
     q, r = queries.astype(np.float64), rows.astype(np.float64)
-    # Zero has no direction, and a stranger's vector may hold infinity: such a row has a distance that is no number.
+    # Zero has no direction, and a vector of another writer may hold infinity: then the distance is no number.
     with np.errstate(invalid="ignore"):
         if metric is DistanceMetric.DOT_PRODUCT:
             return -np.vecdot(q, r)

@@ -11,7 +11,7 @@ import pytest
 from lancedb.index import HnswPq, IvfFlat
 
 from sf_pipelines.snapshot.config import IndexParams
-from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, IntegrityError, ReaderClosedError
+from sf_pipelines.snapshot.errors import ConfigError, IndexBuildError, IntegrityError
 from sf_pipelines.snapshot.index import backend_named
 from sf_pipelines.snapshot.index.lancedb import LanceDBShard
 from sf_pipelines.snapshot.index.protocol import IndexFamily, VectorType, choose_family
@@ -333,16 +333,6 @@ def test_a_panic_of_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.
     options = {"family": IndexFamily.FLAT, "metric": DistanceMetric.L2, "params": IndexParams()}
     with pytest.raises(IndexBuildError, match=r"cannot build a flat index of 2 rows.*: index out of bounds"):
         LanceDBShard.build(rows, tmp_path / "other", **options)
-
-
-def test_a_closed_shard_says_so(tmp_path: Path) -> None:
-    shard = make(tmp_path, clustered(5, DIM), in_memory=True)
-    shard.search(clustered(1, DIM), 1)
-    assert shard.memory_bytes > 0
-    shard.close()
-    with pytest.raises(ReaderClosedError):
-        shard.search(clustered(1, DIM), 1)
-    assert shard.memory_bytes == 0
 
 
 def test_the_family_follows_the_largest_shard() -> None:

@@ -1,12 +1,7 @@
-"""Whether a Lance dataset made by somebody else stays within its own directory.
+"""Whether a Lance dataset that another tool may have made stays within its own directory.
 
-A manifest may name other places that data are read from: those of a dataset that was cloned without its data, or of
-files that were imported. A local, verified copy of a shard would then read any file or bucket that its reader may. A
-shard holds all of its files itself, so a dataset that names another place is refused before it is opened.
-
-The layout is that of Lance's ``table.proto``: a manifest ends with the position of its message (8 bytes), two numbers
-of a version (2 bytes each) and ``LANC``; at the position are the length of the message (4 bytes) and the message,
-which goes up to that end. The message may say where in the file the list of indices is, stored likewise.
+A manifest may name other files and buckets to read from, as that of a shallow clone does. A shard holds all of its
+files itself, so such a dataset is refused before it is opened. The layout is that of Lance's ``table.proto``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +36,7 @@ def check_within(dataset: Path) -> None:
 
 
 def _check_manifest(data: bytes) -> None:
+    # The end: position of the message (8 bytes), two numbers of a version (2 each), LANC.
     if len(data) < _FOOTER or data[-4:] != _MAGIC:
         raise IntegrityError("is no manifest of Lance")
     at = int.from_bytes(data[-16:-8], "little")
@@ -95,7 +91,7 @@ def _check_fields(message: bytes, checks: _Checks) -> None:
 
 
 def _section(data: bytes, at: int) -> bytes:
-    """What is stored at a position: its length, then so many bytes."""
+    """What is stored at a position: its length (4 bytes), then so many bytes."""
     start = at + 4
     length = int.from_bytes(data[at:start], "little")
     if start + length > len(data) - _FOOTER:

@@ -122,8 +122,8 @@ class LanceDBShard(ShardIndex):
         if _over_fetch(k) * 2 >= self.rows:
             return self._memory().search(queries, k)
         hits, blurred = self._search_index(queries, k)
-        # The library leaves out rows that it cannot rank (zero vectors under cosine), and a stranger's repeated id
-        # crowds out others; a scan knows all rows.
+        # The library leaves out rows that it cannot rank (zero vectors under cosine), and an id that another
+        # writer repeated crowds out others; a scan knows all rows.
         doubtful = np.flatnonzero((hits.counts < k) | blurred)
         return hits if not len(doubtful) else hits.replaced(doubtful, self._memory().search(queries[doubtful], k))
 
@@ -302,7 +302,7 @@ def _blurred(
     counts = np.diff(ends, prepend=0)
     enough = np.flatnonzero(counts > k)
     last, kth = ends[enough] - 1, ends[enough] - counts[enough] + k - 1
-    # From here on they cannot be told from the last one.
+    # From here on distances are those of the last candidate, up to rounding.
     limits = np.full(n, np.inf)
     limits[enough] = theirs[last] - 2 * error[last]
     close = np.flatnonzero(theirs >= limits[grouped])
@@ -355,7 +355,7 @@ def _matrix(column: pa.ChunkedArray, dim: int) -> Float32:
     if array.null_count:
         raise IntegrityError(f"{array.null_count} rows of a shard have no vector")
     flat = array.flatten().to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore"):  # A stranger's float64 may be too large: infinite, and in no answer.
+    with np.errstate(over="ignore"):  # A float64 of another writer may be too large: infinite, and in no answer.
         return flat.astype(np.float32, copy=False).reshape(-1, dim)
 
 

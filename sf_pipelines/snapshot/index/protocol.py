@@ -26,14 +26,14 @@ STORED_COLUMNS = frozenset({"id", "vector", "payload"})
 FLAT_ROWS = 4_000
 # `auto`: up to this many rows IVF_SQ is built 10 to 90 times faster than a graph, at similar latency.
 IVF_ROWS = 200_000
-# `auto`: the current snapshot's family is kept up to so far beyond these, for with another every shard is built anew.
+# `auto`: the current snapshot's family is kept up to this factor beyond these: a change rebuilds every shard.
 _LEEWAY = 1.5
 # `auto`: a graph loses rows where more than this part of them are equal to others.
 _REPEATED = 0.05
 
 
 class IndexFamily(StrEnum):
-    """How a shard's vectors are indexed. All rank rightly unrefined, so that a plain reader can merge.
+    """How a shard's vectors are indexed. Distances of all are good enough for a reader to merge shards by them.
 
     ``FLAT`` is exact, ``IVF_FLAT`` searches some partitions exactly, ``IVF_SQ`` the same on 8-bit numbers,
     ``HNSW`` walks a graph over 8-bit numbers, ``HNSW_FLAT`` a graph over the full ones.
@@ -60,7 +60,7 @@ def choose_family(
         index_type: ``auto`` or a family's name.
         largest_shard_rows: rows of the largest shard.
         eight_bit: ``auto`` must choose a family that indexes 8-bit numbers.
-        served: family of the current snapshot, which ``auto`` keeps where the rows are near enough to its own.
+        served: family of the current snapshot, which ``auto`` keeps a little beyond the bounds.
         repeated: part of the rows whose vector another row has, too.
 
     Raises:

@@ -1,14 +1,7 @@
 """Exact search over a shard's vectors held in memory.
 
-A float32 matrix product gives every row a rough key. Rows that by a proven bound on its error may belong to the nearest
-are candidates; only they are scored in float64. Candidates of several shards are compared by their keys first, so a
-reader scores about as many rows as it returns.
-
-Of 6,250 x 384 on two cores one query takes 0.6 ms, all of it reading the vectors, and in a batch of 100 each takes
-0.05 ms. BLAS spreads a product over all cores, but for a few queries the product takes as long as reading the vectors,
-and where several threads search its own threads wait for each other in busy loops (12 queries/s instead of 520 in eight
-threads). So products with a few queries are cut into pieces that BLAS leaves to one core, and a pool's threads share
-these; a single query that has all cores to itself is left to BLAS.
+A float32 matrix product gives every row a rough key; only rows that by a proven bound on its error may belong to the
+nearest are scored in float64. Candidates of several shards are compared by their keys first.
 """
 
 import os
@@ -50,7 +43,9 @@ _SCORED = 100_000
 _BLOCKS, _BLOCKS_PER_HIT = 256, 8
 # Candidates of a query and hit from which they are decided at once, so that equal rows do not fill the memory.
 _CROWD = 16
-# OpenBLAS leaves a product of up to so many multiplications to one thread.
+# For a few queries a product takes as long as reading the vectors does, and where several threads search, those of BLAS
+# wait for each other in busy loops (12 queries/s instead of 520). So these products are cut into pieces that BLAS
+# leaves to one core, and a pool's threads share them. OpenBLAS does so up to this many multiplications.
 _ONE_THREAD = 262_144
 # Rows of such a product: with fewer it is the calls that take the time, more do not make it faster.
 _LEAST_ROWS, _MOST_ROWS = 16, 128
@@ -76,7 +71,7 @@ class ScanCandidates:
         query: query of each candidate, ascending.
         position: of each candidate in the scan.
         key: rough key of each candidate; larger is nearer. Keys of one query can be compared between the shards of a
-            snapshot. Infinite where float32 cannot tell.
+            snapshot. Infinite where float32 is too coarse.
         bound: most that a key may be off, shape (n,).
         best: keys of different rows among the best of each query, shape (n, min(k, rows)).
     """
@@ -92,14 +87,14 @@ class ScanCandidates:
 class MemoryScan:
     """All vectors of a shard, ranked by a float32 matrix product and decided in float64. Thread-safe.
 
-    A stranger's vector with a number that is not finite is at no distance: its row is left out, and in no answer.
+    A row with a number that is not finite, which other writers may have stored, is left out: it is in no answer.
 
     Attributes:
         ids: numpy array of int64 or of objects, int and str mixed; or Arrow array of string.
         rows: row references, ascending.
         vectors: float32, shape (rows, dim).
         metric: declared metric.
-        repeats: most rows of one id; 1 but in a stranger's shard.
+        repeats: most rows of one id; more than 1 only in shards of other writers.
         nbytes: memory held; asked after every search, so it is counted once.
 
     Args:
@@ -119,7 +114,7 @@ class MemoryScan:
         self.rows = rows
         self.vectors = vectors
         self.metric = metric
-        # A foreign snapshot may repeat an id; enough rows are taken for the merge to drop the repeats.
+        # Where ids repeat, enough rows are taken for the merge to drop the repeats.
         self.repeats = most_repeats(ids)
         self.nbytes: int = vectors.nbytes + rows.nbytes + ids.nbytes
         self._ranks: Int64 | None = None
@@ -220,7 +215,7 @@ class MemoryScan:
         return ranks
 
     def too_large(self, lengths: Float64) -> bool:
-        """Whether float32 cannot tell the rows apart for queries of these lengths."""
+        """Whether float32 is too coarse to rank the rows for queries of these lengths."""
         return self._by_pairs or float(lengths.max(initial=0.0)) * max(1.0, self._longest) > _LARGEST_PRODUCT
 
     def _bound(self, lengths: Float64) -> Float64:
@@ -242,7 +237,7 @@ class MemoryScan:
         return bound
 
     def _by_keys(self, queries: Float32, keys: Float32, bound: Float64, k: int) -> Keyed:
-        """Rows whose key comes near enough to the k-th best."""
+        """Rows whose key is within twice the bound of the k-th best."""
         n, factor, offset = len(queries), np.float32(1), np.float32(0)
         if self.metric is DistanceMetric.COSINE:
             if len(self._scale) == 1:
@@ -272,7 +267,7 @@ class MemoryScan:
         return query, position, keys[position, query] * factor - offset, best * factor - offset
 
     def _all_pairs(self, queries: Float32, k: int) -> Keyed:
-        """The same where float32 cannot tell: the k nearest themselves."""
+        """The same where float32 is too coarse: the k nearest themselves."""
         query, position = self._decided(queries, np.arange(len(queries) * len(self.rows)), k)
         keys = np.full(len(query), np.inf, dtype=np.float32)
         return query, position, keys, np.full((len(queries), k), -np.inf, dtype=np.float32)

@@ -1,8 +1,7 @@
-"""What all SQLite shards share: how ``shard.db`` is written, and how one made by somebody else is opened.
+"""How ``shard.db`` is written, and how one that another tool may have made is opened.
 
-Opening a database means running what its maker put into the schema: a view in place of a table is a program, and so
-are a trigger, a generated column and an index on an expression. A shard holds none of these, so a file that does is
-refused before anything is read. What is read afterwards is bounded by the size of the file.
+A schema may hold programs: views, triggers, computed columns, indexes on expressions. A file with one is refused before
+anything is read, and what is read is bounded by the size of the file.
 """
 
 import re
@@ -157,7 +156,7 @@ class SqliteFile:
     def query_within(self, sql: str, *several: tuple[Any, ...]) -> list[tuple[Any, Any]]:
         """All rows of a query, asked with several values, for keys and values that lie in the file once.
 
-        In a stranger's file many values may share the same pages: of a small file, they would fill the memory.
+        In a hostile file many values may share the same pages: those of a small file would fill the memory.
         """
         out: list[tuple[Any, Any]] = []
         room = self.size

@@ -1,9 +1,7 @@
 """Shards as SQLite files of the extension sqlite-vec: ``<shard>/shard.db``.
 
-sqlite-vec 0.1.9 keeps its vectors in ordinary tables: chunks of 1,024 vectors side by side in one blob, with the row
-numbers and a bitmap of the slots in use beside them. It has no index: a search reads all of them. Read once into
-numpy, without the extension, they answer three times faster. Every size is checked first, as the file may be a
-stranger's.
+sqlite-vec 0.1.9 keeps chunks of 1,024 vectors in one blob each, with row numbers and a bitmap of the slots in use. It
+has no index, so numpy reads them without the extension: searches are three times faster. Sizes are checked first.
 """
 
 import json
@@ -108,7 +106,7 @@ class SqliteVecShard(ShardIndex):
 
         A filter column ``c`` becomes a metadata column of ``vec_index``: ``boolean``, ``integer``, ``float`` or
         ``text``; dates are days and timestamps microseconds since 1970 (UTC), both ``integer``. The extension knows
-        no null there, so a second, boolean column ``c__null`` tells: where it is 1, ``c`` is 0 or empty. NaN is null.
+        no null there: a null or NaN is 0 or empty, and a second, boolean column ``c__null`` is 1.
         """
         del family, params, vector_type
         vectors = vectors_of(rows)
@@ -363,7 +361,7 @@ class VectorChunks:
 
 
 def _read_ids(file: SqliteFile, rowids: Int64) -> Ids:
-    """The id of each row: int64 or string, or numpy objects where a stranger mixed them.
+    """The id of each row: int64 or string, or numpy objects where another writer mixed them.
 
     A row that the map does not name has its row number for an id; an id that does not say its type is a str: so do
     readers of the format.

@@ -124,9 +124,9 @@ class StoreConformance:
         for key in reversed(keys):
             store.put(key, key.encode())
         for prefix in ("a/b", "a/b/", "a", "", "b", "a/b/c"):
-            wanted = [key for key in keys if key.startswith(f"{prefix.rstrip('/')}/" if prefix else "")]
+            expected = [key for key in keys if key.startswith(f"{prefix.rstrip('/')}/" if prefix else "")]
             found = {item.key: item.size for item in store.objects(prefix)}
-            same(found, {key: len(key) for key in wanted}, f"objects of {prefix!r}")
+            same(found, {key: len(key) for key in expected}, f"objects of {prefix!r}")
         same(store.folders("a"), ["b", "bc"], "folders of a")
         same(store.folders("a/"), ["b", "bc"], "folders of a/")
         same(store.folders("b"), [], "folders of b")

@@ -307,20 +307,13 @@ class BlockingReader(ReaderBase):
 
 
 class ShardedVectorReader(VectorReaderBase, BlockingReader):
-    """Searches a vector-only snapshot: the one that a root's current pointer names. Thread-safe.
-
-    Shards are searched from verified local copies. Opening a shard for the first time fetches it; a shard that is not
-    what the manifest recorded is an error that names the object, never an answer.
-    """
+    """Searches a vector-only snapshot; opened as any ``BlockingReader``. Thread-safe."""
 
     _kind = "vector"
 
 
 class UnifiedShardedReader(KeyReaderBase, BlockingReader):
-    """Looks up keys in, and searches, a unified snapshot: the one that a root's current pointer names. Thread-safe.
-
-    Shards are read from verified local copies. Opening a shard for the first time fetches it; a shard that is not
-    what the manifest recorded is an error that names the object, never an answer.
+    """Looks up keys in, and searches, a unified snapshot; opened as any ``BlockingReader``. Thread-safe.
 
     Keys are whole numbers, or str or bytes (a str is its UTF-8), as ``snapshot_info().key_encoding`` says. A hit's
     ``id`` is its key; of bytes, their hex digits.

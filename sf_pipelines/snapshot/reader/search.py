@@ -1,7 +1,6 @@
 """Searching, for all readers: a query goes to the shards of its plan, their hits become one answer."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from operator import attrgetter
@@ -11,9 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.errors import SfPipelinesError
-from sf_pipelines.snapshot.index.protocol import ShardIndex
-from sf_pipelines.snapshot.index.ranking import ShardHits
-from sf_pipelines.snapshot.index.scan import MemoryScan, ScanCandidates, scan_all
+from sf_pipelines.snapshot.index.scan import MemoryScan, scan_all
 from sf_pipelines.snapshot.manifest.models import CurveRecord, JudgedRecord
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.calls import Call, Steps, each_shard
@@ -49,18 +46,6 @@ _CELLS = 2_000_000
 
 _in_memory = attrgetter("in_memory")
 _Part = tuple[int, NDArray[np.int64], NDArray[np.int64]]
-Ask = Callable[[ShardIndex, Float32, int], ShardHits | ScanCandidates]
-
-
-def exactly(index: ShardIndex, queries: Float32, k: int) -> ShardHits | ScanCandidates:
-    """Nearest rows with exact distances; of a shard in memory those that may be, to be scored with those of others."""
-    scan = index.scan()
-    return index.search(queries, k) if scan is None else scan.candidates(queries, k)
-
-
-def as_stock(index: ShardIndex, queries: Float32, k: int) -> ShardHits:
-    """What a stock reader gets."""
-    return index.search_raw(queries, k)
 
 
 def search_one(
@@ -80,7 +65,8 @@ def search(
     k = hits_of(known, top_k)
     if core.rate_limiter is not None:
         # All of it is planned for the errors: contexts may be one for each query.
-        deque(_planned(known, rows, choice, k), maxlen=0)
+        for _ in _planned(known, rows, choice, k):
+            pass
         yield from core.admitted(len(rows))
     with core.serving() as serving:
         if serving.state is not known:
@@ -122,7 +108,7 @@ def stock_style(
     with core.serving() as serving:
         rows, k = _rows(serving, queries), columns_of(top_k)
         plan = stock_plan(serving.state, rows, num_probes, shard_of)
-        return (yield from _Searcher(core, serving, call, as_stock).arrays(_parts(plan, k), rows, k))
+        return (yield from _Searcher(core, serving, call, stock=True).arrays(_parts(plan, k), rows, k))
 
 
 def probe_curve(
@@ -204,14 +190,14 @@ def _measured(state: SnapshotState, choice: ShardChoice, shards: int) -> CurveRe
 
 
 class _Searcher:
-    """Searches the shards of one snapshot, for one call."""
+    """Searches the shards of one snapshot, for one call; with ``stock`` as stock readers do."""
 
-    def __init__(self, core: ReaderCore, serving: Serving, call: Call, ask: Ask = exactly) -> None:
+    def __init__(self, core: ReaderCore, serving: Serving, call: Call, *, stock: bool = False) -> None:
         self._core = core
         self._shards = serving.shards
         self._state = serving.state
         self._call = call
-        self._ask = ask
+        self._stock = stock
 
     def candidates(self, plan: Plan, queries: Float32, k: int) -> Steps[Candidates]:
         """What the shards of a plan answer, each asked once for all queries that ask it."""
@@ -245,7 +231,7 @@ class _Searcher:
             if self._state.shards[part[0]].key is not None and part[0] not in self._call.missing
         ]
         # What is asked as stock readers do is asked of the library, however many vectors are held.
-        scanned, rest = self._scanned(parts, queries, k) if self._ask is exactly else ([], parts)
+        scanned, rest = ([], parts) if self._stock else self._scanned(parts, queries, k)
         jobs = {part[0]: self._search_of(part, queries, k) for part in rest}
         found = yield from each_shard(self._shards, jobs, self._call)
         return scanned + [found[shard] for shard in jobs if shard in found]
@@ -281,13 +267,17 @@ class _Searcher:
 
         def run(opened: OpenShard) -> ShardAnswer:
             with self._core.metrics.timed("shard_search", self._state.kind):
-                asked = queries if len(which) == len(queries) else queries[which]
-                return ShardAnswer(*part, self._ask(opened.index, asked, k))
+                index, asked = opened.index, queries if len(which) == len(queries) else queries[which]
+                if self._stock:
+                    return ShardAnswer(*part, index.search_raw(asked, k))
+                # Rows of a shard in memory are scored with those of others.
+                scan = index.scan()
+                return ShardAnswer(*part, index.search(asked, k) if scan is None else scan.candidates(asked, k))
 
         return run
 
     def _joined(self, answers: Sequence[ShardAnswer], plan: Plan, queries: Float32) -> Candidates:
-        zero = self._state.metric.score_of_zero if self._ask is exactly else 0.0
+        zero = 0.0 if self._stock else self._state.metric.score_of_zero
         return Candidates(answers, queries, plan.shape[1], unique=self._state.is_ours, score_of_zero=zero)
 
     def _with_payloads(self, merged: Merged, *, include_vectors: bool) -> Steps[list[list[SearchResult]]]:

@@ -19,7 +19,7 @@ from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, VectorMeta
 from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, find_pointer, manifest_key, parse_manifest_key
 from sf_pipelines.snapshot.manifest.publish import history
-from sf_pipelines.snapshot.metric import DistanceMetric
+from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.types import ShardDetail, SnapshotInfo, UnifiedVectorMeta
 from sf_pipelines.snapshot.routing import stored
 from sf_pipelines.snapshot.routing.cel import CelRouting
@@ -241,73 +241,51 @@ def _check_keys_can_be_read(vector: VectorMeta, backend: str, where: str) -> Non
 
 
 def _shard_table(manifest: Manifest) -> tuple[ShardEntry, ...]:
-    listed = {row.db_id: row for row in manifest.shards}
-    entries: list[ShardEntry] = []
-    for db_id in range(manifest.num_dbs):
-        row = listed.get(db_id)
-        if row is None or row.db_url is None:
-            entries.append(ShardEntry(db_id, None, 0, None, None))
-            continue
-        key = manifest.key_of(row.db_url, field=f"shards row db_id={db_id} db_url")
-        entries.append(ShardEntry(db_id, key, row.row_count, row.checkpoint_id, row.objects))
+    entries = [ShardEntry(db_id, None, 0, None, None) for db_id in range(manifest.num_dbs)]
+    for row in manifest.shards:
+        if row.db_url is not None:
+            key = manifest.key_of(row.db_url, field=f"shards row db_id={row.db_id} db_url")
+            entries[row.db_id] = ShardEntry(row.db_id, key, row.row_count, row.checkpoint_id, row.objects)
     return tuple(entries)
 
 
 def _routing_of(store: Store, manifest: Manifest, vector: VectorMeta) -> Routing:
     """How the rows of a snapshot found their shard; faults as of ``load_state``."""
+    num_dbs, strategy = manifest.num_dbs, vector.sharding_strategy
     if vector.unified:
-        sharding = manifest.sharding
-        if sharding.strategy == "hash":
-            return HashRouting(manifest.num_dbs)
-        return stored.decode_cel(
-            "build_meta.sharding",
-            sharding.cel_expr,
-            sharding.cel_columns,
-            sharding.routing_values,
-            manifest.num_dbs,
-        )
-    if vector.sharding_strategy == "cluster":
-        return _cluster(store, manifest, vector)
-    if vector.sharding_strategy == "lsh":
-        return _lsh(store, manifest, vector)
-    if vector.sharding_strategy == "cel":
-        return stored.decode_cel(
-            "custom.vector", vector.cel_expr, vector.cel_columns, vector.routing_values, manifest.num_dbs
-        )
-    return ExplicitRouting(manifest.num_dbs)
+        if manifest.sharding.strategy == "hash":
+            return HashRouting(num_dbs)
+        return stored.decode_cel("build_meta.sharding", manifest.sharding, num_dbs)
+    if strategy == "cel":
+        return stored.decode_cel("custom.vector", vector, num_dbs)
+    if strategy == "cluster":
+        centroids = _matrix(store, manifest, "centroids_ref", vector.centroids_ref, rows=num_dbs, max_rows=num_dbs)
+        return ClusterRouting(centroids, vector.metric)
+    if strategy == "lsh":
+        bits = vector.num_hash_bits
+        if bits is not None and bits > MOST_BITS:
+            raise ManifestError(f"custom.vector.num_hash_bits is {bits}, must be at most {MOST_BITS}")
+        planes = _matrix(store, manifest, "hyperplanes_ref", vector.hyperplanes_ref, rows=bits, max_rows=MOST_BITS)
+        # Snapshots of others were tuned for the order in which their own readers probe.
+        return LshRouting(planes, num_dbs, stock_order=manifest.extras is None)
+    return ExplicitRouting(num_dbs)
 
 
-def _cluster(store: Store, manifest: Manifest, vector: VectorMeta) -> ClusterRouting:
-    data, field = _artifact(store, manifest, "centroids_ref", vector.centroids_ref, most=manifest.num_dbs * vector.dim)
-    centroids = stored.decode_matrix(
-        data, field=field, rows=manifest.num_dbs, dim=vector.dim, max_rows=manifest.num_dbs
-    )
-    return ClusterRouting(centroids, vector.metric)
-
-
-def _lsh(store: Store, manifest: Manifest, vector: VectorMeta) -> LshRouting:
-    bits = vector.num_hash_bits
-    if bits is not None and bits > MOST_BITS:
-        raise ManifestError(f"custom.vector.num_hash_bits is {bits}, must be at most {MOST_BITS}")
-    data, field = _artifact(store, manifest, "hyperplanes_ref", vector.hyperplanes_ref, most=MOST_BITS * vector.dim)
-    hyperplanes = stored.decode_matrix(data, field=field, rows=bits, dim=vector.dim, max_rows=MOST_BITS)
-    # Snapshots of others were tuned for the order in which their own readers probe.
-    return LshRouting(hyperplanes, manifest.num_dbs, stock_order=manifest.extras is None)
-
-
-def _artifact(store: Store, manifest: Manifest, name: str, ref: str | None, *, most: int) -> tuple[bytes, str]:
-    """Bytes of a stored matrix of so many numbers at most, and what to call it."""
-    field = f"custom.vector.{name}"
+def _matrix(
+    store: Store, manifest: Manifest, name: str, ref: str | None, *, rows: int | None, max_rows: int
+) -> Float32:
+    """A stored matrix; faults as of ``load_state``."""
+    field, dim, extras = f"custom.vector.{name}", manifest.vector.dim, manifest.extras
     if ref is None:
         raise ManifestError(f"{field} is missing")
     key = manifest.key_of(ref, field=field)
-    data = store.get(key, limit=stored.MOST_HEADER + most * 8)
-    extras = manifest.extras
-    sealed = extras.routing_sha256 if extras else None
+    data = store.get(key, limit=stored.MOST_HEADER + max_rows * dim * 8)
+    recorded = extras.routing_sha256 if extras else None
     found = hashlib.sha256(data).hexdigest()
-    if sealed is not None and sealed != found:
-        raise DigestMismatchError(f"{field} {store.url_of(key)} has SHA-256 {found}, the manifest says {sealed}")
-    return data, f"{field} {store.url_of(key)}"
+    field = f"{field} {store.url_of(key)}"
+    if recorded not in {None, found}:
+        raise DigestMismatchError(f"{field} has SHA-256 {found}, the manifest says {recorded}")
+    return stored.decode_matrix(data, field=field, rows=rows, dim=dim, max_rows=max_rows)
 
 
 # What readers say of it.

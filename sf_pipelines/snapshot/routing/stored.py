@@ -20,20 +20,20 @@ _HEADER_READERS = {
 }
 
 
-def decode_cel(owner: str, expr: Any, columns: Any, raw_values: Any, num_dbs: int) -> CelRouting:
+def decode_cel(owner: str, fields: Any, num_dbs: int) -> CelRouting:
     """Routing by an expression, of the fields of ``owner``; a ``ManifestError`` names the field that is wrong."""
-    for name, value in (("cel_expr", expr), ("cel_columns", columns)):
-        if not value:
+    for name in ("cel_expr", "cel_columns"):
+        if not getattr(fields, name):
             raise ManifestError(f"{owner}.{name} is missing")
     try:
-        values = decode_routing_values(raw_values)
+        values = decode_routing_values(fields.routing_values)
     except ManifestError as error:
         raise ManifestError(f"{owner}.{error}") from error
     if values is not None and len(values) != num_dbs:
         raise ManifestError(f"{owner}.routing_values has {len(values)} values for {num_dbs} shards")
     try:
         # The same bounds as for an expression that a user configures.
-        checked = CelSharding(cel_expr=expr, cel_columns=columns, routing_values=values)
+        checked = CelSharding(cel_expr=fields.cel_expr, cel_columns=fields.cel_columns, routing_values=values)
     except ConfigError as error:
         raise ManifestError(str(error).replace(CelSharding.__name__, owner)) from error
     try:

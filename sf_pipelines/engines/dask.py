@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
-from sf_pipelines.engines.base import ClusterEngine
+from sf_pipelines.engines.base import ClusterEngine, run_task
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, write_part
 from sf_pipelines.engines.local import THREAD_VARIABLES
 from sf_pipelines.snapshot.config import WriteConfig
@@ -24,7 +24,6 @@ from sf_pipelines.snapshot.errors import (
 )
 from sf_pipelines.snapshot.run.tasks import Outcome, Task
 from sf_pipelines.snapshot.stages.pipeline import BuildResult
-from sf_pipelines.snapshot.stages.worker import run_task
 
 if TYPE_CHECKING:
     from distributed import Client

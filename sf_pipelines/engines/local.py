@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 
+from sf_pipelines.engines.base import run_task
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import EngineError, TaskCrashedError, WorkerLostError
 from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
-from sf_pipelines.snapshot.stages.worker import run_task
 
 _Work = tuple[WriteConfig, Task, "Future[Outcome]"]
 # What libraries look at that would have a thread for each core in each process.
@@ -156,7 +156,7 @@ def _serve(pipe: "Connection", cores: int) -> None:
             return
         try:
             answer: Outcome | str = run_task(config, task)
-        except Exception:  # noqa: BLE001 - whatever it is, it belongs to the one who waits for the task
+        except Exception:  # noqa: BLE001 - without an answer the driver would take the worker for lost, and try again
             answer = traceback.format_exc()
         pipe.send(answer)
 

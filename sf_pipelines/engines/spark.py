@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pyarrow as pa
 
+from sf_pipelines.engines.base import run_task
 from sf_pipelines.engines.frames import VectorFn, build_from_frame, frame_columns, write_part
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import EngineError, MissingExtraError, TaskCrashedError, WorkerLostError, cause_of
 from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 from sf_pipelines.snapshot.stages.pipeline import BuildResult
-from sf_pipelines.snapshot.stages.worker import run_task
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

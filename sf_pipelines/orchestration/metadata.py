@@ -128,7 +128,7 @@ def _sample(build: Build, receipt: SampleReceipt) -> Metadata:
         "reject_rate": receipt.rejected / max(1, receipt.rows_in),
         "training_rows": receipt.train_rows,
         "query_rows": receipt.query_rows,
-        "rejects": build.store.url_of(receipt.rejects_key),
+        "rejects": build.store.url_of(receipt.rejects.key),
     } | ({"reject_reasons": table(reasons)} if reasons else {})
 
 

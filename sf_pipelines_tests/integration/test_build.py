@@ -382,7 +382,7 @@ def test_bad_rows_are_rejected_with_their_reason_and_nothing_is_lost(tmp_path: P
     )
     assert (result.rows, result.rejected) == (394, 6)
     receipt = Ledger(Store.open(config.store), result.run_id).need(SampleReceipt)
-    rejects = pq.read_table(tmp_path / "store" / receipt.rejects_key)
+    rejects = pq.read_table(tmp_path / "store" / receipt.rejects.key)
     found = {row["row"]: (row["reason"], row["source_file"], row["source_row"]) for row in rejects.to_pylist()}
     assert found == {
         5: ("not_finite", "0.parquet", 5),

@@ -312,7 +312,7 @@ def _recall(judged: Judged) -> Finding:
     gate, sampled, receipt = judged.build.config.recall_gate, judged.sampled, judged.receipt
     queries, rows, table = _half(judged)
     truth = Truth.of(table, (judged.run.routed.queries or sampled.queries).rows or 0).select(rows)
-    answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, shard_of=judged.build.homes(queries))
+    answers = judged.reader.search_arrays(vectors_of(queries), gate.k + 1, shard_of=judged.build.own_shards(queries))
     recalls = recall_per_query(answers.ids, answers.distances, id_array(queries), truth)
     found = judged_record(recalls, receipt.num_probes, census=not sampled.disjoint)
     passed = found.lower >= gate.min_recall
@@ -402,7 +402,7 @@ def _stock_recall(judged: Judged) -> Finding:
     queries, rows, truth = _half(judged)
     queries, rows = queries.slice(0, _STOCK_QUERIES), rows[:_STOCK_QUERIES]
     answers = judged.reader.stock_style(
-        vectors_of(queries), gate.k + 1, receipt.num_probes, shard_of=judged.build.homes(queries)
+        vectors_of(queries), gate.k + 1, receipt.num_probes, shard_of=judged.build.own_shards(queries)
     )
     estimate = RecallEstimate.of(recall_by_id(answers.ids, rows, truth))
     figures: Figures = {

@@ -39,7 +39,7 @@ def recall_spread(judged: Judged) -> Finding:
     rows = np.concatenate([judging, np.arange(sampled.query_rows, queries.num_rows)])
     asked = queries.take(pa.array(rows))
     truth = Truth.of(judged.run.get_table(judged.receipt.truth), queries.num_rows).select(rows)
-    answers = judged.reader.search_arrays(vectors_of(asked), gate.k + 1, shard_of=judged.build.homes(asked))
+    answers = judged.reader.search_arrays(vectors_of(asked), gate.k + 1, shard_of=judged.build.own_shards(asked))
     recalls = recall_per_query(answers.ids, answers.distances, id_array(asked), truth)
     homes = home_shards(judged.run, asked)
     table: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ def _is_found(judged: Judged, rows: pa.Table) -> NDArray[np.bool_]:
     vectors: Float32 = vectors_of(rows)
     metric, k = judged.build.config.vector_spec.metric, judged.build.config.recall_gate.k
     one = 1 if isinstance(judged.build.config.sharding, ClusterSharding | LshSharding) else None
-    answers = judged.reader.search_arrays(vectors, k, num_probes=one, shard_of=judged.build.homes(rows))
+    answers = judged.reader.search_arrays(vectors, k, num_probes=one, shard_of=judged.build.own_shards(rows))
     own = pair_distances(vectors, vectors, metric)
     itself = (answers.ids == id_array(rows)[:, None]).any(axis=1)
     with np.errstate(invalid="ignore"):  # Places without a hit.

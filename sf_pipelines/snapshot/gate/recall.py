@@ -66,7 +66,7 @@ def halves(queries: int, *, disjoint: bool) -> tuple[NDArray[np.int64], NDArray[
 def home_shards(run: Run, rows: pa.Table) -> Int32 | None:
     """Shard that each sampled row lies in; None where only its key tells (HASH)."""
     routing = run.routing
-    return routing.assign(vectors_of(rows)) if isinstance(routing, VectorRouting) else run.build.homes(rows)
+    return routing.assign(vectors_of(rows)) if isinstance(routing, VectorRouting) else run.build.own_shards(rows)
 
 
 def stratified_queries(run: Run) -> pa.Table:

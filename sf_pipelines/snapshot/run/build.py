@@ -176,7 +176,7 @@ class Build:
         config = self.config
         return routing_for(config.sharding, num_dbs=config.shards, metric=config.vector_spec.metric, matrix=matrix)
 
-    def homes(self, rows: pa.Table) -> Int32 | None:
+    def own_shards(self, rows: pa.Table) -> Int32 | None:
         """Shards that sampled rows lie in, where a query must say so itself; None where it is routed or asks all."""
         if isinstance(self.config.sharding, ExplicitSharding | CelSharding):
             return rows.column(SHARD_COLUMN).to_numpy()

@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,13 +54,19 @@ class Ledger:
 
     def is_whole(self, receipt: Receipt) -> bool:
         """Whether the objects that later stages read are still what a receipt says."""
-        return all(self._is_whole(ref) for ref in receipt.refs())
+        return all(self._is_whole(ref) for ref in receipt.refs().values())
 
     def _is_whole(self, ref: Ref) -> bool:
         try:
             return self.store.head(ref.key).size == ref.size and self.store.sha256(ref.key) == ref.sha256
         except ObjectMissingError:
             return False
+
+    def are_there(self, sizes: Mapping[str, int]) -> bool:
+        """Whether objects have these sizes, by one listing a folder; their bytes are checked by whoever reads them."""
+        folders = {key.rsplit("/", 1)[0] for key in sizes}
+        found = {info.key: info.size for folder in folders for info in self.store.objects(folder)}
+        return all(found.get(key) == size for key, size in sizes.items())
 
     def find_parts(self, kind: type[ReceiptType], *, inputs: str) -> dict[str, ReceiptType]:
         """The newest receipt with these inputs of every part of a stage."""

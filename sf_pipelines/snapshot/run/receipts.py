@@ -63,9 +63,9 @@ class Receipt(Model):
     key: str = ""
     reason: str = ""
 
-    def refs(self) -> tuple[Ref, ...]:
-        """Objects that later stages read; without them the receipt is of no use."""
-        return ()
+    def refs(self) -> dict[str, Ref]:
+        """Objects that later stages read, by field; without them the receipt is of no use."""
+        return {name: value for name, value in self if isinstance(value, Ref)}
 
     @property
     def number(self) -> int:
@@ -160,19 +160,10 @@ class SampleReceipt(Receipt):
     repeated: float = 0.0
     parts: tuple[Ref, ...] | None = None
 
-    def refs(self) -> tuple[Ref, ...]:
-        """Reject table and samples."""
-        return self.rejects, self.training, self.queries, *(() if self.pool is None else (self.pool,))
-
     @property
     def rows_kept(self) -> int:
         """Rows that go into the snapshot."""
         return self.rows_in - self.rejected
-
-    @property
-    def rejects_key(self) -> str:
-        """Where the reject table is."""
-        return self.rejects.key
 
     @property
     def train_rows(self) -> int:
@@ -210,10 +201,6 @@ class TrainReceipt(Receipt):
     kept: bool = False
     drift: float | None = None
     retrained: str = ""
-
-    def refs(self) -> tuple[Ref, ...]:
-        """The matrix."""
-        return (self.ref,)
 
 
 class RoutedShard(Model):
@@ -269,10 +256,6 @@ class RouteReceipt(Receipt):
     index_family: str
     queries: Ref | None = None
 
-    def refs(self) -> tuple[Ref, ...]:
-        """The queries."""
-        return () if self.queries is None else (self.queries,)
-
     @property
     def rows(self) -> int:
         """Rows routed."""
@@ -317,10 +300,6 @@ class ShardReceipt(Receipt):
     reused: str | None = None
     truth: Ref | None = None
     witnesses: Ref | None = None
-
-    def refs(self) -> tuple[Ref, ...]:
-        """The tables that are made beside the index."""
-        return tuple(ref for ref in (self.truth, self.witnesses) if ref is not None)
 
     @property
     def part(self) -> str:
@@ -385,9 +364,9 @@ class ManifestReceipt(Receipt):
     shards: tuple[str, ...]
     truth: Ref
 
-    def refs(self) -> tuple[Ref, ...]:
-        """Manifest and truth."""
-        return Ref(key=self.manifest_key, size=self.manifest_size, sha256=self.manifest_digest), self.truth
+    def refs(self) -> dict[str, Ref]:
+        manifest = Ref(key=self.manifest_key, size=self.manifest_size, sha256=self.manifest_digest)
+        return {"manifest": manifest, "truth": self.truth}
 
 
 class PromoteReceipt(Receipt):

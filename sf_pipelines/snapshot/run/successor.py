@@ -79,7 +79,7 @@ def _copy_shard(successor: Run, shard: ShardReceipt, *, number: int) -> None:
 
 def _copy(successor: Run, receipt: ReceiptType, part: str = "", *, number: int, **changes: object) -> ReceiptType:
     """Writes a receipt as one of the successor; the objects that it refers to are copied."""
-    refs = {name: _copy_ref(successor, receipt.run_id, ref) for name, ref in receipt if isinstance(ref, Ref)}
+    refs = {name: _copy_ref(successor, receipt.run_id, ref) for name, ref in receipt.refs().items()}
     copied = receipt.renewed(run_id=successor.run_id, **refs, **changes)
     return successor.commit(copied, part, number=number)
 

@@ -15,9 +15,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import SfPipelinesError, TaskCrashedError, TasksFailedError, error_of_kind
@@ -169,14 +168,7 @@ class InProcess(Engine):
         self.stop()
 
 
-@dataclass(order=True)
-class _Retry:
-    """A task that is tried again at a time of ``time.monotonic``."""
-
-    due: float
-    order: int
-    task: Task
-    tries: int
+OnDone = Callable[[Task, Outcome], None]
 
 
 class _Driver:
@@ -187,12 +179,13 @@ class _Driver:
         self._scanned = scanned
         self._engine = engine
         self._fresh = list(reversed(tasks))
-        self._retries: list[_Retry] = []
+        # When each is due by ``time.monotonic``, its number, itself, and how often it was tried.
+        self._retries: list[tuple[float, int, Task, int]] = []
         self._running: dict[Future[Outcome], tuple[Task, int]] = {}
         self.outcomes: dict[Task, Outcome] = {}
         self.failures: dict[Task, Exception] = {}
 
-    def run(self, on_done: "OnDone", *, keep_going: bool) -> None:
+    def run(self, on_done: OnDone | None, *, keep_going: bool) -> None:
         """Returns when there is nothing left to do."""
         try:
             while (self._fresh or self._retries or self._running) and (keep_going or not self.failures):
@@ -208,9 +201,8 @@ class _Driver:
     def _fill(self) -> None:
         now = time.monotonic()
         while len(self._running) < _AHEAD * self._engine.slots:
-            if self._retries and self._retries[0].due <= now:
-                again = heapq.heappop(self._retries)
-                task, tries = again.task, again.tries
+            if self._retries and self._retries[0][0] <= now:
+                _, _, task, tries = heapq.heappop(self._retries)
             elif self._fresh:
                 task, tries = self._fresh.pop(), 0
             else:
@@ -221,12 +213,12 @@ class _Driver:
         """Seconds until a task is due again, or the lease is to be renewed."""
         if not self._retries:
             return _POLL_SECONDS
-        patience = max(0.0, min(_POLL_SECONDS, self._retries[0].due - time.monotonic()))
+        patience = max(0.0, min(_POLL_SECONDS, self._retries[0][0] - time.monotonic()))
         if not self._running:
             time.sleep(patience)
         return patience
 
-    def _settle(self, future: "Future[Outcome]", on_done: "OnDone") -> None:
+    def _settle(self, future: "Future[Outcome]", on_done: OnDone | None) -> None:
         task, tries = self._running.pop(future)
         error: BaseException | None
         try:
@@ -239,7 +231,8 @@ class _Driver:
             error.add_note(f"{task.label}, on worker {outcome.worker}")
         if error is None and outcome is not None:
             self.outcomes[task] = outcome
-            on_done(task, outcome)
+            if on_done is not None:
+                on_done(task, outcome)
             return
         if not isinstance(error, Exception):
             # The engine was interrupted, not the task.
@@ -247,22 +240,9 @@ class _Driver:
         retryable = isinstance(error, SfPipelinesError) and error.retryable
         if retryable and tries + 1 < TRIES:
             delay = min(_MOST_BACKOFF, _BACKOFF * 2**tries) * _JITTER.uniform(0.5, 1.5)
-            heapq.heappush(self._retries, _Retry(time.monotonic() + delay, task.number, task, tries + 1))
+            heapq.heappush(self._retries, (time.monotonic() + delay, task.number, task, tries + 1))
             return
         self.failures[task] = error
-
-
-class OnDone(Protocol):
-    """Told of each task that is done."""
-
-    def __call__(self, task: Task, outcome: Outcome) -> None:
-        """A task and what became of it."""
-        ...
-
-
-def nobody(task: Task, outcome: Outcome) -> None:
-    """Nobody is told."""
-    del task, outcome
 
 
 def spread(
@@ -272,7 +252,7 @@ def spread(
     tasks: Sequence[Task],
     *,
     keep_going: bool = False,
-    on_done: OnDone = nobody,
+    on_done: OnDone | None = None,
 ) -> list[Receipt]:
     """Has an engine do all tasks; tries again what may pass, with backoff."""
     driver = _Driver(build, scanned, engine, tasks)

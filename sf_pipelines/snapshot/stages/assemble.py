@@ -171,13 +171,13 @@ def measure_curve(
     Where a query is not routed by its vector there is one number only: its own shard, or all shards.
     """
     k = build.config.recall_gate.k
-    vectors, ids, homes = vectors_of(queries), id_array(queries), build.homes(queries)
-    order = reader.route_batch(vectors, shard_of=homes)
+    vectors, ids, own = vectors_of(queries), id_array(queries), build.own_shards(queries)
+    order = reader.route_batch(vectors, shard_of=own)
     covered = np.cumsum(np.asarray(rows_by_shard)[order], axis=1).mean(axis=0) / max(1, sum(rows_by_shard))
     found: dict[int, list[Float64]] = {}
     for start in range(0, len(vectors), _QUERIES_AT_A_TIME):
         part = slice(start, start + _QUERIES_AT_A_TIME)
-        answered = list(reader.probe_curve(vectors[part], k + 1, shard_of=None if homes is None else homes[part]))
+        answered = list(reader.probe_curve(vectors[part], k + 1, shard_of=None if own is None else own[part]))
         # One point over several shards: there is no order among them, all are always asked.
         for probes, answers in enumerate(answered, start=order.shape[1] - len(answered) + 1):
             recalls = recall_per_query(
@@ -197,7 +197,7 @@ def measure_latencies(
     """
     k = build.config.recall_gate.k
     asked = queries.slice(0, _TIMED_QUERIES)
-    vectors, homes = vectors_of(asked), build.homes(asked)
+    vectors, own = vectors_of(asked), build.own_shards(asked)
     chosen = sorted({probes[place] for place in np.linspace(0, len(probes) - 1, _TIMED_POINTS).astype(int)})
     out: dict[int, float] = {}
     for count in chosen:
@@ -205,8 +205,8 @@ def measure_latencies(
         for place in range(len(vectors)):
             watch = Stopwatch()
             one = slice(place, place + 1)
-            home = None if homes is None else homes[one]
-            reader.search_arrays(vectors[one], k, num_probes=count if len(probes) > 1 else None, shard_of=home)
+            its_own = None if own is None else own[one]
+            reader.search_arrays(vectors[one], k, num_probes=count if len(probes) > 1 else None, shard_of=its_own)
             times.append(1000 * watch.seconds)
         out[count] = float(np.median(times))
     return out

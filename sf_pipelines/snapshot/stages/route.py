@@ -5,7 +5,7 @@ builder reads just its own batches. Memory is bounded by the write buffer, not b
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from sf_pipelines.snapshot.arrow import vectors_of
 from sf_pipelines.snapshot.errors import (
     CountMismatchError,
     IntegrityError,
-    ObjectMissingError,
     ReceiptMissingError,
     SourceChangedError,
 )
@@ -52,7 +51,7 @@ def route(build: Build, run_id: str, *, engine: Engine | None = None) -> RouteRe
     scanned, sampled, inputs = run.scanned, run.sampled, _inputs(run)
     found, number = run.seek(RouteReceipt, inputs=inputs)
     if found is not None and (
-        scanned.published or all(_is_there(run.read(RangeReceipt, key), run) for key in found.ranges)
+        scanned.published or _are_there(run, [run.read(RangeReceipt, key) for key in found.ranges])
     ):
         run.take(found)
         return found.model_copy(update={"reason": "these rows were routed before"})
@@ -84,7 +83,7 @@ def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
     run = build.run(run_id)
     name, inputs = f"range-{place:05d}", _inputs(run)
     found, number = run.seek(RangeReceipt, name, inputs=inputs)
-    if found is not None and _is_there(found, run):
+    if found is not None and _are_there(run, [found]):
         return found
     watch, part, schema = (
         Stopwatch(),
@@ -142,12 +141,8 @@ def _family(run: Run, shards: tuple[RoutedShard, ...]) -> IndexFamily:
     )
 
 
-def _is_there(receipt: RangeReceipt, run: Run) -> bool:
-    """Whether a range's routed file is there; its rows are checked by whoever reads them."""
-    try:
-        return run.store.head(receipt.routed_key).size == receipt.routed_size
-    except ObjectMissingError:
-        return False
+def _are_there(run: Run, ranges: Sequence[RangeReceipt]) -> bool:
+    return run.are_there({receipt.routed_key: receipt.routed_size for receipt in ranges})
 
 
 def _sum_shards(ranges: list[RangeReceipt], num_dbs: int) -> tuple[RoutedShard, ...]:

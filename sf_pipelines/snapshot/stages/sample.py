@@ -38,7 +38,9 @@ def sample(build: Build, run_id: str) -> SampleReceipt:
     run = build.run(run_id)
     scanned = run.scanned
     receipt, number = run.seek_whole(SampleReceipt, inputs=scanned.build_key, published=scanned.published)
-    if receipt is not None and (scanned.published or _parts_are_there(run, receipt)):
+    if receipt is not None and (
+        scanned.published or (receipt.parts and run.are_there({part.key: part.size for part in receipt.parts}))
+    ):
         run.take(receipt)
         receipt = receipt.model_copy(update={"reason": "this source was validated and sampled before"})
     else:
@@ -87,16 +89,6 @@ def _validate_and_sample(run: Run) -> SampleReceipt:
         parts=parts,
         seconds=watch.seconds,
     )
-
-
-def _parts_are_there(run: Run, receipt: SampleReceipt) -> bool:
-    """Whether the rows that were checked are still stored; their bytes are checked by whoever reads them."""
-    if not receipt.parts:
-        return False
-    # Those of a successor are in the run before it.
-    folder = receipt.parts[0].key.rsplit("/", 1)[0]
-    found = {info.key: info.size for info in run.store.objects(folder)}
-    return all(found.get(part.key) == part.size for part in receipt.parts)
 
 
 def _training_rows(config: WriteConfig) -> int:

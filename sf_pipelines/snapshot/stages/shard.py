@@ -34,7 +34,7 @@ from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
 from sf_pipelines.snapshot.run.ledger import copy_verified, is_intact
 from sf_pipelines.snapshot.run.receipts import RoutedShard, ShardReceipt, attempt_folder, shard_part
 from sf_pipelines.snapshot.run.successor import begin_successor, current_of
-from sf_pipelines.snapshot.run.tasks import Engine, InProcess, OnDone, Outcome, Task, nobody, spread
+from sf_pipelines.snapshot.run.tasks import Engine, InProcess, OnDone, Outcome, Task, spread
 from sf_pipelines.snapshot.source.hashing import hash_column
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
 from sf_pipelines.snapshot.stages.route import read_shard
@@ -83,7 +83,7 @@ def build_shards(
     engine: Engine | None = None,
     rebuild: bool = False,
     keep_going: bool = False,
-    on_done: OnDone = nobody,
+    on_done: OnDone | None = None,
 ) -> list[ShardReceipt]:
     """Builds several shards; see ``build_shard``."""
     tasks = [Task(stage="build_shard", run_id=run_id, number=db_id, rebuild=rebuild) for db_id in shards]
@@ -96,7 +96,8 @@ def build_shards(
         nonlocal done
         done += 1
         build.report("shards", done, len(tasks), "shards")
-        on_done(task, outcome)
+        if on_done is not None:
+            on_done(task, outcome)
 
     with nullcontext(engine) if engine else InProcess(_SHARDS_AT_A_TIME, one) as where:
         receipts = spread(build, build.run(run_id).scanned, where, tasks, keep_going=keep_going, on_done=one_more)
@@ -269,8 +270,8 @@ def _look_up(folder: Path, where: str, witnesses: pa.Table, encoding: KeyEncodin
 def _truth(run: Run, rows: pa.Table, db_id: int) -> pa.Table:
     """While the rows are in memory: the exact neighbours among them of each sample query that may see them."""
     queries, config = run.queries, run.build.config
-    homes = run.build.homes(queries)
-    asked = np.arange(queries.num_rows) if homes is None else np.flatnonzero(homes == db_id)
+    own = run.build.own_shards(queries)
+    asked = np.arange(queries.num_rows) if own is None else np.flatnonzero(own == db_id)
     # One more than k: a query's own row is left out when the shards are merged.
     k = config.recall_gate.k + 1
     ids = _one(rows, "id")

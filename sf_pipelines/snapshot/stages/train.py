@@ -35,7 +35,7 @@ def train(build: Build, run_id: str) -> TrainReceipt:
     scanned, sampled = run.scanned, run.sampled
     inputs = inputs_of(build_key=scanned.build_key, training=sampled.training.sha256)
     found, number = run.seek_whole(TrainReceipt, inputs=inputs, published=scanned.published)
-    # What was kept has had its chance; what was trained for this very sample would come out the same.
+    # What was kept and failed the gate is trained anew; what was trained on this sample would come out the same.
     may_go = not scanned.published and config.retrain == "auto"
     if found is not None and not (found.kept and may_go and is_outworn(build, found.ref)):
         run.take(found)
@@ -96,7 +96,7 @@ def _current(build: Build, scanned: ScanReceipt, vectors: Float32) -> _Found:
     receipt = None if base is None else build.ledger(base).find(TrainReceipt)
     if receipt is None:
         return _Found(None, b"", None, "")
-    if fault := _unwanted(build.config, scanned, receipt):
+    if fault := _why_not_looked_at(build.config, scanned, receipt):
         return _Found(receipt, b"", None, fault)
     try:
         data = get_verified(build.store, receipt.ref)
@@ -111,7 +111,7 @@ def _current(build: Build, scanned: ScanReceipt, vectors: Float32) -> _Found:
     return _Found(receipt, data, drift, fault)
 
 
-def _unwanted(config: WriteConfig, scanned: ScanReceipt, receipt: TrainReceipt) -> str:
+def _why_not_looked_at(config: WriteConfig, scanned: ScanReceipt, receipt: TrainReceipt) -> str:
     """Why what was trained before is not even looked at."""
     if scanned.forced:
         return "asked for by force"

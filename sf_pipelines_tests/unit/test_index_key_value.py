@@ -200,14 +200,20 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "index on an expression": (_run("CREATE INDEX i ON kv (hex(k))"), "holds the index 'i'"),
     "computed value": (
         _run("DROP TABLE kv", "CREATE TABLE kv (k BLOB PRIMARY KEY, v BLOB AS (zeroblob(1000000000)))"),
-        "v (computed)",
+        "v BLOB (computed)",
     ),
     "missing": (_run("DROP TABLE kv"), "'kv' is missing"),
-    "other columns": (_run("DROP TABLE kv", "CREATE TABLE kv (k BLOB PRIMARY KEY, v BLOB, w)"), "has columns k, v, w"),
-    "no key": (_run("DROP TABLE kv", "CREATE TABLE kv (k BLOB, v BLOB)"), "has primary key []; expected 'k'"),
+    "other columns": (
+        _run("DROP TABLE kv", "CREATE TABLE kv (k BLOB PRIMARY KEY, v BLOB, w)"),
+        "has columns k BLOB PRIMARY KEY, v BLOB, w; expected k BLOB PRIMARY KEY, v BLOB",
+    ),
+    "no key": (
+        _run("DROP TABLE kv", "CREATE TABLE kv (k BLOB, v BLOB)"),
+        "has columns k BLOB, v BLOB; expected k BLOB PRIMARY KEY",
+    ),
     "keys that are text": (
         _run("DROP TABLE kv", "CREATE TABLE kv (k TEXT PRIMARY KEY, v BLOB NOT NULL) WITHOUT ROWID"),
-        "column 'k' of table 'kv' is declared 'TEXT'; expected BLOB",
+        "table 'kv' has columns k TEXT PRIMARY KEY, v BLOB; expected",
     ),
     "truncated": (_bytes(lambda data: data[:9000]), ""),
     "empty": (_bytes(lambda _: b""), "is no SQLite database"),

@@ -298,13 +298,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
             "DROP TABLE vec_id_map",
             "CREATE TABLE vec_id_map (internal_id INTEGER PRIMARY KEY, original_id TEXT AS (hex(internal_id)))",
         ),
-        "original_id (computed)",
+        "original_id TEXT (computed)",
     ),
     "table missing": (_run("DROP TABLE vec_payloads"), "'vec_payloads' is missing"),
     "no vectors": (_run("DROP TABLE vec_index"), "no virtual table 'vec_index'"),
     "other columns": (
         _run("ALTER TABLE vec_payloads RENAME COLUMN payload TO p"),
-        "'vec_payloads' has columns rowid, p",
+        "'vec_payloads' has columns rowid INTEGER PRIMARY KEY, p TEXT; expected",
     ),
     "another dimension": (_schema("float[8]", "float[9]"), "holds 9 numbers, the manifest says 8"),
     "another module": (_schema("USING vec0", "USING fts5"), "declared in a way no shard does"),
@@ -345,11 +345,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "text for a row number": (
         _run("DROP TABLE vec_id_map", "CREATE TABLE vec_id_map (internal_id TEXT PRIMARY KEY, original_id TEXT)"),
-        "column 'internal_id' of table 'vec_id_map' is declared 'TEXT'; expected INTEGER",
+        "table 'vec_id_map' has columns internal_id TEXT PRIMARY KEY, original_id TEXT; expected internal_id INTEGER",
     ),
     "fractions for row numbers": (
         _run("DROP TABLE vec_id_map", "CREATE TABLE vec_id_map (internal_id REAL PRIMARY KEY, original_id TEXT)"),
-        "is declared 'REAL'",
+        "has columns internal_id REAL PRIMARY KEY",
     ),
     "null for a row number": (
         _run(
@@ -369,7 +369,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "text for a payload's row number": (
         _run("DROP TABLE vec_payloads", "CREATE TABLE vec_payloads (rowid TEXT PRIMARY KEY, payload TEXT)"),
-        "column 'rowid' of table 'vec_payloads' is declared 'TEXT'",
+        "table 'vec_payloads' has columns rowid TEXT PRIMARY KEY",
     ),
     "many objects": (_run(*(f"CREATE TABLE t{n} (a)" for n in range(501))), "more than 500 objects"),
     "long text in the schema": (

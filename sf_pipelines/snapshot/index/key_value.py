@@ -133,7 +133,7 @@ class KeyValueShard:
         self._file = SqliteFile(folder / FILE)
         self._rows: int | None = None
         try:
-            self._file.require("kv", {"k": "BLOB", "v": "BLOB"}, key="k")
+            self._file.require("kv", "k BLOB PRIMARY KEY, v BLOB")
         except IntegrityError:
             self._file.close()
             raise

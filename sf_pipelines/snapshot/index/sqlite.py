@@ -6,7 +6,7 @@ anything is read, and what is read is bounded by the size of the file.
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,26 +127,28 @@ class SqliteFile:
             elif kind != "index" or sql is not None or not name.startswith(_AUTO_INDEX):
                 raise IntegrityError(f"{self.path}: the schema holds the {kind} {name[:80]!r}; a shard has tables only")
 
-    def require(self, name: str, columns: Mapping[str, str | None], *, key: str | None) -> None:
-        """Checks that an ordinary table is there, with exactly these columns and nothing computed."""
+    def require(self, name: str, columns: str) -> None:
+        """Checks that an ordinary table has exactly these columns, none of them computed.
+
+        Args:
+            name: of the table.
+            columns: name of each column, then its type and ``PRIMARY KEY`` unless they may be any.
+        """
         if name not in self.tables:
             what = "a virtual table" if name in self.virtual else "missing"
             raise IntegrityError(f"{self.path}: the table {name!r} is {what}; a shard has it as an ordinary table")
-        found = self.query("SELECT name, pk, hidden, upper(type) FROM pragma_table_xinfo(?) LIMIT 100", (name,))
-        if [column for column, *_ in found] != list(columns) or any(hidden for _, _, hidden, _ in found):
-            names = ", ".join(f"{column} (computed)" if hidden else str(column) for column, _, hidden, _ in found)
+        sql = "SELECT name, upper(type), pk, hidden FROM pragma_table_xinfo(?) LIMIT 100"
+        found = [
+            f"{column}{f' {kind}' if kind else ''}{' PRIMARY KEY' if key else ''}{' (computed)' if hidden else ''}"
+            for column, kind, key, hidden in self.query(sql, (name,))
+        ]
+        expected = columns.split(", ")
+        # A column without a type in `expected` may have any.
+        plain = [column if column in expected else column.split(" ")[0] for column in found]
+        if plain != expected or any(column.endswith("(computed)") for column in found):
             raise IntegrityError(
-                f"{self.path}: table {name!r} has columns {names[:200]}; expected {', '.join(columns)}"
+                f"{self.path}: table {name!r} has columns {', '.join(found)[:300]}; expected {columns}"
             )
-        for column, _, _, declared in found:
-            if columns[column] not in {None, declared}:
-                raise IntegrityError(
-                    f"{self.path}: column {column!r} of table {name!r} is declared {str(declared)[:80]!r}; "
-                    f"expected {columns[column]}"
-                )
-        keys = [column for column, place, *_ in found if place]
-        if key is not None and keys != [key]:
-            raise IntegrityError(f"{self.path}: table {name!r} has primary key {keys}; expected {key!r}")
 
     def query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """All rows of a query."""

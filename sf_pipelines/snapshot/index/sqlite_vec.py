@@ -40,17 +40,14 @@ _INSERT_ID = {
     "int": """INSERT INTO vec_id_map VALUES (?, '{"v": ' || ? || ', "t": "int"}')""",
     "str": """INSERT INTO vec_id_map VALUES (?, '{"v": ' || json_quote(?) || ', "t": "str"}')""",
 }
-# Columns with their declared types, and the primary key.
-_TABLES: dict[str, tuple[dict[str, str | None], str | None]] = {
-    "vec_index_info": ({"key": None, "value": None}, None),
-    "vec_index_chunks": (
-        {"chunk_id": "INTEGER", "size": "INTEGER", "validity": "BLOB", "rowids": "BLOB"},
-        "chunk_id",
-    ),
-    "vec_index_rowids": ({"rowid": "INTEGER", "id": None, "chunk_id": "INTEGER", "chunk_offset": "INTEGER"}, "rowid"),
-    "vec_index_vector_chunks00": ({"rowid": None, "vectors": "BLOB"}, None),
-    "vec_payloads": ({"rowid": "INTEGER", "payload": "TEXT"}, "rowid"),
-    "vec_id_map": ({"internal_id": "INTEGER", "original_id": "TEXT"}, "internal_id"),
+# Columns, see ``SqliteFile.require``.
+_TABLES = {
+    "vec_index_info": "key, value",
+    "vec_index_chunks": "chunk_id INTEGER PRIMARY KEY, size INTEGER, validity BLOB, rowids BLOB",
+    "vec_index_rowids": "rowid INTEGER PRIMARY KEY, id, chunk_id INTEGER, chunk_offset INTEGER",
+    "vec_index_vector_chunks00": "rowid, vectors BLOB",
+    "vec_payloads": "rowid INTEGER PRIMARY KEY, payload TEXT",
+    "vec_id_map": "internal_id INTEGER PRIMARY KEY, original_id TEXT",
 }
 _DECLARED = re.compile(
     r"""\s*CREATE\s+VIRTUAL\s+TABLE\s+["'`\[]?vec_index["'`\]]?\s+USING\s+vec0\s*\((.*)\)\s*;?\s*""",
@@ -307,8 +304,8 @@ class VectorChunks:
         self._file = file
         self._dim = dim
         _check_declaration(file, dim)
-        for name, (columns, key) in _TABLES.items():
-            file.require(name, columns, key=key)
+        for name, columns in _TABLES.items():
+            file.require(name, columns)
         self._chunks, self.slots = self._check_sizes()
         used, rowids = self._read_layout()
         order = np.argsort(rowids, kind="stable")

@@ -107,7 +107,7 @@ class ShardCache:
             objects: what was recorded of it; None takes what is there.
         """
         copy = _Copy(self.root, store, prefix, objects)
-        # Whoever tidies up temporary files may have removed it.
+        # A clean-up of temporary files may have removed it.
         _private_folder(self.root)
         with locked(copy.lock, fcntl.LOCK_SH):
             if not copy.is_right():
@@ -347,7 +347,7 @@ def _digest(kind: str, value: object) -> str:
 def locked(path: Path, how: int) -> Iterator[None]:
     """Holds a lock on a file, which is created where it is not there.
 
-    The file may be removed by whoever had it before: then a new one is taken. In a fork it ends without effect.
+    Whoever had it before may have removed the file: then a new one is taken. In a fork it ends without effect.
     """
     process = os.getpid()
     while True:

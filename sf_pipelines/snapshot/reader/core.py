@@ -66,7 +66,7 @@ class ReaderCore:
         settings: of the reader.
         state: the snapshot to begin with.
         kind: of the snapshots that are served.
-        instead_of: what the pointer names and why that is not served; None where it is.
+        fallback: what the pointer names and why that is not served; None where it is.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ReaderCore:
         state: SnapshotState,
         *,
         kind: SnapshotKind,
-        instead_of: str | None = None,
+        fallback: str | None = None,
     ) -> None:
         self._settings = settings
         self._process = os.getpid()
@@ -89,7 +89,7 @@ class ReaderCore:
         self._refreshing = threading.Lock()
         self._calls = 0
         self.closed = False
-        self._fallback = instead_of
+        self._fallback = fallback
         # Why the last refresh failed, and when.
         self._failure: tuple[str, float] | None = None
         workers = settings.max_concurrency
@@ -109,8 +109,8 @@ class ReaderCore:
     def open(cls, root: str | Path, settings: ReaderSettings, kind: SnapshotKind | None) -> Self:
         """Opens the snapshot that a root's pointer, or the settings, name; of whatever kind where that is None."""
         store = open_root(root, settings.s3)
-        state, instead_of = find_snapshot(store, settings.manifest_key, settings.fallback, kind)
-        return cls(store, settings, state, kind=kind or state.kind, instead_of=instead_of)
+        state, fallback = find_snapshot(store, settings.manifest_key, settings.fallback, kind)
+        return cls(store, settings, state, kind=kind or state.kind, fallback=fallback)
 
     # The served snapshot.
 
@@ -275,7 +275,7 @@ class ReaderCore:
                 self._note_failure(error)
                 outcome = RefreshOutcome("failed", old.state.manifest.run_id, error)
             except BaseException as error:
-                # Not of the tree: the caller hears of it, and so does whoever asks for health.
+                # A fault of ours: the caller sees it, and ``health`` says so.
                 self._note_failure(error)
                 raise
         error = outcome.error.kind if outcome.error else None

@@ -227,5 +227,5 @@ def _with_key(routing: CelRouting, context: Mapping[str, Any], key: Key) -> dict
 
 
 def _has_huge(keys: list[Any]) -> bool:
-    """Whether there are numbers that no column can hold; one by one they are told by name."""
+    """Whether there are numbers that no column can hold; one by one, each is named in the error."""
     return isinstance(keys[0], int) and (max(keys) >= _BEYOND or min(keys) < -_BEYOND)

@@ -79,7 +79,7 @@ class Candidates:
         self._score_of_zero = score_of_zero
         self._scans = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, ScanCandidates)]
         self._indexed = [(answer, answer.hits) for answer in answers if isinstance(answer.hits, ShardHits)]
-        self._unique = unique and all(near.scan.repeats == 1 for _, near in self._scans)
+        self._unique = unique and all(scanned.scan.repeats == 1 for _, scanned in self._scans)
 
     def merge(self, k: int) -> Merged:
         """The k best of each query over all of its shards."""
@@ -104,10 +104,10 @@ class Candidates:
 
         Each number is another row's.
         """
-        width = max(near.best.shape[1] for _, near in self._scans)
+        width = max(scanned.best.shape[1] for _, scanned in self._scans)
         out = np.full((len(self._queries), self._places, width), -np.inf)
-        for answer, near in self._scans:
-            out[answer.queries, answer.places, : near.best.shape[1]] = near.best - near.bound[:, None]
+        for answer, scanned in self._scans:
+            out[answer.queries, answer.places, : scanned.best.shape[1]] = scanned.best - scanned.bound[:, None]
         return out
 
     def _least(self, k: int) -> Float64:
@@ -128,11 +128,11 @@ class Candidates:
         """All hits with exact distances, but for candidates whose key cannot reach the least of query and place."""
         parts: list[_Part] = []
         pairs: list[tuple[MemoryScan, Int64, Int64]] = []
-        for answer, near in self._scans:
-            own, position = self._kept(answer, near, least)
+        for answer, scanned in self._scans:
+            own, position = self._kept(answer, scanned, least)
             query = answer.queries[own]
-            pairs.append((near.scan, query, position))
-            rows, ids = near.scan.rows[position], near.scan.ids_at(position)
+            pairs.append((scanned.scan, query, position))
+            rows, ids = scanned.scan.rows[position], scanned.scan.ids_at(position)
             parts.append((answer.shard, query, answer.places[own], rows, ids))
         distances = [exact_distances(self._queries, pairs)]
         for answer, hits in self._indexed:
@@ -141,14 +141,14 @@ class Candidates:
             distances.append(hits.distances[at])
         return _Found(parts, np.concatenate(distances), unique=self._unique, score_of_zero=self._score_of_zero)
 
-    def _kept(self, answer: ShardAnswer, near: ScanCandidates, least: Float64 | None) -> tuple[Int64, Int64]:
+    def _kept(self, answer: ShardAnswer, scanned: ScanCandidates, least: Float64 | None) -> tuple[Int64, Int64]:
         if least is None:
-            return near.query, near.position
+            return scanned.query, scanned.position
         # One column stands for all places.
         places = answer.places if least.shape[1] > 1 else np.zeros_like(answer.places)
-        needed = least[answer.queries, places] - near.bound
-        kept = np.flatnonzero(near.key >= needed[near.query])
-        return near.query[kept], near.position[kept]
+        needed = least[answer.queries, places] - scanned.bound
+        kept = np.flatnonzero(scanned.key >= needed[scanned.query])
+        return scanned.query[kept], scanned.position[kept]
 
 
 class _Found:

@@ -31,7 +31,7 @@ class _Ticket:
 class RateLimiter:
     """Lets tokens through at a rate, in the order in which they were asked for. Thread-safe and task-safe.
 
-    The bucket starts full. Whoever asks takes a place in one queue for threads and tasks alike and is served when the
+    The bucket starts full. Each request takes a place in one queue for threads and tasks alike and is served when the
     bucket has made the tokens of all before it and its own. More tokens than the bucket holds are served in parts, as
     they are made, and take as long as they take. In any t seconds at most ``burst + rate * t`` tokens go through; a
     caller who gives up frees its place, and those behind it move up within that bound.

@@ -47,7 +47,7 @@ class ReaderBase:
         """What ``search`` with these arguments would do: the shards, how far they are, the recall that was measured.
 
         Raises:
-            QueryError: an argument is wrong, or the shards cannot be told.
+            QueryError: an argument is wrong, or nothing says which shards to ask.
             ReaderClosedError: the reader was closed.
         """
         return search.explain(self._core, query, ShardChoice(num_probes, shard_ids, routing_context))
@@ -102,7 +102,7 @@ class KeyReaderBase(ReaderBase):
         """Shard that holds a key, if any does.
 
         Raises:
-            QueryError: the key is of the wrong type, or its shard cannot be told.
+            QueryError: the key is of the wrong type, or nothing says its shard.
             NoShardError: no shard can hold it.
             ReaderClosedError: the reader was closed.
         """
@@ -120,22 +120,7 @@ class KeyReaderBase(ReaderBase):
 
 
 class BlockingReader(ReaderBase):
-    """Serves the snapshot that a root's current pointer names. Thread-safe.
-
-    Shards are read from verified local copies. Opening a shard for the first time fetches it; a shard that is not
-    what the manifest recorded is an error that names the object, never an answer.
-
-    Args:
-        root: ``s3://bucket/prefix`` or a folder.
-        options: see ``ReaderSettings``.
-
-    Raises:
-        ConfigError: an option is wrong.
-        SnapshotNotFoundError: nothing is published under the root.
-        SnapshotKindError: the snapshot is of another kind; names the reader for it.
-        IntegrityError: manifest or routing artifacts are damaged.
-        StoreError: the store cannot be read.
-    """
+    """What both blocking readers do; see ``ShardedVectorReader``."""
 
     _kind: ClassVar[SnapshotKind]
 
@@ -162,7 +147,7 @@ class BlockingReader(ReaderBase):
 
         Args:
             query: shape (dim,).
-            top_k: results wanted; where fewer come back, ``shortfall`` says why.
+            top_k: results to return; where fewer come back, ``shortfall`` says why.
             num_probes: shards to ask, nearest first; None is the snapshot's own number, more than there are is all.
             shard_ids: ask exactly these shards.
             routing_context: a value for each column of the expression, as the rows have it.
@@ -173,7 +158,7 @@ class BlockingReader(ReaderBase):
                 little longer than ``timeout``.
 
         Raises:
-            QueryError: an argument is wrong, or the shards cannot be told.
+            QueryError: an argument is wrong, or nothing says which shards to ask.
             ReaderClosedError: the reader was closed.
             StoreError: a shard cannot be fetched.
             IntegrityError: a shard is damaged.
@@ -241,7 +226,7 @@ class BlockingReader(ReaderBase):
 
         Args:
             queries: shape (n, dim).
-            top_k: results wanted; fewer come back where the searched shards have fewer rows.
+            top_k: results to return; fewer come back where the searched shards have fewer rows.
             num_probes: shards to ask, nearest first, where the vector decides; None is the snapshot's own number.
             shard_of: for each query the shard that it is about, shape (n,), where neither the vector nor all shards
                 are asked (EXPLICIT and CEL).
@@ -271,7 +256,7 @@ class BlockingReader(ReaderBase):
 
         Args:
             queries: shape (n, dim).
-            top_k: results wanted.
+            top_k: results to return.
             num_probes: shards to ask; means nothing where the vector does not decide.
             shard_of: see ``search_arrays``.
         """
@@ -307,13 +292,28 @@ class BlockingReader(ReaderBase):
 
 
 class ShardedVectorReader(VectorReaderBase, BlockingReader):
-    """Searches a vector-only snapshot; opened as any ``BlockingReader``. Thread-safe."""
+    """Searches a vector-only snapshot: the one that a root's current pointer names. Thread-safe.
+
+    Shards are read from verified local copies. Opening a shard for the first time fetches it; a shard that is not
+    what the manifest recorded is an error that names the object, never an answer.
+
+    Args:
+        root: ``s3://bucket/prefix`` or a folder.
+        options: see ``ReaderSettings``.
+
+    Raises:
+        ConfigError: an option is wrong.
+        SnapshotNotFoundError: nothing is published under the root.
+        SnapshotKindError: the snapshot is of another kind; names the reader for it.
+        IntegrityError: manifest or routing artifacts are damaged.
+        StoreError: the store cannot be read.
+    """
 
     _kind = "vector"
 
 
 class UnifiedShardedReader(KeyReaderBase, BlockingReader):
-    """Looks up keys in, and searches, a unified snapshot; opened as any ``BlockingReader``. Thread-safe.
+    """Looks up keys in, and searches, a unified snapshot; opened as ``ShardedVectorReader``. Thread-safe.
 
     Keys are whole numbers, or str or bytes (a str is its UTF-8), as ``snapshot_info().key_encoding`` says. A hit's
     ``id`` is its key; of bytes, their hex digits.
@@ -331,7 +331,7 @@ class UnifiedShardedReader(KeyReaderBase, BlockingReader):
             timeout: seconds until the answer must be there; None waits.
 
         Raises:
-            QueryError: the key is of the wrong type, or its shard cannot be told.
+            QueryError: the key is of the wrong type, or nothing says its shard.
             ReaderClosedError: the reader was closed.
             StoreError: the shard cannot be fetched.
             IntegrityError: the shard is damaged.

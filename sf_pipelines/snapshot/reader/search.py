@@ -260,7 +260,7 @@ class _Searcher:
         if found:
             # They were one piece of work, timed once.
             self._core.metrics.ended("shard_search", self._state.kind, "ok", started, calls=len(found))
-        return [ShardAnswer(*part, near) for (part, _), near in zip(ready, found, strict=True)], rest
+        return [ShardAnswer(*part, hits) for (part, _), hits in zip(ready, found, strict=True)], rest
 
     def _search_of(self, part: _Part, queries: Float32, k: int) -> Callable[[OpenShard], ShardAnswer]:
         _, which, _ = part

@@ -158,7 +158,7 @@ class SnapshotInfo:
         cel_columns: values that a ``routing_context`` gives, with their CEL types; empty for other strategies.
         num_probes: shards asked by default; of a unified snapshot all, without a ``routing_context``.
         recall: mean recall@``recall_k`` that its gate judged it by; None in snapshots of others, and in those published
-            before manifests told it.
+            before manifests recorded it.
         recall_lower: its lower confidence bound.
         recall_k: neighbours that it was measured for.
         index_type: kind of index, as the writer called it.

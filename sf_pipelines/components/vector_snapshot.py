@@ -34,8 +34,7 @@ class VectorSnapshotAttributes(SnapshotOptions, WriteConfig):
 class _OpenModel(dg.Model):
     """A YAML model whose schema is that of ``VectorSnapshotAttributes``, with a template allowed for every value."""
 
-    # Which fields there are, and must be, is told by ``VectorSnapshotAttributes``: Dagster's own errors quote what was
-    # written, and a secret may be in it.
+    # ``VectorSnapshotAttributes`` checks fields: Dagster's own errors quote what was written, which may be a secret.
     model_config = ConfigDict(extra="allow")
 
     @classmethod
@@ -108,13 +107,9 @@ def _model_of(field: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
     return models[field["$ref"].removeprefix("#/$defs/")] if "$ref" in field else field
 
 
-def _yaml_model() -> type[BaseModel]:
-    """The same fields with open types: a value may be a template, and is checked when that is filled in."""
-    fields: dict[str, Any] = dict.fromkeys(VectorSnapshotAttributes.model_fields, (Any, None))
-    return create_model("VectorSnapshotComponentModel", __base__=_OpenModel, **fields)
-
-
-_MODEL = _yaml_model()
+# The same fields with open types: a value may be a template, and is checked when that is filled in.
+_FIELDS: dict[str, Any] = dict.fromkeys(VectorSnapshotAttributes.model_fields, (Any, None))
+_MODEL = create_model("VectorSnapshotComponentModel", __base__=_OpenModel, **_FIELDS)
 
 
 @dg.scaffold_with(VectorSnapshotScaffolder)

@@ -107,7 +107,7 @@ def _schedules(graph: Graph) -> Iterator[dg.ScheduleDefinition]:
             graph.part("cleanup_schedule"),
             graph.job("cleanup"),
             options.cleanup,
-            f"{'Shows' if options.cleanup.dry_run else 'Removes'} what nobody needs any more of {graph.config.name!r}.",
+            f"{'Shows' if options.cleanup.dry_run else 'Removes'} what is no longer needed of {graph.config.name!r}.",
             run_key=graph.job("cleanup"),
             run_config={"ops": {graph.part("cleanup"): {"config": config}}},
         )

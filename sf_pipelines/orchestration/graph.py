@@ -194,7 +194,7 @@ def condition_of(noun: str) -> dg.AutomationCondition:
 
     ``eager`` alone requests the manifest as soon as one shard is new, and the pointer before the checks have run. So
     an asset with several parents waits until none of these waits for something itself, and the pointer for the checks.
-    The source is read whole, whatever partitions its writers have: a missing partition keeps nothing waiting.
+    Builds read the whole source, so a missing partition of a source asset does not block them.
     """
     eager = dg.AutomationCondition.eager()
     if noun == "source_vectors":

@@ -42,10 +42,14 @@ def reference(receipt: Receipt) -> dict[str, str]:
 
 
 def event_metadata(build: Build, receipt: Receipt) -> Metadata:
-    """Metadata of an asset's event: its figures first, ids and receipts last."""
-    figures = _FIGURES[receipt.stage](build, receipt)
-    common = {"run_id": receipt.run_id, "receipt": receipt.key, "seconds": round(receipt.seconds, 3)}
-    return readable({**figures, **common, **({"reason": receipt.reason} if receipt.reason else {})})
+    """Metadata of an asset's event: its figures first, ids and receipts last; without those that are None."""
+    figures = _FIGURES[receipt.stage](build, receipt) | {
+        "run_id": receipt.run_id,
+        "receipt": receipt.key,
+        "seconds": round(receipt.seconds, 3),
+        "reason": receipt.reason or None,
+    }
+    return readable({name: value for name, value in figures.items() if value is not None})
 
 
 def materialization(
@@ -61,7 +65,7 @@ def materialization(
         build: the build.
         receipt: of the stage that made the asset.
         key: the asset.
-        parents: data version and event id of each parent asset; Dagster tells by them whether a parent has changed.
+        parents: data version and event id of each parent asset, by which Dagster sees whether a parent has changed.
         partition: of the asset.
     """
     tags = {
@@ -102,13 +106,12 @@ def _scan(build: Build, receipt: ScanReceipt) -> Metadata:
     """The pinned source."""
     files, schema = receipt.listing.files, receipt.listing.arrow_schema
     columns = [dg.TableColumn(name, str(schema.field(name).type)) for name in build.config.row_columns]
-    sizing = {"sizing": receipt.sizing} if receipt.sizing else {}
     return {
         "dagster/uri": receipt.listing.root,
         "dagster/column_schema": dg.TableSchema(columns=columns),
         "dagster/row_count": receipt.rows,
         "num_dbs": build.config.shards,
-        **sizing,
+        "sizing": receipt.sizing or None,
         "build_key": receipt.build_key,
         "files": len(files),
         "bytes": sum(file.size for file in files),
@@ -129,7 +132,8 @@ def _sample(build: Build, receipt: SampleReceipt) -> Metadata:
         "training_rows": receipt.train_rows,
         "query_rows": receipt.query_rows,
         "rejects": build.store.url_of(receipt.rejects.key),
-    } | ({"reject_reasons": table(reasons)} if reasons else {})
+        "reject_reasons": table(reasons) if reasons else None,
+    }
 
 
 def _train(build: Build, receipt: TrainReceipt) -> Metadata:
@@ -139,10 +143,10 @@ def _train(build: Build, receipt: TrainReceipt) -> Metadata:
         "shape": " x ".join(str(size) for size in receipt.shape),
         **receipt.figures,
         "kept_from_current_snapshot": receipt.kept,
-        **({} if receipt.drift is None else {"drift": receipt.drift}),
-        **({"trained_anew_because": receipt.retrained} if receipt.retrained else {}),
+        "drift": receipt.drift,
+        "trained_anew_because": receipt.retrained or None,
         receipt.artifact: build.store.url_of(receipt.ref.key),
-        **_plane(build, receipt),
+        "training_data_on_a_plane": _plane(build, receipt),
     }
 
 
@@ -170,8 +174,8 @@ def _shard(build: Build, receipt: ShardReceipt) -> Metadata:
         "bytes": receipt.bytes,
         "objects": len(receipt.objects),
         "attempt": receipt.attempt,
-        **({"copied_from": receipt.reused} if receipt.reused else {}),
-        **({"dagster/uri": build.store.url_of(receipt.db_key)} if receipt.db_key else {}),
+        "copied_from": receipt.reused,
+        "dagster/uri": build.store.url_of(receipt.db_key) if receipt.db_key else None,
         "shard": receipt.db_key or "(empty shard)",
     }
 
@@ -179,14 +183,14 @@ def _shard(build: Build, receipt: ShardReceipt) -> Metadata:
 def _manifest(build: Build, receipt: ManifestReceipt) -> Metadata:
     """The staged manifest and the measured curve."""
     chosen = next((point for point in receipt.curve if point.num_probes == receipt.num_probes), None)
-    figures = {} if chosen is None else {"tuning_recall": chosen.recall, "tuning_recall_lower_bound": chosen.lower}
     gate = build.config.recall_gate
     picture = pictures.recall_by_probes(receipt.curve, receipt.latencies, receipt.num_probes, gate.min_recall, gate.k)
     return {
         "dagster/uri": build.store.url_of(receipt.manifest_key),
         "dagster/row_count": receipt.rows,
         "num_probes": receipt.num_probes,
-        **figures,
+        "tuning_recall": chosen.recall if chosen else None,
+        "tuning_recall_lower_bound": chosen.lower if chosen else None,
         "manifest": receipt.manifest_key,
         "manifest_digest": receipt.manifest_digest,
         "recall_curve": table([point.model_dump(mode="json") for point in receipt.curve]),
@@ -196,12 +200,12 @@ def _manifest(build: Build, receipt: ManifestReceipt) -> Metadata:
 
 
 def _promote(build: Build, receipt: PromoteReceipt) -> Metadata:
-    """The pointer: what readers get first, then how it came there."""
+    """The pointer: what readers get, then how it got there."""
     pointer = read_pointer(build.store).pointer
     try:
         served = served_metadata(build.store, pointer, load_pointed(build.store, pointer)) if pointer else {}
     except (IntegrityError, ObjectMissingError):
-        # For readers and verify to report.
+        # Readers and verify report it.
         served = {}
     return {
         **served,
@@ -247,17 +251,17 @@ def verdict_metadata(verdict: Verdict) -> Metadata:
     return readable({**figures, **reason}) | ({"table": table(rows)} if rows else {})
 
 
-def _plane(build: Build, receipt: TrainReceipt) -> Metadata:
-    """The training data as a picture; nothing where it is gone or damaged, which is for the stages to mind."""
+def _plane(build: Build, receipt: TrainReceipt) -> dg.MarkdownMetadataValue | None:
+    """The training data as a picture; None where it is gone or damaged: the stages report that."""
     run = build.run(receipt.run_id)
     try:
         routing = run.routing
         sample = vectors_of(run.get_table(run.sampled.training))
     except (ObjectMissingError, IntegrityError):
-        return {}
+        return None
     if not isinstance(routing, VectorRouting):
         raise TypeError(f"{routing.strategy} was trained, and does not route by vector")
-    return {"training_data_on_a_plane": pictures.projection(project(sample, routing, build.config.vector_spec.metric))}
+    return pictures.projection(project(sample, routing, build.config.vector_spec.metric))
 
 
 def _cost(build: Build, receipt: ManifestReceipt) -> Metadata:

@@ -1,8 +1,8 @@
 """The partitioned asset ``shard_indexes``: plan, then one mapped step a shard, then collect.
 
 One step a shard means that a failed shard leaves the others built, that *re-execute from failure* runs only that one,
-and that each shard's partition turns green as soon as it is sealed. On an engine all shards are one step, which does
-the same: it builds all that it can, names those that failed, and finds the others sealed when it is executed again.
+and that each shard's partition is materialized as soon as it is sealed. On an engine all shards are one step, which
+builds all that it can, names those that failed, and keeps the sealed ones when it is executed again.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from sf_pipelines.snapshot.run.tasks import Engine, Outcome, Task
 
 _DESCRIPTION = (
     "One index a shard, built from its own rows, sealed: re-opened after the upload, counted, every object digested. "
-    "Materializing one partition alone builds that shard anew; the manifest and the pointer follow when they are "
+    "Materializing one partition alone rebuilds that shard; the manifest and the pointer follow when they are "
     "materialized."
 )
 
@@ -108,7 +108,7 @@ def seal_shards(
     *,
     keep: bool = False,
 ) -> list[Reference]:
-    """Builds shards; the partition of each turns green as soon as it is sealed."""
+    """Builds shards; each partition is materialized as soon as its shard is sealed."""
     built: list[Reference] = []
     key = graph.asset("shard_indexes")
     # A partition is outdated when the digest of the routed rows is another one.

@@ -1,7 +1,7 @@
 """A rebuild when the source's files change.
 
-The sensor remembers one fingerprint of the whole set of files. So a file that is deleted, rewritten under its name, or
-late with an old date is noticed like any other, and one build is asked for however many files change.
+The sensor remembers one fingerprint of the whole set of files. So it notices deleted files, rewritten files and late
+files with an old date, and requests one build for any number of changed files.
 """
 
 import time
@@ -38,7 +38,7 @@ _UNFINISHED = [
     dg.DagsterRunStatus.CANCELING,
 ]
 _WAITING = {dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED}
-# Dagster's default launcher never notices that a run died with its machine: it would hold back builds for ever.
+# Dagster's default launcher does not notice a run that died with its machine: such a run must not block builds forever.
 SILENCE = timedelta(hours=1)
 
 
@@ -50,9 +50,9 @@ class SourceCursor(Model):
 
     Attributes:
         version: of these fields.
-        handled: fingerprint of the files that a build was last asked for, or that the first look found built.
-        generation: how many builds were asked for; makes each run key new, also when old files come back.
-        pending: fingerprint that is waiting to settle.
+        handled: fingerprint of the files of the last requested build, or of those that the first tick found built.
+        generation: number of requested builds; makes each run key new, also when old files come back.
+        pending: fingerprint of a change that has not settled yet.
         pending_since: when it was first seen, seconds since 1970.
     """
 
@@ -71,7 +71,7 @@ class SourceCursor(Model):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(
-                f"the cursor {text!r:.80} is none of this sensor's; clear it in the UI (the sensor then starts anew)"
+                f"the cursor {text!r:.80} is not one of this sensor; clear it in the UI, and the sensor starts again"
             ) from error
 
 
@@ -81,9 +81,9 @@ class Decision:
 
     Attributes:
         action: ``adopt``: these files are built already; ``build``; ``unchanged``; ``settle``: wait until the files
-            rest; ``busy``: wait until the running build has ended.
+            stay the same; ``busy``: wait until the running build has ended.
         cursor: to be kept.
-        wait: seconds that are left to settle.
+        wait: seconds left to settle.
     """
 
     action: Action
@@ -130,7 +130,7 @@ def build_source_sensor(graph: Graph, options: SourceSensorOptions, own: Sequenc
     )
     def source_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         access = graph.access(context)
-        # A source or store that cannot be read is an error of this tick: Dagster then keeps the old cursor.
+        # A source or store that cannot be read fails the tick: Dagster then keeps the old cursor.
         cursor, source = SourceCursor.read(context.cursor), access.config.source
         try:
             _, files = find_files(source, access.config.s3)
@@ -171,14 +171,14 @@ def _built_from(store: Store | None, source: str) -> str | None:
 
 
 def _is_building(instance: dg.DagsterInstance, graph: Graph) -> bool:
-    """Whether a run that builds the snapshot, also one of a backfill, waits or has written to its log lately."""
+    """Whether a run of the snapshot, also one of a backfill, is queued or has logged something within ``SILENCE``."""
 
     def is_alive(record: dg.RunRecord) -> bool:
         if record.dagster_run.status in _WAITING:
             return True
         last = instance.get_records_for_run(record.dagster_run.run_id, limit=1, ascending=False).records
-        heard = last[0].timestamp if last else record.create_timestamp.timestamp()
-        return time.time() - heard < SILENCE.total_seconds()
+        last_event = last[0].timestamp if last else record.create_timestamp.timestamp()
+        return time.time() - last_event < SILENCE.total_seconds()
 
     unfinished = instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))
     return any(graph.is_built_by(record.dagster_run) and is_alive(record) for record in unfinished)
@@ -201,8 +201,8 @@ def _skip_reason(decision: Decision, count: int) -> str:
     files = "1 file" if count == 1 else f"{count:,} files"
     return {
         "adopt": f"The current snapshot was built from exactly these {files}; from now on, changes are built.",
-        "unchanged": f"Nothing has changed: the same {files} as when a build was last asked for.",
+        "unchanged": f"Nothing has changed: the same {files} as at the last requested build.",
         "settle": f"The source has changed ({files} now); a build starts when it has stayed the same for another "
         f"{decision.wait:.0f} s.",
-        "busy": f"The source has changed ({files} now), but a build is going on; the next one starts after it.",
+        "busy": f"The source has changed ({files} now), but a build is running; the next one starts after it.",
     }[decision.action]

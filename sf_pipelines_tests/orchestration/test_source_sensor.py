@@ -132,8 +132,8 @@ def test_a_run_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterIn
     job = sensor.defs.resolve_job_def("build_tiny")
     run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
     pq.write_table(digits_table().slice(0, 30), source.with_name("more.parquet"))
-    assert "a build is going on" in why(sensor.tick())
-    assert "a build is going on" in why(sensor.tick())
+    assert "a build is running" in why(sensor.tick())
+    assert "a build is running" in why(sensor.tick())
     instance.report_run_canceled(run)
     only(sensor.tick())
 
@@ -148,7 +148,7 @@ def test_a_run_that_died_with_its_machine_is_not_waited_for(
     pq.write_table(digits_table().slice(0, 30), source.with_name("more.parquet"))
     now = time.time()
     monkeypatch.setattr(source_sensor.time, "time", lambda: now + 0.9 * source_sensor.SILENCE.total_seconds())
-    assert "a build is going on" in why(sensor.tick())
+    assert "a build is running" in why(sensor.tick())
     monkeypatch.setattr(source_sensor.time, "time", lambda: now + 1.1 * source_sensor.SILENCE.total_seconds())
     only(sensor.tick())
 
@@ -162,7 +162,7 @@ def test_a_run_that_waits_in_the_queue_is_waited_for(
     pq.write_table(digits_table().slice(0, 30), source.with_name("more.parquet"))
     now = time.time()
     monkeypatch.setattr(source_sensor.time, "time", lambda: now + 3 * source_sensor.SILENCE.total_seconds())
-    assert "a build is going on" in why(sensor.tick())
+    assert "a build is running" in why(sensor.tick())
 
 
 def test_a_backfill_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.DagsterInstance) -> None:
@@ -173,7 +173,7 @@ def test_a_backfill_that_goes_on_is_waited_for(sensor: Sensor, instance: dg.Dags
 
     start(["tiny2", "manifest"], ["lake", "tiny"])
     ours = start(["tiny", "shard_indexes"])
-    assert "a build is going on" in why(sensor.tick())
+    assert "a build is running" in why(sensor.tick())
     instance.report_run_canceled(ours)
     only(sensor.tick())
 

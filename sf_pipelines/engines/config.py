@@ -160,15 +160,12 @@ class DeferredEngine(Engine):
         return self._engine.slots
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
-        """Opens the engine, if this is the first task."""
         return self._engine.submit(config, task)
 
     def stop(self) -> None:
-        """Stops the engine, if it was opened."""
         if "_engine" in self.__dict__:
             self._engine.stop()
 
     def close(self) -> None:
-        """Closes the engine, if it was opened."""
         if "_engine" in self.__dict__:
             self._engine.close()

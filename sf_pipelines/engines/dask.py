@@ -80,7 +80,6 @@ class DaskEngine(ClusterEngine):
         return engine
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
-        """Runs the task on any worker."""
         key = f"sf-pipelines-{task.stage}-{task.number}-{uuid.uuid4().hex[:12]}"
         theirs = self._client.submit(_counted, config, task, key=key, pure=False)
         ours = self._keep(theirs)

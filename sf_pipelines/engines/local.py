@@ -49,7 +49,6 @@ class LocalEngine(Engine):
             thread.start()
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
-        """Runs the task in the next process that is free."""
         if self._stopped:
             raise EngineError("the local engine was stopped; open another one")
         future: Future[Outcome] = Future()

@@ -74,7 +74,6 @@ class RayEngine(ClusterEngine):
         return engine
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
-        """Runs the task on any node."""
         reference = self._run.remote(config, task)
         ours = self._keep(reference)
         reference.future().add_done_callback(lambda done: self._settle(reference, partial(_result, done, task)))

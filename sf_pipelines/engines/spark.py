@@ -78,7 +78,6 @@ class SparkEngine(Engine):
         return engine
 
     def submit(self, config: WriteConfig, task: Task) -> "Future[Outcome]":
-        """Runs the task on any executor."""
         future = self._pool.submit(self._job, config, task)
         self._underway.add(future)
         future.add_done_callback(self._underway.discard)

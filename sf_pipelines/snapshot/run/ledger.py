@@ -123,13 +123,9 @@ class Ledger:
         sink = pa.BufferOutputStream()
         with pa_ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        data = sink.getvalue().to_pybytes()
-        return self.put_bytes(f"{self.root}/{name}-{uuid.uuid4().hex[:8]}.arrow", data, rows=table.num_rows)
-
-    def put_bytes(self, key: str, data: bytes, *, rows: int | None = None) -> Ref:
-        """Stores bytes under a key that nobody else uses."""
+        data, key = sink.getvalue().to_pybytes(), f"{self.root}/{name}-{uuid.uuid4().hex[:8]}.arrow"
         self.store.put(key, data)
-        return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
+        return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=table.num_rows)
 
     def put_file(self, path: Path, key: str, *, rows: int | None = None) -> Ref:
         """Uploads a file under a key that nobody else uses."""

@@ -17,10 +17,9 @@ def current_of(run: Run) -> tuple[Run, PointerView]:
     return run.build.run(view.pointer.run_id), view
 
 
-def find_successor(run: Run, view: PointerView) -> Run | None:
-    """The successor that this published run has under this pointer, if a shard was rebuilt."""
-    successor = _successor(run, view)
-    return successor if successor.find(ScanReceipt) is not None else None
+def has_successor(run: Run, view: PointerView) -> bool:
+    """Whether a shard of this published run was rebuilt under this pointer."""
+    return _successor(run, view).find(ScanReceipt) is not None
 
 
 def begin_successor(run: Run, view: PointerView) -> Run:

@@ -164,7 +164,6 @@ class InProcess(Engine):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
-        """The same."""
         self.stop()
 
 

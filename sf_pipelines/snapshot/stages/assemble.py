@@ -35,7 +35,7 @@ from sf_pipelines.snapshot.run.receipts import (
     ShardReceipt,
     inputs_of,
 )
-from sf_pipelines.snapshot.run.successor import begin_successor, complete_successor, current_of, find_successor
+from sf_pipelines.snapshot.run.successor import begin_successor, complete_successor, current_of, has_successor
 
 # Their hits from every shard are held at once, with ids that may be long.
 _QUERIES_AT_A_TIME = 256
@@ -66,11 +66,10 @@ def assemble(build: Build, run_id: str) -> ManifestReceipt:
     if found is None and scanned.held:
         # Under another gate it would be that of a successor, which is held back as well.
         found = run.need(ManifestReceipt)
-    if view is not None:
-        successor = begin_successor(run, view) if found is None else find_successor(run, view)
-        if successor is not None:
-            complete_successor(begin_successor(run, view), shards)
-            return assemble(build, successor.run_id)
+    if view is not None and (found is None or has_successor(run, view)):
+        successor = begin_successor(run, view)
+        complete_successor(successor, shards)
+        return assemble(build, successor.run_id)
     if found is not None:
         run.take(found)
         return found.model_copy(update={"reason": "this manifest was assembled before"})

@@ -10,7 +10,7 @@ from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.gate.verdicts import Verdict
 from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.run.build import Build, Progress, Stopwatch
-from sf_pipelines.snapshot.run.receipts import CurvePoint, ManifestReceipt, PromoteReceipt, ScanReceipt, ShardReceipt
+from sf_pipelines.snapshot.run.receipts import CurvePoint, ShardReceipt
 from sf_pipelines.snapshot.run.tasks import Engine
 
 _Done = TypeVar("_Done")
@@ -87,16 +87,11 @@ def run_build(
         SfPipelinesError: see its subclasses; the previous snapshot keeps serving.
     """
     with Build(config, progress=progress, cache_dir=cache_dir) as build:
-        durations: dict[str, float] = {}
-        watch = Stopwatch()
-        build.report("scan", 0, None, "")
-        scanned = stages.scan(build, force=force, parts=parts)
-        durations["scan"] = watch.seconds
-        return _run(build, scanned, durations, engine)
+        return _run(build, engine, force=force, parts=parts)
 
 
-def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine: Engine | None) -> BuildResult:
-    run_id, every = scanned.run_id, range(build.config.shards)
+def _run(build: Build, engine: Engine | None, *, force: bool, parts: tuple[str, ...] | None) -> BuildResult:
+    durations: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], _Done]) -> _Done:
         watch = Stopwatch()
@@ -106,6 +101,8 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine
         durations[name] = watch.seconds
         return done
 
+    scanned = timed("scan", lambda: stages.scan(build, force=force, parts=parts))
+    run_id, every = scanned.run_id, range(build.config.shards)
     sampled = timed("sample", lambda: stages.sample(build, run_id))
     if needs_training(build.config.sharding):
         timed("train", lambda: stages.train(build, run_id))
@@ -115,18 +112,6 @@ def _run(build: Build, scanned: ScanReceipt, durations: dict[str, float], engine
     # A damaged shard of a published run was rebuilt in its successor.
     verdicts = timed("gate", lambda: stages.gate(build, manifest.run_id))
     promoted = timed("promote", lambda: stages.promote(build, manifest.run_id))
-    return _result(scanned, sampled.rejected, shards, manifest, verdicts, promoted, durations)
-
-
-def _result(
-    scanned: ScanReceipt,
-    rejected: int,
-    shards: list[ShardReceipt],
-    manifest: ManifestReceipt,
-    verdicts: list[Verdict],
-    promoted: PromoteReceipt,
-    durations: dict[str, float],
-) -> BuildResult:
     recall = next(verdict for verdict in verdicts if verdict.name == "recall")
     return BuildResult(
         run_id=promoted.run_id,
@@ -136,7 +121,7 @@ def _result(
         previous_run_id=promoted.previous_run_id,
         seq=promoted.seq,
         rows=manifest.rows,
-        rejected=rejected,
+        rejected=sampled.rejected,
         shards=tuple(shards),
         num_probes=manifest.num_probes,
         recall=float(recall.figures["recall"]),

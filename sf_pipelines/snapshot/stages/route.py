@@ -219,13 +219,10 @@ class _RoutedWriter:
         if not self._batches:
             return
         for db_id, batch in _by_shard(self._batches, self._shards):
-            self._parts.append(RoutedPart(db_id=db_id, batch=self._next_batch(), rows=len(batch)))
+            self._parts.append(RoutedPart(db_id=db_id, batch=len(self._parts), rows=len(batch)))
             self._writer.write_batch(batch)
             add_rows(self._digests.setdefault(db_id, RowSetDigest()), batch)
         self._batches, self._shards, self._bytes = [], [], 0
-
-    def _next_batch(self) -> int:
-        return len(self._parts)
 
 
 def read_shard(store: Store, ranges: list[RangeReceipt], db_id: int, expected: RoutedShard) -> pa.Table:

@@ -76,14 +76,14 @@ def _train_or_keep(build: Build, scanned: ScanReceipt, vectors: Float32, inputs:
     trained = train_routing(config.sharding, vectors, num_dbs=config.shards, metric=config.vector_spec.metric)
     file = io.BytesIO()
     np.save(file, trained.matrix, allow_pickle=False)
-    rows, columns = trained.matrix.shape
+    (rows, columns), fit = trained.matrix.shape, _fit(config, trained.matrix, vectors)
     return TrainReceipt(
         run_id=run_id,
         inputs=inputs,
         artifact=trained.kind,
         ref=_stored(build, run_id, trained.kind, file.getvalue()),
         shape=(rows, columns),
-        figures=trained.figures | _figures(_fit(config, trained.matrix, vectors)),
+        figures=trained.figures | {"balance": fit.balance} | ({} if fit.spread is None else {"spread": fit.spread}),
         recipe=_recipe(config),
         drift=found.drift,
         retrained=found.fault,
@@ -133,10 +133,6 @@ def _drift(then: dict[str, float | int], now: Fit) -> float:
 
 def _fit(config: WriteConfig, matrix: Float32, vectors: Float32) -> Fit:
     return fit_of(config.sharding, matrix, vectors, num_dbs=config.shards, metric=config.vector_spec.metric)
-
-
-def _figures(fit: Fit) -> dict[str, float | int]:
-    return {"balance": fit.balance} | ({} if fit.spread is None else {"spread": fit.spread})
 
 
 def _recipe(config: WriteConfig) -> str:

@@ -1,6 +1,7 @@
 """What a build says about itself while it works, and what it says after a crash."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -150,3 +151,25 @@ def test_a_successor_that_was_not_published_is_completed(tmp_path: Path) -> None
         assert third not in {first, successor}
         assert stages.assemble(build, first).run_id == third
         assert build.ledger(third).need(ShardReceipt, "db=00001").objects == rebuilt.objects
+
+
+def test_two_that_rebuild_shards_at_the_same_time_come_to_one_successor(tmp_path: Path) -> None:
+    write_source(tmp_path / "source.parquet", seed=0)
+    config, cache = small_config(tmp_path), tmp_path / "cache"
+    first = build_snapshot(config, cache_dir=cache).run_id
+
+    def rebuild(db_id: int) -> ShardReceipt:
+        with Build(config, cache_dir=cache) as build:
+            return stages.build_shard(build, first, db_id, rebuild=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        rebuilt = list(pool.map(rebuild, (0, 1)))
+    (successor,) = {receipt.run_id for receipt in rebuilt}
+    with Build(config, cache_dir=cache) as build:
+        manifest = stages.assemble(build, first)
+        assert manifest.run_id == successor
+        assert manifest.shards[:2] == tuple(receipt.key for receipt in rebuilt)
+        stages.gate(build, successor)
+        assert stages.promote(build, successor).published
+        # Of the two that began it one has a record.
+        assert len([info for info in build.store.objects("runs") if successor in info.key]) == 1

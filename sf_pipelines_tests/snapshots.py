@@ -135,7 +135,7 @@ def publish_by_hand(
             build(part, folder / subfolder)
             shards.append(_upload(store, run_id, db_id, folder, part.num_rows, sealed=sealed))
     kind = (backend, _KV_BACKENDS[backend]) if unified else None
-    fields = VectorMeta(dim=vectors.shape[1], metric=metric, num_probes=num_probes, unified=unified).to_custom()
+    fields = vector_fields(VectorMeta(dim=vectors.shape[1], metric=metric, num_probes=num_probes, unified=unified))
     sharding, more = _described(store, run_id, routing, kind)
     extras = SnapshotExtras(
         build_key="by hand",
@@ -158,6 +158,12 @@ def publish_by_hand(
     )
     publish(store, manifest)
     return manifest
+
+
+def vector_fields(vector: VectorMeta) -> dict[str, Any]:
+    """``custom.vector`` as it is stored: stock readers of vector-only snapshots know no ``unified``."""
+    fields = vector.model_dump(mode="json", exclude_none=True)
+    return {name: value for name, value in fields.items() if name not in {"unified", "index_params"} or value}
 
 
 def publish(store: Store, manifest: Manifest) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import dagster as dg
 import numpy as np
 
+from sf_pipelines.snapshot.manifest.models import CurvePoint
 from sf_pipelines.snapshot.routing.projection import Projection
-from sf_pipelines.snapshot.run.receipts import CurvePoint, RoutedShard
+from sf_pipelines.snapshot.run.receipts import RoutedShard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,11 @@ import pytest
 from matplotlib.image import imread
 
 from sf_pipelines.orchestration import pictures
+from sf_pipelines.snapshot.manifest.models import CurvePoint
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
 from sf_pipelines.snapshot.routing.projection import project
-from sf_pipelines.snapshot.run.receipts import CurvePoint, RoutedShard
+from sf_pipelines.snapshot.run.receipts import RoutedShard
 from sf_pipelines_tests.tables import clustered
 
 

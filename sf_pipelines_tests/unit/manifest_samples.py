@@ -16,6 +16,7 @@ from sf_pipelines.snapshot.manifest.models import (
     VectorMeta,
 )
 from sf_pipelines.snapshot.metric import DistanceMetric
+from sf_pipelines_tests.snapshots import vector_fields
 
 PREFIX = "s3://serving/products"
 CREATED = datetime(2026, 11, 22, 12, 0, 0, 5, tzinfo=UTC)
@@ -61,7 +62,7 @@ def sample_manifest(run_id: str = "r1", prefix: str = PREFIX, **changes: Any) ->
         "created_at": CREATED,
         "num_dbs": 4,
         "s3_prefix": prefix,
-        "custom": {"vector": vector.to_custom(), "sf_pipelines": extras.to_custom(), "team": "search"},
+        "custom": {"vector": vector_fields(vector), "sf_pipelines": extras.to_custom(), "team": "search"},
         "shards": (shard(0, prefix), shard(1, prefix), shard(3, prefix)),
     }
     return Manifest.model_validate(fields | changes)

@@ -12,6 +12,7 @@ import pytest
 from sf_pipelines.snapshot.errors import ManifestError
 from sf_pipelines.snapshot.manifest import codec
 from sf_pipelines.snapshot.manifest.codec import decode_manifest, encode_manifest
+from sf_pipelines_tests.snapshots import vector_fields
 from sf_pipelines_tests.unit.manifest_samples import PREFIX, rewritten, sabotaged, sample_manifest, shard
 
 META_COLUMNS = (
@@ -273,7 +274,7 @@ def test_one_object_twice() -> None:
 
 @pytest.mark.parametrize("name", ["centroids_ref", "hyperplanes_ref"])
 def test_routing_artifact_elsewhere(name: str) -> None:
-    vector = sample_manifest().vector.to_custom() | {name: "s3://elsewhere/x.npy"}
+    vector = vector_fields(sample_manifest().vector) | {name: "s3://elsewhere/x.npy"}
     data = untyped("build_meta", "custom", json.dumps({"vector": vector}))
     refuse(data, rf"custom.vector.{name} 's3://elsewhere/x.npy' is not below")
 

@@ -182,19 +182,6 @@ def test_no_vector_fields() -> None:
         _ = sample_manifest(custom={}).vector
 
 
-def test_fields_that_say_nothing_are_not_stored() -> None:
-    """``unified`` must be absent for stock readers of vector-only snapshots."""
-    assert set(sample_manifest().vector.to_custom()) == {
-        "dim",
-        "metric",
-        "index_type",
-        "sharding_strategy",
-        "num_probes",
-        "total_vectors",
-        "centroids_ref",
-    }
-
-
 def test_extras_are_optional() -> None:
     assert sample_manifest(custom={}).extras is None
     extras = sample_manifest().extras

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sf_pipelines.snapshot.errors import QueryError
-from sf_pipelines.snapshot.manifest.models import CurveRecord, Manifest, RecallRecord
+from sf_pipelines.snapshot.manifest.models import CurvePoint, Manifest, RecallRecord
 from sf_pipelines.snapshot.metric import DistanceMetric
 from sf_pipelines.snapshot.routing.cel import CelRouting
 from sf_pipelines.snapshot.routing.cluster import ClusterRouting
@@ -37,7 +37,7 @@ def write(root: Path, routing: Any, metric: DistanceMetric = DistanceMetric.L2, 
 def with_curve(root: Path, manifest: Manifest, probes: list[int]) -> None:
     """The same snapshot, with a curve that was measured."""
     points = tuple(
-        CurveRecord(num_probes=number, recall=0.5 + number / 100, lower=0.4 + number / 100, rows_searched=0.5)
+        CurvePoint(num_probes=number, recall=0.5 + number / 100, lower=0.4 + number / 100, rows_searched=0.5)
         for number in probes
     )
     assert manifest.extras is not None

@@ -1,6 +1,5 @@
 """The checks of the gate: each looks at a staged manifest through the reader that will serve it."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sf_pipelines.snapshot.arrow import vectors_of
-from sf_pipelines.snapshot.errors import DigestMismatchError
 from sf_pipelines.snapshot.gate.recall import (
     ROUNDING,
     RecallEstimate,
@@ -37,7 +35,6 @@ from sf_pipelines.snapshot.run.receipts import ManifestReceipt, SampleReceipt, S
 from sf_pipelines.snapshot.sharding import CelSharding, ClusterSharding, HashSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import CONTEXT_PREFIX, SHARD_COLUMN
 from sf_pipelines.snapshot.source.keys import KEY_COLUMN, VALUE_COLUMN
-from sf_pipelines.snapshot.store import Store
 
 Figures = dict[str, float | int | str]
 
@@ -96,18 +93,8 @@ class Judged:
     @cached_property
     def manifest(self) -> Manifest:
         """The staged manifest, decoded as a reader would."""
-        data = staged_manifest(self.build.store, self.receipt)
+        data = self.build.store.get_sealed(self.receipt.staged)
         return decode_manifest(data, where=self.build.store.url_of(self.receipt.manifest_key))
-
-
-def staged_manifest(store: Store, receipt: ManifestReceipt) -> bytes:
-    """The staged bytes."""
-    data = store.get(receipt.manifest_key)
-    found = hashlib.sha256(data).hexdigest()
-    if found != receipt.manifest_digest:
-        where = store.url_of(receipt.manifest_key)
-        raise DigestMismatchError(f"{where} has SHA-256 {found}, but {receipt.manifest_digest} was assembled")
-    return data
 
 
 # The checks.

@@ -24,10 +24,9 @@ from sf_pipelines.snapshot.run.build import Build, Run
 from sf_pipelines.snapshot.run.ledger import STAGING, changed_objects
 from sf_pipelines.snapshot.run.receipts import (
     ManifestReceipt,
-    Ref,
     ShardReceipt,
 )
-from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store import Ref, Store
 
 Severity = Literal["ERROR", "WARN"]
 
@@ -236,7 +235,7 @@ def require_whole(run: Run, receipt: ManifestReceipt) -> None:
     store = run.store
     faults = changed_objects(store, [run.read(ShardReceipt, key) for key in receipt.shards])
     routing = run.trained.ref if run.trained else None
-    if routing and (not store.exists(routing.key) or store.sha256(routing.key) != routing.sha256):
+    if routing and not store.is_whole(routing):
         faults.append(f"{store.url_of(routing.key)} is missing or was changed")
     if faults:
         raise IntegrityError(f"run {run.run_id} is not published: {'; '.join(faults[:5])}; build again")

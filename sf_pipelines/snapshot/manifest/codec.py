@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
 
 from sf_pipelines.snapshot.errors import ManifestError
 from sf_pipelines.snapshot.manifest.models import (
@@ -299,7 +299,7 @@ def parse_moment(value: Any) -> datetime:
         raise ValueError(f"is no ISO datetime: {value!r:.80}") from error
 
 
-Moment = Annotated[datetime, BeforeValidator(parse_moment)]
+Moment = Annotated[datetime, BeforeValidator(parse_moment), PlainSerializer(timestamp, when_used="json")]
 
 
 def dump_json(value: Any) -> str:

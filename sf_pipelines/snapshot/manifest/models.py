@@ -164,16 +164,8 @@ class VectorMeta(WireModel):
             return data
         return {"metric": DistanceMetric.COSINE, "sharding_strategy": "explicit", **data}
 
-    def to_custom(self) -> dict[str, Any]:
-        """The fields as the manifest stores them: those that say nothing are left out."""
-        fields = self.model_dump(mode="json", exclude_none=True)
-        for name in ("unified", "index_params"):
-            if not fields[name]:
-                del fields[name]
-        return fields
 
-
-class CurveRecord(WireModel):
+class CurvePoint(WireModel):
     """Recall of the tuning queries at one number of probes, and the share of rows in the asked shards; means."""
 
     model_config = ConfigDict(extra="ignore")
@@ -207,7 +199,7 @@ class RecallRecord(WireModel):
     k: Annotated[int, Field(gt=0, le=1000)]
     min_recall: Annotated[float, Field(gt=0, le=1)]
     judged: JudgedRecord | None = None
-    curve: Annotated[tuple[CurveRecord, ...], Field(strict=False, max_length=MAX_SHARDS)] = ()
+    curve: Annotated[tuple[CurvePoint, ...], Field(strict=False, max_length=MAX_SHARDS)] = ()
 
 
 class SnapshotExtras(WireModel):

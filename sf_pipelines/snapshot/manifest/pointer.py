@@ -4,13 +4,12 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from sf_pipelines.snapshot.errors import IntegrityError, ManifestError
+from sf_pipelines.snapshot.errors import ManifestError
 from sf_pipelines.snapshot.manifest.codec import Moment, dump_json, load_json, parse_moment, timestamp
 from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE, WireModel, tail_of
 from sf_pipelines.snapshot.model import describe_validation
-from sf_pipelines.snapshot.store import Store, Versioned
 
 CURRENT = "_CURRENT"
 MANIFESTS = "manifests"
@@ -102,10 +101,6 @@ class Pointer(WireModel):
         """Whether a rollback keeps a build from being published."""
         return any(hold.covers(build_key, gate_key) for hold in self.holds)
 
-    @field_serializer("updated_at")
-    def _write_moment(self, value: datetime) -> str:
-        return timestamp(value)
-
     def encode(self) -> bytes:
         """Compact JSON with sorted keys; fields that say nothing are left out."""
         silent = {name for name in ("holds", "served", "withdrawn") if not getattr(self, name)}
@@ -128,15 +123,6 @@ class Pointer(WireModel):
             return cls.model_validate(found)
         except ValidationError as error:
             raise ManifestError(describe_validation(f"pointer {where}", error)) from error
-
-
-def find_pointer(store: Store) -> tuple[Pointer, Versioned] | None:
-    """The pointer under a root, and its bytes; None where there is none."""
-    try:
-        found = store.find(CURRENT, limit=MAX_POINTER_BYTES)
-    except IntegrityError as error:
-        raise ManifestError(f"pointer {error}; remove it, then roll back to what is to be served") from error
-    return None if found is None else (Pointer.decode(found.data, store.url_of(CURRENT)), found)
 
 
 class ManifestName(NamedTuple):

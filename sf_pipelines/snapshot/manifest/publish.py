@@ -25,11 +25,11 @@ from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE
 from sf_pipelines.snapshot.manifest.pointer import (
     CURRENT,
     MANIFESTS,
+    MAX_POINTER_BYTES,
     MAX_REMEMBERED,
     POINTER_CONTENT_TYPE,
     Pointer,
     PreviousPointer,
-    find_pointer,
     manifest_key,
     manifest_name,
     parse_manifest_key,
@@ -77,7 +77,11 @@ class HistoryEntry:
 
 def read_pointer(store: Store) -> PointerView:
     """The pointer as it is now; a ``ManifestError`` where it cannot be understood."""
-    return PointerView(*(find_pointer(store) or (None, None)))
+    try:
+        found = store.find(CURRENT, limit=MAX_POINTER_BYTES)
+    except IntegrityError as error:
+        raise ManifestError(f"pointer {error}; remove it, then roll back to what is to be served") from error
+    return PointerView(None if found is None else Pointer.decode(found.data, store.url_of(CURRENT)), found)
 
 
 def publish(

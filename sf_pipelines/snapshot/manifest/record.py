@@ -50,9 +50,8 @@ class BuildRecord(WireModel):
         return self.status == "running" and now < self.lease_expires_at
 
     def encode(self) -> bytes:
-        """YAML with sorted keys; moments as text."""
-        moments = {name: timestamp(getattr(self, name)) for name in ("started_at", "updated_at", "lease_expires_at")}
-        return yaml.safe_dump(self.model_dump() | moments, sort_keys=True, allow_unicode=True).encode()
+        """YAML with sorted keys."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=True, allow_unicode=True).encode()
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> Self:

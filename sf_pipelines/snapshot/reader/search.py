@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sf_pipelines.snapshot.errors import SfPipelinesError
 from sf_pipelines.snapshot.index.scan import MemoryScan, scan_all
-from sf_pipelines.snapshot.manifest.models import CurveRecord, JudgedRecord
+from sf_pipelines.snapshot.manifest.models import CurvePoint, JudgedRecord
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.calls import Call, Steps, each_shard
 from sf_pipelines.snapshot.reader.core import ReaderCore, Serving
@@ -175,7 +175,7 @@ def explain(core: ReaderCore, query: ArrayLike, choice: ShardChoice) -> Explanat
     )
 
 
-def _measured(state: SnapshotState, choice: ShardChoice, shards: int) -> CurveRecord | JudgedRecord | None:
+def _measured(state: SnapshotState, choice: ShardChoice, shards: int) -> CurvePoint | JudgedRecord | None:
     """What was measured for searches that ask so many shards: the recall of the default, else that of tuning queries.
 
     Neither says anything of shards that are named.

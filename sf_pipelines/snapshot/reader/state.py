@@ -17,8 +17,8 @@ from sf_pipelines.snapshot.errors import (
 from sf_pipelines.snapshot.index.protocol import VectorType
 from sf_pipelines.snapshot.manifest.codec import decode_manifest
 from sf_pipelines.snapshot.manifest.models import Manifest, ShardObject, VectorMeta
-from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, find_pointer, manifest_key, parse_manifest_key
-from sf_pipelines.snapshot.manifest.publish import history
+from sf_pipelines.snapshot.manifest.pointer import CURRENT, Pointer, manifest_key, parse_manifest_key
+from sf_pipelines.snapshot.manifest.publish import history, read_pointer
 from sf_pipelines.snapshot.metric import DistanceMetric, Float32
 from sf_pipelines.snapshot.reader.types import ShardDetail, SnapshotInfo, UnifiedVectorMeta
 from sf_pipelines.snapshot.routing import stored
@@ -119,12 +119,12 @@ class SnapshotState:
 
 def read_current(store: Store) -> Pointer:
     """The current pointer."""
-    found = find_pointer(store)
-    if found is None:
+    pointer = read_pointer(store).pointer
+    if pointer is None:
         raise SnapshotNotFoundError(
             f"nothing has been published under {store.url}: it has no {CURRENT}; publish a snapshot or check the root"
         )
-    return found[0]
+    return pointer
 
 
 def load_current(store: Store) -> SnapshotState:

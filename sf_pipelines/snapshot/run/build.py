@@ -22,13 +22,12 @@ from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.routing import needs_training, routing_for
 from sf_pipelines.snapshot.routing.protocol import Int32, Routing, RowRouting
-from sf_pipelines.snapshot.run.ledger import Ledger, ReceiptType, get_verified
+from sf_pipelines.snapshot.run.ledger import Ledger, ReceiptType
 from sf_pipelines.snapshot.run.receipts import (
     ManifestReceipt,
     PromoteReceipt,
     RangeReceipt,
     Receipt,
-    Ref,
     RouteReceipt,
     SampleReceipt,
     ScanReceipt,
@@ -37,7 +36,7 @@ from sf_pipelines.snapshot.run.receipts import (
 from sf_pipelines.snapshot.sharding import CelSharding, ExplicitSharding
 from sf_pipelines.snapshot.source.contract import SHARD_COLUMN, RowContract
 from sf_pipelines.snapshot.source.files import SourceListing
-from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store import Ref, Store
 from sf_pipelines.snapshot.store.client import first_line, is_disk_full
 
 if TYPE_CHECKING:
@@ -300,7 +299,7 @@ class Run(Ledger):
         """How rows and queries find their shard."""
         matrix = None
         if self.trained is not None:
-            matrix = np.load(io.BytesIO(get_verified(self.store, self.trained.ref)), allow_pickle=False)
+            matrix = np.load(io.BytesIO(self.store.get_sealed(self.trained.ref)), allow_pickle=False)
         return self.build.routing(matrix)
 
     @cached_property

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.ipc as pa_ipc
 from pydantic import ValidationError
 
-from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ObjectMissingError, ReceiptMissingError
-from sf_pipelines.snapshot.run.receipts import Receipt, Ref, RouteReceipt, ShardReceipt, shard_part
-from sf_pipelines.snapshot.store import ObjectInfo, Store
+from sf_pipelines.snapshot.errors import DigestMismatchError, IntegrityError, ReceiptMissingError
+from sf_pipelines.snapshot.run.receipts import Receipt, RouteReceipt, ShardReceipt, shard_part
+from sf_pipelines.snapshot.store import ObjectInfo, Ref, Store
 
 STAGING = "staging"
 
@@ -54,13 +54,7 @@ class Ledger:
 
     def is_whole(self, receipt: Receipt) -> bool:
         """Whether the objects that later stages read are still what a receipt says."""
-        return all(self._is_whole(ref) for ref in receipt.refs().values())
-
-    def _is_whole(self, ref: Ref) -> bool:
-        try:
-            return self.store.head(ref.key).size == ref.size and self.store.sha256(ref.key) == ref.sha256
-        except ObjectMissingError:
-            return False
+        return all(self.store.is_whole(ref) for ref in receipt.refs().values())
 
     def are_there(self, sizes: Mapping[str, int]) -> bool:
         """Whether objects have these sizes, by one listing a folder; their bytes are checked by whoever reads them."""
@@ -125,7 +119,7 @@ class Ledger:
             writer.write_table(table)
         data, key = sink.getvalue().to_pybytes(), f"{self.root}/{name}-{uuid.uuid4().hex[:8]}.arrow"
         self.store.put(key, data)
-        return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=table.num_rows)
+        return Ref.of(key, data, rows=table.num_rows)
 
     def put_file(self, path: Path, key: str, *, rows: int | None = None) -> Ref:
         """Uploads a file under a key that nobody else uses."""
@@ -136,31 +130,12 @@ class Ledger:
 
     def get_table(self, ref: Ref) -> pa.Table:
         """Reads a stored table."""
-        with pa_ipc.open_file(pa.BufferReader(get_verified(self.store, ref))) as reader:
+        with pa_ipc.open_file(pa.BufferReader(self.store.get_sealed(ref))) as reader:
             return reader.read_all()
 
 
 def _number_in(info: ObjectInfo) -> int:
     return int(info.key.rsplit("/", 1)[-1].removesuffix(".json"))
-
-
-def get_verified(store: Store, ref: Ref) -> bytes:
-    """An object's bytes, checked against its reference."""
-    try:
-        data = store.get(ref.key, limit=ref.size)
-    except IntegrityError as error:
-        raise DigestMismatchError(f"{error}; {ref.size:,} were recorded") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != ref.sha256:
-        raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
-    return data
-
-
-def download_verified(store: Store, ref: Ref, path: Path) -> None:
-    """Fetches an object into a file, checked against its reference."""
-    size, found = store.download(ref.key, path)
-    if (size, found) != (ref.size, ref.sha256):
-        raise DigestMismatchError(f"{store.url_of(ref.key)} has SHA-256 {found}, but {ref.sha256} was recorded")
 
 
 def copy_verified(store: Store, key: str, target: str, sha256: str) -> None:

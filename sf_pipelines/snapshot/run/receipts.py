@@ -12,29 +12,14 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field
 
 from sf_pipelines.snapshot.config import KeyEncoding
-from sf_pipelines.snapshot.manifest.models import ShardObject
+from sf_pipelines.snapshot.manifest.models import CurvePoint, ShardObject
 from sf_pipelines.snapshot.model import Model, digest_json
 from sf_pipelines.snapshot.source.columns import IdType
 from sf_pipelines.snapshot.source.files import SourceListing
 from sf_pipelines.snapshot.source.keys import KeyType
+from sf_pipelines.snapshot.store import Ref
 
 SQLITE_FILE = "shard.db"
-
-
-class Ref(Model):
-    """An object and what its bytes must be.
-
-    Attributes:
-        key: relative to the store's root.
-        size: bytes.
-        sha256: hex.
-        rows: of a table, else None.
-    """
-
-    key: str
-    size: int
-    sha256: str
-    rows: int | None = None
 
 
 class Receipt(Model):
@@ -317,22 +302,6 @@ class ShardReceipt(Receipt):
         return next((item.size for item in self.objects if item.path == SQLITE_FILE), self.bytes)
 
 
-class CurvePoint(Model):
-    """Recall of the tuning queries at one number of probes.
-
-    Attributes:
-        num_probes: shards asked.
-        recall: mean recall@k.
-        lower: its lower confidence bound.
-        rows_searched: mean share of the snapshot's rows that lie in the asked shards.
-    """
-
-    num_probes: int
-    recall: float
-    lower: float
-    rows_searched: float
-
-
 class ManifestReceipt(Receipt):
     """The staged manifest.
 
@@ -364,9 +333,13 @@ class ManifestReceipt(Receipt):
     shards: tuple[str, ...]
     truth: Ref
 
+    @property
+    def staged(self) -> Ref:
+        """The staged bytes."""
+        return Ref(key=self.manifest_key, size=self.manifest_size, sha256=self.manifest_digest)
+
     def refs(self) -> dict[str, Ref]:
-        manifest = Ref(key=self.manifest_key, size=self.manifest_size, sha256=self.manifest_digest)
-        return {"manifest": manifest, "truth": self.truth}
+        return {"manifest": self.staged, "truth": self.truth}
 
 
 class PromoteReceipt(Receipt):

@@ -6,7 +6,8 @@ from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
 from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.run.build import Run
 from sf_pipelines.snapshot.run.ledger import ReceiptType, copy_verified, is_intact
-from sf_pipelines.snapshot.run.receipts import Ref, ScanReceipt, ShardReceipt, attempt_folder
+from sf_pipelines.snapshot.run.receipts import ScanReceipt, ShardReceipt, attempt_folder
+from sf_pipelines.snapshot.store import Ref
 
 
 def current_of(run: Run) -> tuple[Run, PointerView]:

@@ -21,7 +21,7 @@ from sf_pipelines.snapshot.gate.recall import (
     row_numbers,
 )
 from sf_pipelines.snapshot.manifest.codec import encode_manifest
-from sf_pipelines.snapshot.manifest.models import JudgedRecord, Manifest
+from sf_pipelines.snapshot.manifest.models import MANIFEST_CONTENT_TYPE, CurvePoint, JudgedRecord, Manifest
 from sf_pipelines.snapshot.metric import Float64
 from sf_pipelines.snapshot.reader.reader import ShardedVectorReader, UnifiedShardedReader, reader_of
 from sf_pipelines.snapshot.reader.state import state_of
@@ -29,13 +29,12 @@ from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch
 from sf_pipelines.snapshot.run.describe import describe
 from sf_pipelines.snapshot.run.ledger import Ledger, shard_receipts
 from sf_pipelines.snapshot.run.receipts import (
-    CurvePoint,
     ManifestReceipt,
-    Ref,
     ShardReceipt,
     inputs_of,
 )
 from sf_pipelines.snapshot.run.successor import begin_successor, complete_successor, current_of, has_successor
+from sf_pipelines.snapshot.store import Ref
 
 # Their hits from every shard are held at once, with ids that may be long.
 _QUERIES_AT_A_TIME = 256
@@ -154,7 +153,7 @@ def _stage(ledger: Ledger, manifest: Manifest) -> Ref:
     data = encode_manifest(manifest)
     digest = hashlib.sha256(data).hexdigest()
     key = f"{ledger.root}/manifest-{digest[:32]}"
-    ledger.store.put(key, data, content_type="application/x-sqlite3")
+    ledger.store.put(key, data, content_type=MANIFEST_CONTENT_TYPE)
     return Ref(key=key, size=len(data), sha256=digest)
 
 

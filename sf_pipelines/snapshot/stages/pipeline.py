@@ -8,9 +8,10 @@ from typing import TypeVar
 from sf_pipelines.snapshot import stages
 from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.gate.verdicts import Verdict
+from sf_pipelines.snapshot.manifest.models import CurvePoint
 from sf_pipelines.snapshot.routing import needs_training
 from sf_pipelines.snapshot.run.build import Build, Progress, Stopwatch
-from sf_pipelines.snapshot.run.receipts import CurvePoint, ShardReceipt
+from sf_pipelines.snapshot.run.receipts import ShardReceipt
 from sf_pipelines.snapshot.run.tasks import Engine
 
 _Done = TypeVar("_Done")

@@ -1,6 +1,5 @@
 """Stage promote: moves the current pointer."""
 
-from sf_pipelines.snapshot.gate.checks import staged_manifest
 from sf_pipelines.snapshot.gate.verdicts import require_passed, require_whole
 from sf_pipelines.snapshot.manifest import publish, record
 from sf_pipelines.snapshot.run import find
@@ -28,7 +27,7 @@ def promote(build: Build, run_id: str) -> PromoteReceipt:
     require_passed(build, run_id, manifest)
     with build.working(scanned):
         require_whole(run, manifest)
-    data = staged_manifest(build.store, manifest)
+    data = build.store.get_sealed(manifest.staged)
     pointer, before = publish.publish(
         build.store,
         manifest=data,

@@ -27,10 +27,8 @@ from sf_pipelines.snapshot.gate.recall import stratified_queries
 from sf_pipelines.snapshot.index.protocol import IndexFamily, choose_family
 from sf_pipelines.snapshot.routing.protocol import Int32, Routing, VectorRouting
 from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
-from sf_pipelines.snapshot.run.ledger import download_verified
 from sf_pipelines.snapshot.run.receipts import (
     RangeReceipt,
-    Ref,
     RoutedPart,
     RoutedShard,
     RouteReceipt,
@@ -40,7 +38,7 @@ from sf_pipelines.snapshot.run.tasks import Engine, InProcess, Task, spread
 from sf_pipelines.snapshot.source.hashing import RowSetDigest, UInt64, hash_column, hash_vectors
 from sf_pipelines.snapshot.source.parts import read_part
 from sf_pipelines.snapshot.source.rejects import RejectReason
-from sf_pipelines.snapshot.store import ObjectInfo, Store
+from sf_pipelines.snapshot.store import ObjectInfo, Ref, Store
 
 _BUFFER_BYTES = 32 * 1024 * 1024
 
@@ -91,7 +89,7 @@ def route_range(build: Build, run_id: str, place: int) -> RangeReceipt:
         build.contract(run.scanned.listing.arrow_schema).stored_schema,
     )
     with scratch() as folder:
-        download_verified(run.store, part, folder / "part.arrow")
+        run.store.download_sealed(part, folder / "part.arrow")
         writer = _RoutedWriter(folder / "routed.arrow", schema)
         done = 0
         for stored, shards in read_part(folder / "part.arrow", schema, lambda first, last: _repeats(run, first, last)):

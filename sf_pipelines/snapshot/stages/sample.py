@@ -13,7 +13,7 @@ from sf_pipelines.snapshot.config import WriteConfig
 from sf_pipelines.snapshot.errors import ConfigError, DataContractError, SourceEmptyError
 from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
-from sf_pipelines.snapshot.run.receipts import Ref, SampleReceipt, ScanReceipt
+from sf_pipelines.snapshot.run.receipts import SampleReceipt, ScanReceipt
 from sf_pipelines.snapshot.sharding import ClusterSharding, LshSharding
 from sf_pipelines.snapshot.source.contract import RowContract
 from sf_pipelines.snapshot.source.files import SourceBatch, SourceListing, Span, plan_ranges, read_span
@@ -21,7 +21,7 @@ from sf_pipelines.snapshot.source.hashing import UInt64, hash_column, hash_vecto
 from sf_pipelines.snapshot.source.parts import PartWriter
 from sf_pipelines.snapshot.source.rejects import REJECT_SCHEMA, RejectReason
 from sf_pipelines.snapshot.source.samples import DuplicateFinder, SmallestHashSample
-from sf_pipelines.snapshot.store import Store
+from sf_pipelines.snapshot.store import Ref, Store
 
 # Decoded vectors of one input range.
 _RANGE_BYTES = 64 * 1024 * 1024

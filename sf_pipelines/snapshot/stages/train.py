@@ -1,6 +1,5 @@
 """Centroids and hyperplanes: trained anew, or kept from the current snapshot."""
 
-import hashlib
 import io
 import uuid
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from sf_pipelines.snapshot.metric import Float32
 from sf_pipelines.snapshot.routing import Fit, fit_of, needs_training
 from sf_pipelines.snapshot.routing import train as train_routing
 from sf_pipelines.snapshot.run.build import Build, Stopwatch
-from sf_pipelines.snapshot.run.ledger import get_verified
-from sf_pipelines.snapshot.run.receipts import Ref, ScanReceipt, TrainReceipt, inputs_of
+from sf_pipelines.snapshot.run.receipts import ScanReceipt, TrainReceipt, inputs_of
+from sf_pipelines.snapshot.store import Ref
 
 # Fit is measured on samples, so it varies by some percent between equal ones. From a tenth on, centroids that are
 # trained anew are noticeably better; a fullest shard that grows by a quarter is noticeably slower.
@@ -99,7 +98,7 @@ def _current(build: Build, scanned: ScanReceipt, vectors: Float32) -> _Found:
     if fault := _why_not_looked_at(build.config, scanned, receipt):
         return _Found(receipt, b"", None, fault)
     try:
-        data = get_verified(build.store, receipt.ref)
+        data = build.store.get_sealed(receipt.ref)
     except (IntegrityError, ObjectMissingError) as error:
         return _Found(receipt, b"", None, f"that of {base} cannot be read: {error}")
     drift = _drift(receipt.figures, _fit(build.config, np.load(io.BytesIO(data), allow_pickle=False), vectors))
@@ -157,4 +156,4 @@ def _stored(build: Build, run_id: str, kind: str, data: bytes) -> Ref:
         # Another attempt with other bytes (other library versions) was here; what is stored is never replaced.
         key = f"vector_meta/run_id={run_id}/{kind}-{uuid.uuid4().hex[:8]}.npy"
         build.store.put(key, data)
-    return Ref(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return Ref.of(key, data)

@@ -27,6 +27,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from sf_pipelines.snapshot.errors import (
     ConfigError,
+    DigestMismatchError,
     IntegrityError,
     ObjectMissingError,
     ReaderForkedError,
@@ -40,6 +41,7 @@ from sf_pipelines.snapshot.errors import (
     is_panic,
     without_secrets,
 )
+from sf_pipelines.snapshot.model import Model
 from sf_pipelines.snapshot.store.addresses import location_fault
 from sf_pipelines.snapshot.store.client import S3Options, first_line, is_plain_key, listed, s3_client, store_error
 
@@ -71,6 +73,27 @@ class ObjectInfo:
     # The store's version tag; on S3 it repeats when the same bytes are written again.
     etag: str | None
     modified: datetime | None = None
+
+
+class Ref(Model):
+    """An object and what its bytes must be.
+
+    Attributes:
+        key: relative to the store's root.
+        size: bytes.
+        sha256: hex.
+        rows: of a table, else None.
+    """
+
+    key: str
+    size: int
+    sha256: str
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, key: str, data: bytes, *, rows: int | None = None) -> Self:
+        """Of these bytes."""
+        return cls(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
 
 
 @dataclass(frozen=True)
@@ -213,6 +236,32 @@ class Store:
             for data in self._chunks(key):
                 digest.update(data)
         return digest.hexdigest()
+
+    def get_sealed(self, ref: Ref) -> bytes:
+        """An object's bytes; a ``DigestMismatchError`` where they are not those that were recorded."""
+        try:
+            data = self.get(ref.key, limit=ref.size)
+        except IntegrityError as error:
+            raise DigestMismatchError(f"{error}; {ref.size:,} were recorded") from error
+        self._require_sealed(ref, Ref.of(ref.key, data))
+        return data
+
+    def download_sealed(self, ref: Ref, path: Path) -> None:
+        """Copies an object to a local file; errors as of ``get_sealed``."""
+        size, found = self.download(ref.key, path)
+        self._require_sealed(ref, Ref(key=ref.key, size=size, sha256=found))
+
+    def is_whole(self, ref: Ref) -> bool:
+        """Whether an object is there with the bytes that were recorded."""
+        try:
+            return self.head(ref.key).size == ref.size and self.sha256(ref.key) == ref.sha256
+        except ObjectMissingError:
+            return False
+
+    def _require_sealed(self, ref: Ref, found: Ref) -> None:
+        if (found.size, found.sha256) != (ref.size, ref.sha256):
+            where = self.url_of(ref.key)
+            raise DigestMismatchError(f"{where} has SHA-256 {found.sha256}, but {ref.sha256} was recorded")
 
     def _chunks(self, key: str) -> Iterator[bytes]:
         """The bytes of one version of an object. A request has a time limit: large objects take several requests."""

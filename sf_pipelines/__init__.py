@@ -32,32 +32,43 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AsyncShardedVectorReader": "sf_pipelines.snapshot.reader.async_reader",
-    "AsyncUnifiedShardedReader": "sf_pipelines.snapshot.reader.async_reader",
-    "BuildResult": "sf_pipelines.snapshot.stages.pipeline",
-    "CelSharding": "sf_pipelines.snapshot.sharding",
-    "ClusterSharding": "sf_pipelines.snapshot.sharding",
-    "DistanceMetric": "sf_pipelines.snapshot.metric",
-    "Explanation": "sf_pipelines.snapshot.reader.types",
-    "ExplicitSharding": "sf_pipelines.snapshot.sharding",
-    "HashSharding": "sf_pipelines.snapshot.sharding",
-    "Health": "sf_pipelines.snapshot.reader.types",
-    "IndexParams": "sf_pipelines.snapshot.config",
-    "KeyValueSpec": "sf_pipelines.snapshot.config",
-    "LshSharding": "sf_pipelines.snapshot.sharding",
-    "RateLimiter": "sf_pipelines.snapshot.reader.rate_limit",
-    "RecallGate": "sf_pipelines.snapshot.config",
-    "RefreshOutcome": "sf_pipelines.snapshot.reader.types",
-    "S3Options": "sf_pipelines.snapshot.config",
-    "SearchResult": "sf_pipelines.snapshot.reader.types",
-    "ShardedVectorReader": "sf_pipelines.snapshot.reader.reader",
-    "UnifiedShardedReader": "sf_pipelines.snapshot.reader.reader",
-    "VectorSearchResponse": "sf_pipelines.snapshot.reader.types",
-    "VectorSpec": "sf_pipelines.snapshot.config",
-    "WriteConfig": "sf_pipelines.snapshot.config",
-    "build_snapshot": "sf_pipelines.api",
-    "open_reader": "sf_pipelines.snapshot.reader.reader",
+# Module: the names that are loaded from it on first use.
+_EXPORTS = {
+    "sf_pipelines.api": ("build_snapshot",),
+    "sf_pipelines.snapshot.config": (
+        "IndexParams",
+        "KeyValueSpec",
+        "RecallGate",
+        "S3Options",
+        "VectorSpec",
+        "WriteConfig",
+    ),
+    "sf_pipelines.snapshot.metric": ("DistanceMetric",),
+    "sf_pipelines.snapshot.reader.async_reader": (
+        "AsyncShardedVectorReader",
+        "AsyncUnifiedShardedReader",
+    ),
+    "sf_pipelines.snapshot.reader.rate_limit": ("RateLimiter",),
+    "sf_pipelines.snapshot.reader.reader": (
+        "ShardedVectorReader",
+        "UnifiedShardedReader",
+        "open_reader",
+    ),
+    "sf_pipelines.snapshot.reader.types": (
+        "Explanation",
+        "Health",
+        "RefreshOutcome",
+        "SearchResult",
+        "VectorSearchResponse",
+    ),
+    "sf_pipelines.snapshot.sharding": (
+        "CelSharding",
+        "ClusterSharding",
+        "ExplicitSharding",
+        "HashSharding",
+        "LshSharding",
+    ),
+    "sf_pipelines.snapshot.stages.pipeline": ("BuildResult",),
 }
 
 __all__ = [
@@ -94,8 +105,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "errors":
         return import_module("sf_pipelines.errors")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    for module, names in _EXPORTS.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -132,7 +132,7 @@ def _print_build(result: "BuildResult", settings: WriteConfig) -> None:
 
 def _show_build(out: Console, result: "BuildResult", settings: WriteConfig) -> None:
     if not result.published:
-        text = f"Nothing is new: {result.run_id} stays current. (--force builds again.)"
+        text = f"Up to date: {result.run_id} was built from this source and config. (--force builds again.)"
         held = result.reason[:1].upper() + result.reason[1:]
         out.print(escape(held) if result.held else text, highlight=False, soft_wrap=True)
         return

@@ -90,7 +90,7 @@ def search(
     for rank, hit in enumerate(hits, start=1):
         payload = "" if hit.payload is None else json.dumps(hit.payload, ensure_ascii=False)
         table.add_row(str(rank), safe(str(hit.id)), f"{hit.score:.6f}", safe(payload))
-    Console().print(table, f"{answer.num_shards_queried} shards, {answer.latency_ms:.1f} ms", highlight=False)
+    Console().print(table, f"shards asked: {answer.num_shards_queried}, {answer.latency_ms:.1f} ms", highlight=False)
 
 
 def _id_of(reader: "ShardedVectorReader | UnifiedShardedReader", text: str) -> int | str:

@@ -61,7 +61,7 @@ def test_build_search_info_history_verify(config: Path, tmp_path: Path) -> None:
     assert "Published" in text
     assert "600 in 3 shards, 0 rejected" in text
     assert "recall@10" in text
-    assert "Nothing is new" in run("build", str(config))[1]
+    assert "Up to date: " in run("build", str(config))[1]
     assert "seq 2" in run("build", str(config), "--force")[1]
 
     vector = json.dumps(pq.read_table(tmp_path / "source.parquet")["vector"][5].as_py())

@@ -379,8 +379,7 @@ def _balance(judged: Judged) -> Finding:
         "smallest": int(rows.min()),
         "empty": int((rows == 0).sum()),
     }
-    word = "within" if skew <= bound else "above"
-    return Finding(skew <= bound, f"the largest shard is {skew:.2f} times the mean, {word} {bound:g}", figures)
+    return Finding(skew <= bound, f"largest shard is {skew:.2f}x the mean (limit {bound:g}x)", figures)
 
 
 def _stock_recall(judged: Judged) -> Finding:

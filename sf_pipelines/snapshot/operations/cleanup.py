@@ -267,7 +267,7 @@ def _needs(store: Store, rules: CleanupRules, inventory: _Inventory, now: dateti
     for entry in past.entries:
         run_id = entry.run_id
         if rules.older_than is not None and entry.published_at >= now - rules.older_than:
-            kept.setdefault(run_id, f"it was built less than {rules.older_than} ago")
+            kept.setdefault(run_id, f"it was built less than {str(rules.older_than).removesuffix(', 0:00:00')} ago")
         withdrawn = past.pointer is not None and run_id in past.pointer.withdrawn
         what = "withdrawn by a rollback" if withdrawn else f"not among the {rules.keep} to keep"
         removable[run_id] = what if rules.older_than is None else f"{what}, built more than {rules.older_than} ago"

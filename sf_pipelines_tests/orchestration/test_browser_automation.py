@@ -128,7 +128,7 @@ def test_switched_on_a_new_file_becomes_current_and_a_bad_one_does_not(chromium:
         served,
         "assets/tiny/manifest?view=checks&checkDetail=shard_balance",
         "shard_balance",
-        "above 1.8",
+        "(limit 1.8x)",
     )
     show(chromium, served, f"{PAGES}/asset-groups/tiny", "manifest")
     assert other.read()[:2] == (1, 1)

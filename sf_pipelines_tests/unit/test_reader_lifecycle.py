@@ -167,6 +167,21 @@ def test_a_refresh_in_the_background_that_fails_is_logged_and_the_next_one_is_tr
     assert str(turns.root) in record.getMessage()
 
 
+def test_a_reader_is_forgotten_while_its_refreshes_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(tmp_path / "root")
+    failed: list[None] = []
+
+    def fails(*arguments: Any) -> Any:
+        failed.append(None)
+        raise StoreUnavailableError(f"the store of {arguments[0].url} is away")
+
+    with no_leaks(tmp_path / "cache"):
+        reader = opened(turns, tmp_path, refresh_interval=0.01)
+        monkeypatch.setattr(core, "read_current", fails)
+        eventually(lambda: len(failed) > 1)
+        del reader
+
+
 def test_every_call_on_a_closed_reader_says_so(tmp_path: Path) -> None:
     turns = Turns(tmp_path / "root", unified=True)
     reader = opened(turns, tmp_path, rate_limiter=RateLimiter(1000))

@@ -400,19 +400,21 @@ def _keep_refreshing(known: "weakref.ref[ReaderCore]", stopped: "SimpleQueue[Non
         core = known()
         if core is None or core.closed:
             return None
-        try:
-            outcome = core.refresh()
-        except ReaderClosedError:
-            return None
-        except Exception:  # noqa: BLE001 - the thread must go on; the log says what happened
-            _log.exception("The refresh of %s failed; the old snapshot is still served", core.store.url)
-        else:
-            if outcome.error is not None:
-                _log.warning(
-                    "The refresh of %s failed; snapshot %s is still served: %s: %s",
-                    core.store.url,
-                    outcome.run_id,
-                    type(outcome.error).__name__,
-                    outcome.error,
-                )
+        _refresh(core)
         del core
+
+
+def _refresh(core: ReaderCore) -> None:
+    """Refreshes, and logs a failure. Keeps no outcome: its error's traceback would keep a forgotten reader alive."""
+    try:
+        outcome = core.refresh()
+    except ReaderClosedError:
+        # The thread sees that before its next look.
+        return
+    except Exception:  # noqa: BLE001 - the thread must go on; the log says what happened
+        _log.exception("The refresh of %s failed; the old snapshot is still served", core.store.url)
+        return
+    if outcome.error is not None:
+        # As text, for a handler may keep what it is given.
+        fault = f"{type(outcome.error).__name__}: {outcome.error}"
+        _log.warning("The refresh of %s failed; snapshot %s is still served: %s", core.store.url, outcome.run_id, fault)

@@ -264,13 +264,14 @@ def _needs(store: Store, rules: CleanupRules, inventory: _Inventory, now: dateti
     ranked = [run_id for run_id in _ranked(past) if run_id not in alone][: rules.keep]
     kept |= {run_id: f"it is among the {rules.keep} to keep" for run_id in ranked if run_id not in kept}
     removable = dict[str, str]()
+    age = str(rules.older_than).removesuffix(", 0:00:00")
     for entry in past.entries:
         run_id = entry.run_id
         if rules.older_than is not None and entry.published_at >= now - rules.older_than:
-            kept.setdefault(run_id, f"it was built less than {str(rules.older_than).removesuffix(', 0:00:00')} ago")
+            kept.setdefault(run_id, f"it was built less than {age} ago")
         withdrawn = past.pointer is not None and run_id in past.pointer.withdrawn
         what = "withdrawn by a rollback" if withdrawn else f"not among the {rules.keep} to keep"
-        removable[run_id] = what if rules.older_than is None else f"{what}, built more than {rules.older_than} ago"
+        removable[run_id] = what if rules.older_than is None else f"{what}, built more than {age} ago"
     waiting = [*kept, *alone]
     while waiting:
         run_id = waiting.pop()

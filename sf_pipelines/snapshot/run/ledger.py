@@ -148,6 +148,13 @@ def copy_verified(store: Store, key: str, target: str, sha256: str) -> None:
         )
 
 
+def copy_shard(store: Store, shard: ShardReceipt, db_key: str) -> tuple[str | None, ...]:
+    """Copies a sealed shard's objects inside the store and checks every byte; the etags of the copies."""
+    for item in shard.objects:
+        copy_verified(store, f"{shard.db_key}/{item.path}", f"{db_key}/{item.path}", item.sha256)
+    return tuple(store.head(f"{db_key}/{item.path}").etag for item in shard.objects)
+
+
 def is_intact(store: Store, receipt: ShardReceipt) -> bool:
     """Whether every sealed object is still the version that was sealed."""
     return not changed_objects(store, [receipt])

@@ -5,7 +5,7 @@ import uuid
 from sf_pipelines.snapshot.manifest.publish import PointerView, read_pointer
 from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.run.build import Run
-from sf_pipelines.snapshot.run.ledger import ReceiptType, copy_verified, is_intact
+from sf_pipelines.snapshot.run.ledger import ReceiptType, copy_shard, copy_verified, is_intact
 from sf_pipelines.snapshot.run.receipts import ScanReceipt, ShardReceipt, attempt_folder
 from sf_pipelines.snapshot.store import Ref
 
@@ -69,11 +69,8 @@ def _copy_shard(successor: Run, shard: ShardReceipt, *, number: int) -> None:
     if shard.db_key is None:
         _copy(successor, shard, shard.part, number=number)
         return
-    store = successor.store
     db_key = attempt_folder(successor.run_id, shard.db_id, number, uuid.uuid4().hex)
-    for item in shard.objects:
-        copy_verified(store, f"{shard.db_key}/{item.path}", f"{db_key}/{item.path}", item.sha256)
-    etags = tuple(store.head(f"{db_key}/{item.path}").etag for item in shard.objects)
+    etags = copy_shard(successor.store, shard, db_key)
     _copy(successor, shard, shard.part, number=number, attempt=number, db_key=db_key, etags=etags)
 
 

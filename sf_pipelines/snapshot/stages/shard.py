@@ -31,7 +31,7 @@ from sf_pipelines.snapshot.manifest.models import ShardObject
 from sf_pipelines.snapshot.model import digest_json
 from sf_pipelines.snapshot.reader.cache import ShardCache
 from sf_pipelines.snapshot.run.build import Build, Run, Stopwatch, scratch
-from sf_pipelines.snapshot.run.ledger import copy_verified, is_intact
+from sf_pipelines.snapshot.run.ledger import copy_shard, is_intact
 from sf_pipelines.snapshot.run.receipts import RoutedShard, ShardReceipt, attempt_folder, shard_part
 from sf_pipelines.snapshot.run.successor import begin_successor, current_of
 from sf_pipelines.snapshot.run.tasks import Engine, InProcess, OnDone, Outcome, Task, spread
@@ -187,9 +187,7 @@ def _copy(
     The shard is then built: what went wrong with the current snapshot must not stop the next one.
     """
     try:
-        for item in same.objects:
-            copy_verified(store, f"{same.db_key}/{item.path}", f"{db_key}/{item.path}", item.sha256)
-        return same.objects, tuple(store.head(f"{db_key}/{item.path}").etag for item in same.objects)
+        return same.objects, copy_shard(store, same, db_key)
     except (StoreError, DigestMismatchError):
         # Gone, changed, or larger than the store copies in one go.
         store.delete_many([info.key for info in store.objects(db_key)])

@@ -233,6 +233,14 @@ def test_building_refuses_what_cannot_be_searched(tmp_path: Path) -> None:
     vectors = clustered(4, DIM)
     with pytest.raises(IndexBuildError, match="no metric dot_product; it has cosine, l2"):
         build(tmp_path, table_of([1, 2, 3, 4], vectors), DistanceMetric.DOT_PRODUCT)
+    vectors[2, 1] = np.nan
+    with pytest.raises(
+        IndexBuildError, match="1 rows, the first with id 3: the vector has a number that is not finite"
+    ):
+        build(tmp_path, table_of([1, 2, 3, 4], vectors))
+    vectors[2] = 0
+    with pytest.raises(IndexBuildError, match="the first with id 3: a zero vector has no direction"):
+        build(tmp_path, table_of([1, 2, 3, 4], vectors), DistanceMetric.COSINE)
     build(tmp_path, table_of([1, 2, 3, 4], vectors))
     with pytest.raises(IndexBuildError, match="vec_index"):
         build(tmp_path, table_of([1, 2, 3, 4], vectors))

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sf_pipelines.snapshot.errors import ConfigError, RateLimitError, ReaderError
+from sf_pipelines.snapshot.reader import rate_limit
 from sf_pipelines.snapshot.reader.rate_limit import RateLimiter, _Ticket
 from sf_pipelines_tests.metering import FakeProvider
 
@@ -134,6 +135,17 @@ class TestArithmetic:
         # Of the four tokens that the long one had been served a bucketful comes back.
         assert (short.due, last.due) == (5.0, 8.0)
 
+    def test_of_a_large_request_served_but_unused_a_bucketful_comes_back(self) -> None:
+        clock = Clock(0.0)
+        limiter = limiter_at(clock, 1.0, 1.0)
+        large, small, last = (limiter._enter(n, math.inf)[0] for n in (5, 1, 3))
+        assert large is not None
+        assert small is not None
+        assert last is not None
+        clock.now = large.due
+        limiter._leave(large)
+        assert (large.due, small.due, last.due) == (4.0, 4.0, 7.0)
+
     def test_those_before_one_that_gives_up_stay(self) -> None:
         limiter = limiter_at(Clock(0.0), 1.0, 1.0)
         before, between, behind = (limiter._enter(n, math.inf)[0] for n in (3, 2, 1))
@@ -142,6 +154,16 @@ class TestArithmetic:
         assert behind is not None
         limiter._leave(between)
         assert (before.due, behind.due) == (2.0, 3.0)
+
+    def test_unused_tokens_come_back_once(self) -> None:
+        clock = Clock(0.0)
+        limiter = limiter_at(clock, 1.0, 4.0)
+        ticket, _ = limiter._enter(4, 0)
+        assert ticket is not None
+        clock.now = 1.0
+        limiter._leave(ticket)
+        assert limiter.try_acquire(4)
+        assert not limiter.try_acquire(0.5)
 
     def test_full_bucket_is_not_refused_for_rounding(self) -> None:
         for now in (0.1, 1e3 / 3, 1e7 + 0.1):
@@ -276,6 +298,7 @@ class TestTogether:
         burst=BURSTS,
         asked=st.lists(st.tuples(st.floats(0, 3), st.integers(1, 12), GAPS | st.none()), min_size=1, max_size=8),
     )
+    @example(rate=1.0, burst=None, asked=[(0.0, 2, 0.0), (0.0, 1, 0.0)])
     def test_tasks_are_served_or_cancelled(
         self, rate: float, burst: float | None, asked: list[tuple[float, int, float | None]]
     ) -> None:
@@ -315,18 +338,16 @@ class TestTogether:
         assert limiter.reserve(limiter.burst) <= owed / rate + 1e-5
         assert len(limiter._waiting) <= 1
 
-    def test_threads_and_tasks_share_one_bucket(self) -> None:
+    def test_threads_and_tasks_share_one_bucket(self, monkeypatch: pytest.MonkeyPatch) -> None:
         limiter = RateLimiter(50_000, burst=10)
         tickets: list[tuple[_Ticket, float]] = []
-        enter = limiter._enter
 
-        def noted(n: float, limit: float) -> tuple[_Ticket | None, float]:
-            found = enter(n, limit)
-            assert found[0] is not None
-            tickets.append((found[0], n))
-            return found
+        def noted(seconds: float, due: float) -> _Ticket:
+            # Made under the limiter's lock: in the order of the queue.
+            tickets.append((_Ticket(seconds, due), seconds * limiter.rate))
+            return tickets[-1][0]
 
-        limiter._enter = noted
+        monkeypatch.setattr(rate_limit, "_Ticket", noted)
         start = threading.Barrier(5)
 
         def in_thread(number: int) -> int:
@@ -349,3 +370,4 @@ class TestTogether:
             assert sum(pool.map(in_thread, range(4))) + loop.result() == 240
         assert len(tickets) == 240
         assert_bounded([part for ticket, n in tickets for part in parts(ticket.due, n, limiter)], limiter)
+        assert [ticket.due for ticket, _ in tickets] == sorted(ticket.due for ticket, _ in tickets)

@@ -106,7 +106,7 @@ class SqliteVecShard(ShardIndex):
         no null there: a null or NaN is 0 or empty, and a second, boolean column ``c__null`` is 1.
         """
         del family, params, vector_type
-        vectors = vectors_of(rows)
+        vectors = _checked_vectors(rows, folder, metric)
         filters = _filter_columns(rows, folder)
         columns = [f"{EMBEDDING} float[{vectors.shape[1]}] distance_metric={_DISTANCES[metric]}"]
         columns += [f"{name} {kind}" for name, kind, _ in filters]
@@ -236,6 +236,21 @@ def load_extension(connection: "apsw.Connection") -> None:
         connection.load_extension(sqlite_vec.loadable_path())
     finally:
         connection.enable_load_extension(False)
+
+
+def _checked_vectors(rows: pa.Table, folder: Path, metric: DistanceMetric) -> Float32:
+    """The vectors, each of which has a distance: the extension would store others, and give them no hit."""
+    if missing := rows.column("vector").null_count:
+        raise IndexBuildError(f"{folder}: {missing} of {rows.num_rows} rows have no vector")
+    vectors = vectors_of(rows)
+    faults = {"the vector has a number that is not finite": ~np.isfinite(vectors).all(axis=1)}
+    if metric.normalises:
+        faults[f"a zero vector has no direction under {metric.value}"] = ~vectors.any(axis=1)
+    for fault, which in faults.items():
+        if which.any():
+            first = rows.column("id")[int(np.argmax(which))].as_py()
+            raise IndexBuildError(f"{folder}: {which.sum()} rows, the first with id {first!r}: {fault}")
+    return vectors
 
 
 def _filter_columns(rows: pa.Table, folder: Path) -> list[tuple[str, str, pa.Array]]:

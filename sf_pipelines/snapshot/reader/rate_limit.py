@@ -144,13 +144,18 @@ class RateLimiter:
         with self._lock:
             now = self._clock()
             self._drop_served(now)
-            if ticket.due <= now:
-                return
-            freed = min(ticket.seconds, ticket.due - now + self._full)
-            self._edge -= freed
-            for behind in takewhile(lambda other: other is not ticket, reversed(self._waiting)):
-                behind.due = max(now, behind.due - freed)
-            self._waiting.remove(ticket)
+            if ticket.due > now:
+                freed = min(ticket.seconds, ticket.due - now + self._full)
+                behind = list(takewhile(lambda other: other is not ticket, reversed(self._waiting)))
+                self._waiting.remove(ticket)
+            else:
+                # Served but not used. The bucket has been filling since then, and both together are at most full:
+                # else many who give up at once would let through more than a burst.
+                freed = max(0.0, min(ticket.seconds, self._full) - (now - ticket.due))
+                behind = list(self._waiting)
+            self._edge = max(self._edge, now - self._full) - freed
+            for other in behind:
+                other.due = max(now, other.due - freed)
 
     def _drop_served(self, now: float) -> None:
         while self._waiting and self._waiting[0].due <= now:

@@ -53,6 +53,12 @@ class IndexConformance:
                 _expect_exact(shard.search(queries, 10), _distances(queries, vectors, metric), what)
                 shard.close()
 
+    def test_every_row_finds_itself(self, tmp_path: Path) -> None:
+        """Each stored vector is its own nearest neighbour where that must be so."""
+        vectors = self.vectors(300)
+        self._build(tmp_path, vectors)
+        same(self._open(tmp_path).search(vectors, 1).ids[:, 0].tolist(), list(range(300)), "nearest id of each row")
+
     def test_equal_vectors_are_ordered_by_id(self, tmp_path: Path) -> None:
         """Ties are broken by id, whatever the order in the file, and all rows can be had."""
         vectors = np.tile(np.linspace(1, 2, self.dim, dtype=np.float32), (1500, 1))
